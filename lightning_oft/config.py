@@ -1,0 +1,142 @@
+"""OFTConfig: what an adapter is, with PEFT's field names; validation and nothing else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class OFTConfig:
+    """Configuration of an orthogonal finetuning adapter.
+
+    Field names and meanings are PEFT's, so `adapter_config.json` of either library is read by the other. `max_angle`,
+    `coft_radius` and `neumann_series` are this library's own.
+
+    Raises:
+        ValueError: a field has a wrong type or value; the message names the field, what it got and what it takes.
+    """
+
+    oft_block_size: int | None = None
+    """Size b of the rotation blocks; a layer whose fan-in it does not divide takes the nearest divisor, and a warning
+    names the layer. 32 unless `r` is given."""
+    r: int = 0
+    """Number of rotation blocks per layer, instead of `oft_block_size`."""
+    target_modules: str | list[str] | None = "all-linear"
+    """Layers to adapt: `all-linear` (every linear and attention layer but the output embedding), a list of names (each
+    matches a whole name or its end), a regular expression for the whole name, or null for the known architecture's
+    own choice."""
+    exclude_modules: str | list[str] | None = None
+    """Layers to leave alone: a list of names or a regular expression."""
+    layers_to_transform: int | list[int] | None = None
+    """Only adapt these layer indices; needs `target_modules` as a list."""
+    layers_pattern: str | list[str] | None = None
+    """Name of the module list that `layers_to_transform` counts in, where it is not the first number of a name."""
+    modules_to_save: list[str] | None = None
+    """Modules trained whole and saved with the adapter, such as a new classification head."""
+    bias: Literal["none", "all", "oft_only"] = "none"
+    """Which biases are trained: none, all of the model, or those of the adapted layers."""
+    coft: bool = False
+    """Constrain each block to the ball of radius `eps` after every optimizer step (COFT)."""
+    eps: float = 6e-5
+    """Freedom of the constrained rotation, as in the paper: ||Q||_F <= eps * b^2 / sqrt(number of blocks)."""
+    max_angle: float | None = None
+    """Constrain every plane's rotation to this many degrees, whatever the block size; switches the constraint on and
+    takes the place of `eps`."""
+    block_share: bool = False
+    """Share one block among all blocks of a layer."""
+    module_dropout: float = 0.0
+    """Probability that a block is the identity in a training step."""
+    use_cayley_neumann: bool = True
+    """Compute rotations by the truncated Cayley-Neumann series (fast) rather than the exact Cayley map."""
+    num_cayley_neumann_terms: int = 6
+    """Terms of the series. Prefer even numbers: 6 costs what 5 does and is a hundred times closer to orthogonal."""
+    init_weights: bool = True
+    """Start from the identity; false starts from small random rotations."""
+    fan_in_fan_out: bool = False
+    """Kept for PEFT's files; the storage order of a layer's weight is found out from the layer."""
+    task_type: str | None = None
+    """PEFT's task type; SEQ_CLS and TOKEN_CLS add the heads `classifier` and `score` to `modules_to_save`."""
+    coft_radius: Literal["paper", "peft"] = "paper"
+    """Which radius `eps` stands for: the paper's eps * b^2 / sqrt(n), or eps / sqrt(n) as PEFT 0.16 and later."""
+    neumann_series: Literal["halved", "unhalved"] = "halved"
+    """Whether the last term of the series is halved (PEFT 0.18 and later) or not (adapters trained before)."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if self.r and self.oft_block_size:
+            raise ValueError(f"r={self.r} and oft_block_size={self.oft_block_size} exclude each other: give one of them")
+        if self.oft_block_size is None:
+            object.__setattr__(self, "oft_block_size", 0 if self.r else 32)
+        if self.r == 0 and self.oft_block_size == 0:
+            raise ValueError("r=0 and oft_block_size=0: give one of them a positive value")
+        checks = [
+            (self.r >= 0, f"r={self.r}: must be positive, or 0 to use oft_block_size"),
+            ((self.oft_block_size or 0) >= 0, f"oft_block_size={self.oft_block_size}: must be at least 2"),
+            (self.oft_block_size != 1, "oft_block_size=1: a block of size 1 cannot rotate; use at least 2"),
+            (0 <= self.module_dropout < 1, f"module_dropout={self.module_dropout}: must be in [0, 1)"),
+            (0 < self.eps < math.inf, f"eps={self.eps}: must be a positive number"),
+            (
+                self.max_angle is None or 0 < self.max_angle < 180,
+                f"max_angle={self.max_angle}: must be in degrees between 0 and 180",
+            ),
+            (
+                self.num_cayley_neumann_terms >= 2 or not self.use_cayley_neumann,
+                f"num_cayley_neumann_terms={self.num_cayley_neumann_terms}: fewer than 2 terms never leave the "
+                "identity; use an even number such as 6",
+            ),
+            (
+                self.layers_pattern is None or self.layers_to_transform is not None,
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform",
+            ),
+            (
+                self.layers_to_transform is None or isinstance(self.target_modules, list),
+                f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names, got "
+                f"{self.target_modules!r}: list the names, or put the indices into the regular expression",
+            ),
+            (self.target_modules not in ("", []), "target_modules is empty: name the layers, or use 'all-linear'"),
+        ]
+        for holds, message in checks:
+            if not holds:
+                raise ValueError(message)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether rotations are projected after every optimizer step."""
+        return self.coft or self.max_angle is not None
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a string"),
+    "list[str]": ((list,), "a list of strings"),
+    "list[int]": ((list,), "a list of whole numbers"),
+    "None": ((type(None),), "null"),
+}
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if kind.startswith("Literal["):
+        return isinstance(value, str) and repr(value) in kind
+    if isinstance(value, bool):
+        return kind == "bool"
+    if isinstance(value, list) and kind.startswith("list["):
+        return all(_fits(item, kind[5:-1]) for item in value)
+    return kind in _KINDS and isinstance(value, _KINDS[kind][0])
+
+
+def _check_types(config: OFTConfig) -> None:
+    """Raise ValueError naming the first field whose value is of none of its types; sets and tuples become lists."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, (set, frozenset, tuple)):
+            value = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+            object.__setattr__(config, field.name, value)
+        annotation = str(field.type)
+        kinds = [annotation] if annotation.startswith("Literal[") else annotation.split(" | ")
+        if not any(_fits(value, kind) for kind in kinds):
+            takes = " or ".join(k[8:-1].replace(", ", " or ") if k.startswith("Lit") else _KINDS[k][1] for k in kinds)
+            raise ValueError(f"{field.name}={value!r}: must be {takes}")

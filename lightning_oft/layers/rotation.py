@@ -1,0 +1,203 @@
+"""Rotation: the generators of one fan-in as a module, and the rotation they stand for.
+
+Shapes: n blocks of size b, fan-in i = n*b; see `lightning_oft.rotation` for the maths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .. import rotation as maths
+from ..config import OFTConfig
+
+
+class _Cached(NamedTuple):
+    """A rotation computed without gradient and what it was computed from."""
+
+    key: tuple[Any, ...]
+    generator: Tensor | None
+    rotation: Tensor
+
+
+class _Steps:
+    """Counts optimizer steps of the process: fused optimizers change parameters without a new `_version`."""
+
+    count = 0
+    watching = False
+
+    @classmethod
+    def watch(cls) -> None:
+        if not cls.watching:
+            cls.watching = True
+            register_optimizer_step_post_hook(cls._stepped)
+
+    @classmethod
+    def _stepped(cls, *_: Any) -> None:
+        cls.count += 1
+
+
+@contextlib.contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32: a rotation of a reduced mantissa is not orthogonal."""
+    with torch.autocast(device.type, enabled=False):
+        matmul = torch.backends.cuda.matmul
+        if device.type != "cuda" or torch.compiler.is_compiling() or not hasattr(matmul, "fp32_precision"):
+            yield
+            return
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+
+
+class Rotation(nn.Module):
+    """A learned block-diagonal rotation of a fan-in; the identity until it is trained.
+
+    `weight` holds the generators, (n, b(b-1)/2) float32 whatever the precision of the model, or (1, b(b-1)/2) where
+    one block is shared. Calling the module rotates the last dimension of its input.
+
+    Args:
+        fan_in: size of the dimension that is rotated, a multiple of `block_size`.
+        block_size: size b of a block, at least 2.
+        config: the adapter's configuration.
+        device: where the generators live.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self, fan_in: int, block_size: int, config: OFTConfig, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.fan_in = fan_in
+        self.block_size = block_size
+        self.blocks = fan_in // block_size
+        self.dropout = config.module_dropout
+        self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+        self.halve_last = config.neumann_series == "halved"
+        self.identity_init = config.init_weights
+        stored = 1 if config.block_share else self.blocks
+        self.radius = _radius(config, block_size, stored)
+        shape = (stored, maths.generator_size(block_size))
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+        self._cache: _Cached | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to the identity, or to small random generators where the configuration asks for them."""
+        if self.identity_init:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.normal_(self.weight, std=0.1)
+
+    def matrix(self) -> Tensor:
+        """The rotation R, (n, b, b) float32, or (1, b, b) where one block is shared; differentiable."""
+        generator = self.weight
+        if hasattr(generator, "full_tensor"):  # a DTensor that nobody gathered: called outside its FSDP2 unit
+            generator = generator.full_tensor()
+        with _full_float32(generator.device):
+            q_nbb = maths.skew(generator.float(), self.block_size)
+            if self.terms is None:
+                return maths.cayley(q_nbb)
+            return maths.cayley_neumann(q_nbb, self.terms, self.halve_last)
+
+    def forward(self, x: Tensor, transpose: bool = False) -> Tensor:
+        """x . blockdiag(R), or with R^T where `transpose`. (..., n*b) -> (..., n*b), dtype and device of x."""
+        r_nbb = self._matrix_in(x.dtype)
+        return maths.rotate(x, r_nbb.mT if transpose else r_nbb)
+
+    def _matrix_in(self, dtype: torch.dtype) -> Tensor:
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return self._cached(dtype)
+        r_nbb = self.matrix()
+        if self.training and self.dropout > 0:
+            kept = torch.rand(self.blocks, 1, 1, dtype=torch.float32, device=r_nbb.device) >= self.dropout
+            r_nbb = torch.where(kept, r_nbb, torch.eye(self.block_size, dtype=r_nbb.dtype, device=r_nbb.device))
+        return r_nbb.to(dtype)
+
+    def _cached(self, dtype: torch.dtype) -> Tensor:
+        """The last rotation if nothing changed since, else a fresh one.
+
+        On a CPU the generator is compared with a copy, which no in-place edit fools; elsewhere that would wait for the
+        device, so identity, address, version and the process's count of optimizer steps stand for it.
+        """
+        weight = self.weight.detach()
+        if hasattr(weight, "to_local"):
+            return self.matrix().to(dtype)
+        on_cpu = weight.device.type == "cpu"
+        key: tuple[Any, ...] = (dtype, weight.device)
+        if not on_cpu:
+            _Steps.watch()
+            version = 0 if weight.is_inference() else weight._version
+            key = (*key, id(self.weight), weight.data_ptr(), version, _Steps.count)
+        cache = self._cache
+        if cache is not None and cache.key == key and (cache.generator is None or torch.equal(cache.generator, weight)):
+            # A tensor made in inference mode cannot be used where gradients are recorded later.
+            if torch.is_inference_mode_enabled() or not cache.rotation.is_inference():
+                return cache.rotation
+        rotation = self.matrix().to(dtype)
+        self._cache = _Cached(key, weight.clone() if on_cpu else None, rotation)
+        return rotation
+
+    def train(self, mode: bool = True) -> Rotation:
+        self._cache = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotation:
+        """Follow a move to a device and never a cast: half-precision generators and moments do not train."""
+        self._cache = None
+        if self.weight.is_meta:
+            return super()._apply(fn, recurse)
+        probe = fn(torch.zeros(1, dtype=torch.float32, device=self.weight.device))
+        if probe.dtype == torch.float32:
+            return super()._apply(fn, recurse)
+        return super()._apply(lambda t: t.to(probe.device), recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cache = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}
+
+    def project(self) -> None:
+        """Pull every block back into the constraint's ball, in place; nothing where there is none."""
+        if self.radius is not None and self.weight.numel():
+            maths.project(self.weight, self.radius)
+
+    def error_bound(self) -> float:
+        """Upper bound of ||R^T R - I||_2 over the blocks; 0 for the exact Cayley map. Waits for the device."""
+        if self.terms is None or self.weight.numel() == 0:
+            return 0.0
+        weight = self.weight.detach()
+        if hasattr(weight, "to_local"):
+            weight = weight.to_local()
+        norm = float(maths.frobenius_norm(weight).max()) / 2**0.5 if weight.numel() else 0.0
+        if self.halve_last:
+            if maths.series_error(norm, self.terms) <= maths.SERIES_TOLERANCE:
+                return maths.series_error(norm, self.terms)
+            norm = float(torch.linalg.matrix_norm(maths.skew(weight, self.block_size), 2).max())
+            return maths.series_error(norm, self.terms)
+        with torch.no_grad():
+            return float(maths.orthogonality_error(self.matrix()).max())
+
+    def extra_repr(self) -> str:
+        series = "exact" if self.terms is None else f"{self.terms} terms"
+        shared = ", shared" if self.weight.shape[0] < self.blocks else ""
+        return f"{self.fan_in}, {self.blocks} blocks of {self.block_size}, {series}{shared}"
+
+
+def _radius(config: OFTConfig, block_size: int, stored: int) -> float | None:
+    if config.max_angle is not None:
+        return maths.angle_radius(config.max_angle)
+    if not config.coft:
+        return None
+    return maths.eps_radius(config.eps, block_size if config.coft_radius == "paper" else 1, stored)

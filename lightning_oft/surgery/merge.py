@@ -1,0 +1,252 @@
+"""Folding rotations into the weights, and getting the weights back."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import LayerState, rotations_of, state_of
+from .frozen import guard_nested_tensors
+from .switch import set_adapter
+from .walk import class_names, fingerprint, forget_compiled, merged_layers, oft_layers, require_unmerged, same_base, some, walk
+
+log = logging.getLogger(__name__)
+
+KEEP_LIMIT = 8 * 2**30
+"""Bytes of base weights per process up to which keep_base="auto" keeps them."""
+
+KeepBase = Literal["auto", "always", "never"]
+
+
+@torch.no_grad()
+def merge(
+    model: nn.Module,
+    adapter_name: str | list[str] | None = None,
+    keep_base: KeepBase = "auto",
+    device: torch.device | str | None = None,
+) -> list[str]:
+    """Fold the active rotations into the weights, in place; the model computes alone what it did with its adapters.
+
+    Names, classes and state-dict keys are those of the base afterwards. Each layer keeps its rotations out of sight,
+    so that `unmerge` can undo it. Either every layer is merged, or an error leaves every weight as it was.
+
+    Args:
+        model: a model with adapters.
+        adapter_name: adapters to merge, in order; the active ones by default.
+        keep_base: whether to keep a CPU copy of the adapted weights, which `unmerge` returns to the bit: "auto" keeps
+            them up to 8 GiB a process, "always", or "never" (unmerge then solves, to 1e-6 in float32).
+        device: where to compute, layer by layer; where each weight is by default.
+
+    Returns:
+        The names of the layers merged.
+
+    Raises:
+        ValueError: no adapter, or a generator is not finite; names the layer.
+        RuntimeError: already merged.
+    """
+    if keep_base not in ("auto", "always", "never"):
+        raise ValueError(f"keep_base={keep_base!r}: must be 'auto', 'always' or 'never'")
+    layers = oft_layers(model)
+    if not layers:
+        raise ValueError("nothing to merge: the model has no adapter; call inject or load_adapter first")
+    require_unmerged(model, "merge again")
+    if adapter_name is not None:
+        set_adapter(model, adapter_name)
+    _check_mergeable(layers)
+    size = sum(weight.numel() * weight.element_size() for layer in layers.values() for _, _, weight in _weights(layer))
+    keep = keep_base == "always" or (keep_base == "auto" and size <= KEEP_LIMIT)
+    log.info("merge: %s the base weights (%.1f MiB)", "keeping" if keep else "not keeping", size / 2**20)
+    shared = _shared_parameters(model)
+    done: list[nn.Module] = []
+    try:
+        for layer in layers.values():
+            done.append(layer)
+            _merge_layer(layer, keep, device, shared)
+    except BaseException:
+        for layer in done:
+            _unmerge_layer(layer)
+        raise
+    _untie_configs(model, layers)
+    guard_nested_tensors(model)
+    forget_compiled()
+    return list(layers)
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> list[str]:
+    """Undo `merge`, in place: the base weights return, and the adapters are active beside them again.
+
+    To the bit where `merge` kept the base, else by solving with the rotations (1e-6 relative in float32; lower
+    precisions round).
+
+    Returns:
+        The names of the layers unmerged.
+
+    Raises:
+        RuntimeError: the model is not merged, or a merged weight has been changed since.
+    """
+    layers = merged_layers(model)
+    if not layers:
+        raise RuntimeError("nothing to unmerge: no layer of the model is merged")
+    changed = [name for name, layer in layers.items() if _changed_since(layer)]
+    if changed:
+        raise RuntimeError(
+            f"cannot unmerge {some(changed)}: the weights were changed after the merge (another checkpoint was loaded?); "
+            "call unload(model) to keep them as the new base"
+        )
+    for layer in layers.values():
+        _unmerge_layer(layer)
+    _retie_configs(model)
+    guard_nested_tensors(model)
+    forget_compiled()
+    return list(layers)
+
+
+def hide_rotations(layer: nn.Module) -> None:
+    """Take a layer's rotations out of the module tree; `layer.oft_R` still answers."""
+    rotations = layer._modules.pop("oft_R", None)
+    if rotations is not None:
+        layer.__dict__["oft_R"] = rotations
+
+
+def show_rotations(layer: nn.Module, device: torch.device) -> None:
+    """Put a layer's rotations back into the module tree, where its weights are now."""
+    rotations = layer.__dict__.pop("oft_R", None)
+    if rotations is not None:
+        layer.oft_R = rotations.to(device)
+
+
+def _state(layer: nn.Module) -> LayerState:
+    state = state_of(layer)
+    assert state is not None
+    return state
+
+
+def _weights(layer: nn.Module) -> list[tuple[str, str, Tensor]]:
+    """(part, parameter name, weight) of the rotated weights of a layer."""
+    state = _state(layer)
+    parts = state.kind.parts(layer)
+    used = {part for name in state.active for part in rotations_of(layer, name)}
+    return [(part, parts[part].parameter, layer.get_parameter(parts[part].parameter)) for part in parts if part in used]
+
+
+def _matrices(layer: nn.Module, part: str, names: list[str], device: torch.device) -> list[Tensor]:
+    found = [rotations_of(layer, name).get(part) for name in names]
+    return [rotation.matrix().to(device) for rotation in found if rotation is not None]
+
+
+def _check_mergeable(layers: dict[str, nn.Module]) -> None:
+    broken, packed = [], []
+    for name, layer in layers.items():
+        state = _state(layer)
+        for adapter in state.active:
+            if not all(bool(r.weight.isfinite().all()) for r in rotations_of(layer, adapter).values()):
+                broken.append(name)
+        parameters = [place.parameter for place in state.kind.parts(layer).values()]
+        if not all(_is_plain(layer, parameter) for parameter in parameters):
+            packed.append(name)
+    if broken:
+        raise ValueError(f"cannot merge: generators of {some(broken)} are NaN or infinite; nothing was changed")
+    if packed:
+        raise ValueError(f"cannot merge: the weights of {some(packed)} are quantized or packed; nothing was changed")
+
+
+def _is_plain(layer: nn.Module, parameter: str) -> bool:
+    owner, _, key = parameter.rpartition(".")
+    weight = layer.get_submodule(owner)._parameters.get(key)
+    return weight is not None and weight.is_floating_point() and type(weight.data) is Tensor
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """ids of parameters that more than one module of the model holds."""
+    seen: dict[int, int] = {}
+    for _, module in walk(model):
+        for parameter in module._parameters.values():
+            seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    return {key for key, count in seen.items() if count > 1}
+
+
+def _merge_layer(layer: nn.Module, keep: bool, device: torch.device | str | None, shared: set[int]) -> None:
+    state = _state(layer)
+    state.merged, state.base, state.merged_fingerprints = tuple(state.active), {}, {}
+    for part, parameter, weight in _weights(layer):
+        where = torch.device(device) if device is not None else weight.device
+        matrices = _matrices(layer, part, state.active, where)
+        folded = state.kind.fold(layer, weight.data.to(where), matrices).to(weight.device)
+        if not bool(folded.isfinite().all()) and bool(weight.isfinite().all()):
+            raise ValueError(f"cannot merge: the merged {parameter} overflows {weight.dtype}; nothing was changed")
+        if id(weight) in shared:
+            state.base[parameter] = weight
+            _set_parameter(layer, parameter, nn.Parameter(folded, requires_grad=weight.requires_grad))
+        else:
+            state.base[parameter] = weight.data.cpu() if keep else None
+            weight.data = folded
+        state.merged_fingerprints[parameter] = fingerprint(folded)
+    state.kind.detach(layer)
+    hide_rotations(layer)
+
+
+def _set_parameter(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, key = name.rpartition(".")
+    layer.get_submodule(owner)._parameters[key] = parameter
+
+
+def _unmerge_layer(layer: nn.Module) -> None:
+    """Give a layer its base weights and its rotations back; a layer merged in part too."""
+    state = _state(layer)
+    names = list(state.merged or ())
+    device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+    for part, parameter, weight in _weights(layer):
+        if parameter not in state.base:
+            continue
+        base = state.base[parameter]
+        if isinstance(base, nn.Parameter):  # a tied weight: the layer goes back to sharing it
+            base.data = base.data.to(weight.device)
+            _set_parameter(layer, parameter, base)
+        elif base is not None:
+            weight.data = base.to(device=weight.device, dtype=weight.dtype)
+        else:
+            matrices = _matrices(layer, part, names, weight.device)
+            weight.data = state.kind.unfold(layer, weight.data, matrices)
+    state.merged, state.base, state.merged_fingerprints = None, {}, {}
+    show_rotations(layer, device)
+    state.kind.attach(layer)
+
+
+def _changed_since(layer: nn.Module) -> bool:
+    """Whether a merged weight is no longer what merge left: going back to the base would lose the change."""
+    state = _state(layer)
+    now = {parameter: fingerprint(weight) for _, parameter, weight in _weights(layer)}
+    return not all(same_base(now[key], was) for key, was in state.merged_fingerprints.items())
+
+
+_TIED = "_oft_tied"
+
+
+def _tied_config(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    return config if "PreTrainedModel" in class_names(module) and hasattr(config, "tie_word_embeddings") else None
+
+
+def _untie_configs(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """A merged weight is tied no longer, and a transformers model must say so or its reload would tie it again."""
+    untied = [n for n, layer in layers.items() if any(isinstance(b, nn.Parameter) for b in _state(layer).base.values())]
+    if not untied:
+        return
+    log.warning("merge: %s shared a weight with another module; it has a copy of its own now", some(untied))
+    for _, module in walk(model):
+        config = _tied_config(module)
+        if config is not None and config.tie_word_embeddings:
+            config.tie_word_embeddings = False
+            module.__dict__[_TIED] = True
+
+
+def _retie_configs(model: nn.Module) -> None:
+    for _, module in walk(model):
+        if module.__dict__.pop(_TIED, False):
+            _tied_config(module).tie_word_embeddings = True
+
+
