@@ -8,6 +8,7 @@ y = base(x . blockdiag(R)), hence W' = W . blockdiag(R)^T. One block (n = 1) may
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ from torch import Tensor
 
 SERIES_TOLERANCE = 1e-6
 """Largest ||R^T R - I||_2 of a truncated series that passes without a word: float32's own accuracy."""
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast switched off on a device; the meta device has none to switch."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def generator_size(block_size: int) -> int:
@@ -34,7 +42,7 @@ def skew(generator: Tensor, block_size: int) -> Tensor:
     """Skew matrices Q = U - U^T with U the strict upper triangle. (n, b(b-1)/2) -> (n, b, b), no factor 1/2."""
     rows, columns = torch.triu_indices(block_size, block_size, 1, device=generator.device)
     upper = generator.new_zeros(generator.shape[0], block_size, block_size)
-    upper = upper.index_put((torch.arange(len(upper), device=upper.device)[:, None], rows, columns), generator)
+    upper = torch.index_put(upper, (torch.arange(len(upper), device=upper.device)[:, None], rows, columns), generator)
     return upper - upper.mT
 
 
@@ -44,7 +52,8 @@ class _Cayley(torch.autograd.Function):
     @staticmethod
     def forward(q_nbb: Tensor) -> Tensor:
         eye = torch.eye(q_nbb.shape[-1], dtype=q_nbb.dtype, device=q_nbb.device)
-        return torch.linalg.solve(eye - q_nbb, eye + q_nbb)
+        solved: Tensor = torch.linalg.solve(eye - q_nbb, eye + q_nbb)
+        return solved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -54,8 +63,9 @@ class _Cayley(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (r_nbb,) = ctx.saved_tensors
         eye = torch.eye(r_nbb.shape[-1], dtype=r_nbb.dtype, device=r_nbb.device)
-        half_t = (eye + r_nbb).mT
-        return 0.5 * half_t @ grads[0] @ half_t
+        twice_t = (eye + r_nbb).mT
+        grad: Tensor = 0.5 * twice_t @ grads[0] @ twice_t
+        return grad
 
 
 def cayley(q: Tensor) -> Tensor:
@@ -129,7 +139,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(x_ti: Tensor, r_nbb: Tensor) -> Tensor:
-        with torch.autocast(x_ti.device.type, enabled=False):
+        with without_autocast(x_ti.device):
             return _blocks_last(x_ti, r_nbb)
 
     @staticmethod
@@ -142,11 +152,11 @@ class _Rotate(torch.autograd.Function):
         grad = grads[0].contiguous()
         grad_x = grad_r = None
         if ctx.needs_input_grad[0]:
-            grad_x = _Rotate.apply(grad, r_nbb.mT)
+            grad_x = _Rotate.apply(grad, r_nbb.mT)  # type: ignore[no-untyped-call]
         if ctx.needs_input_grad[1]:
             n, b, _ = r_nbb.shape
             x_tnb, grad_tnb = x_ti.reshape(-1, n, b), grad.view(-1, n, b)
-            with torch.autocast(grad.device.type, enabled=False):
+            with without_autocast(grad.device):
                 grad_r = torch.bmm(x_tnb.permute(1, 2, 0), grad_tnb.transpose(0, 1))
         return grad_x, grad_r
 
@@ -173,13 +183,14 @@ def unrotate_weight(weight: Tensor, rotation: Tensor) -> Tensor:
 
     A truncated series is not exactly orthogonal, so R^T would not do. Solved in float64, returned in W's dtype.
     """
-    inverse_t = torch.linalg.inv(rotation.double().mT)
+    inverse_t: Tensor = torch.linalg.inv(rotation.double().mT)
     return rotate(weight.double(), inverse_t).to(weight.dtype)
 
 
 def frobenius_norm(generator: Tensor) -> Tensor:
     """||Q_i||_F of each block from its generator: sqrt(2) ||generator_i||. (n, m) -> (n,)."""
-    return math.sqrt(2) * torch.linalg.vector_norm(generator, dim=-1)
+    norm: Tensor = torch.linalg.vector_norm(generator, dim=-1)
+    return math.sqrt(2) * norm
 
 
 def eps_radius(eps: float, block_size: int, blocks: int) -> float:
@@ -215,7 +226,8 @@ def project(generator: Tensor, radius: float) -> Tensor:
 def orthogonality_error(rotation: Tensor) -> Tensor:
     """Spectral norm of R^T R - I of each block. R: (n, b, b) -> (n,)."""
     eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
-    return torch.linalg.matrix_norm(rotation.mT @ rotation - eye, 2)
+    error: Tensor = torch.linalg.matrix_norm(rotation.mT @ rotation - eye, 2)
+    return error
 
 
 def rotation_angle(rotation: Tensor) -> Tensor:

@@ -22,20 +22,20 @@ class InPlace:
 
 
 @functools.cache
-def _subclass(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
+def _subclass(mixin: type, base: type) -> type[nn.Module]:
     names = {"_oft_base": base, "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (mixin, base), names)
 
 
 def _rebuild(mixin: type, base: type[nn.Module]) -> nn.Module:
-    cls = _subclass(mixin, base)
+    cls = _subclass(mixin, base)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
 def put_on(module: nn.Module, mixin: type) -> None:
     """Let the module's methods be looked up in `mixin` first; once, however often it is called."""
     if not isinstance(module, mixin):
-        module.__class__ = _subclass(mixin, type(module))
+        module.__class__ = _subclass(mixin, type(module))  # type: ignore[arg-type]
 
 
 def take_off(module: nn.Module) -> None:

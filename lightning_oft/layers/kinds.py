@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from typing_extensions import override
 
-from .. import rotation as maths
+from lightning_oft import rotation as maths
+
 from .in_place import InPlace, put_on, take_off
 from .state import FROZEN, applied_rotations
 
@@ -37,6 +39,7 @@ class Kind:
 
     name = ""
     file_key = "oft_R"
+    row_dim = 0  # the dimension of the weight whose entries are rotated each by itself
 
     def parts(self, layer: nn.Module) -> dict[str, Part]:
         """The rotated weights by part name; one nameless part where a layer has a single rotation."""
@@ -131,12 +134,15 @@ class LinearLike(Kind):
 
     name = "linear"
 
+    @override
     def parts(self, layer: nn.Module) -> dict[str, Part]:
         return {"": Part("weight", int(layer.in_features))}  # type: ignore[arg-type]
 
+    @override
     def attach(self, layer: nn.Module) -> None:
         _add_hook(layer._forward_pre_hooks, layer.register_forward_pre_hook, _rotate_input, with_kwargs=True)
 
+    @override
     def detach(self, layer: nn.Module) -> None:
         _drop_hook(layer, _rotate_input)
 
@@ -145,13 +151,17 @@ class TransposedLinear(LinearLike):
     """transformers' Conv1D, a linear layer that stores its weight as (i, o)."""
 
     name = "Conv1D"
+    row_dim = 1
 
+    @override
     def parts(self, layer: nn.Module) -> dict[str, Part]:
-        return {"": Part("weight", int(layer.weight.shape[0]))}  # type: ignore[union-attr, index]
+        return {"": Part("weight", int(layer.weight.shape[0]))}  # type: ignore[index]
 
+    @override
     def to_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
         return weight.t()
 
+    @override
     def from_matrix(self, layer: nn.Module, matrix: Tensor, weight: Tensor) -> Tensor:
         return matrix.t().contiguous()
 
@@ -171,15 +181,19 @@ class Embedding(Kind):
     name = "embedding"
     file_key = "oft_embedding_R"
 
+    @override
     def parts(self, layer: nn.Module) -> dict[str, Part]:
         return {"": Part("weight", int(layer.embedding_dim))}  # type: ignore[arg-type]
 
+    @override
     def attach(self, layer: nn.Module) -> None:
         _add_hook(layer._forward_hooks, layer.register_forward_hook, _rotate_output)
 
+    @override
     def detach(self, layer: nn.Module) -> None:
         _drop_hook(layer, _rotate_output)
 
+    @override
     def factors(self, matrices: Sequence[Tensor]) -> list[Tensor]:
         return [matrix.mT for matrix in matrices]
 
@@ -198,10 +212,12 @@ class Conv(Kind):
 
     name = "convolution"
 
+    @override
     def parts(self, layer: nn.Module) -> dict[str, Part]:
         weight: Any = layer.weight
         return {"": Part("weight", weight.shape[1:].numel())}
 
+    @override
     def attach(self, layer: nn.Module) -> None:
         put_on(layer, _RotatedConv)
 
@@ -223,18 +239,24 @@ class ConvTranspose(Kind):
     """nn.ConvTranspose1d/2d/3d: weight (in, o/groups, kernel); an output neuron reads in/groups . kernel entries."""
 
     name = "transposed convolution"
+    row_dim = 1
 
+    @override
     def parts(self, layer: nn.Module) -> dict[str, Part]:
         weight: Any = layer.weight
         return {"": Part("weight", weight.shape[0] // int(layer.groups) * weight.shape[2:].numel())}  # type: ignore[arg-type]
 
+    @override
     def attach(self, layer: nn.Module) -> None:
         put_on(layer, _RotatedConvTranspose)
 
+    @override
     def to_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
-        grouped = weight.unflatten(0, (layer.groups, -1)).flatten(3)  # type: ignore[arg-type]
+        groups: Any = layer.groups
+        grouped = weight.reshape(groups, -1, *weight.shape[1:]).flatten(3)
         return grouped.transpose(1, 2).flatten(2).flatten(0, 1)
 
+    @override
     def from_matrix(self, layer: nn.Module, matrix: Tensor, weight: Tensor) -> Tensor:
         groups: Any = layer.groups
         grouped = matrix.view(groups, weight.shape[1], weight.shape[0] // groups, -1).transpose(1, 2)
@@ -288,6 +310,7 @@ class Attention(Kind):
 
     name = "attention"
 
+    @override
     def parts(self, layer: nn.Module) -> dict[str, Part]:
         embed: Any = layer.embed_dim
         if layer._qkv_same_embed_dim:
@@ -297,10 +320,12 @@ class Attention(Kind):
             projections = {f"{key}_proj": Part(f"{key}_proj_weight", size) for key, size in sizes.items()}
         return {**projections, "out_proj": Part("out_proj.weight", embed)}
 
+    @override
     def attach(self, layer: nn.Module) -> None:
         put_on(layer, _RotatedAttention)
         _add_hook(layer._forward_pre_hooks, layer.register_forward_pre_hook, keep_off_fast_path)
 
+    @override
     def detach(self, layer: nn.Module) -> None:
         take_off(layer)
         _drop_hook(layer, keep_off_fast_path)
@@ -330,11 +355,13 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 def refusal(module: nn.Module) -> str | None:
     """Why a module of a known kind cannot be adapted as it stands, with the remedy; None where it can."""
-    if isinstance(module, _LazyModule) and module.has_uninitialized_params():  # type: ignore[misc]
+    if isinstance(module, _LazyModule) and module.has_uninitialized_params():
         return "its shape is not known yet: run one batch through the model first to materialise it"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
-    names = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+    if isinstance(module, _Attention) and (reason := refusal(module.out_proj)) is not None:
+        return f"of its out_proj, {reason}"
+    names = [*module._parameters, *module._buffers]
     for suffix, remedy in (("_g", "remove_weight_norm"), ("_orig", "remove_spectral_norm or prune.remove")):
         if any(name.endswith(f"weight{suffix}") for name in names):
             return f"its weight is recomputed at every forward: call torch.nn.utils.{remedy} first"

@@ -6,15 +6,17 @@ Shapes: n blocks of size b, fan-in i = n*b; see `lightning_oft.rotation` for the
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from typing_extensions import override
 
-from .. import rotation as maths
-from ..config import OFTConfig
+from lightning_oft import rotation as maths
+from lightning_oft.config import OFTConfig
 
 
 class _Cached(NamedTuple):
@@ -45,7 +47,7 @@ class _Steps:
 @contextlib.contextmanager
 def _full_float32(device: torch.device) -> Iterator[None]:
     """Neither autocast nor TF32: a rotation of a reduced mantissa is not orthogonal."""
-    with torch.autocast(device.type, enabled=False):
+    with maths.without_autocast(device):
         matmul = torch.backends.cuda.matmul
         if device.type != "cuda" or torch.compiler.is_compiling() or not hasattr(matmul, "fp32_precision"):
             yield
@@ -139,27 +141,32 @@ class Rotation(nn.Module):
             version = 0 if weight.is_inference() else weight._version
             key = (*key, id(self.weight), weight.data_ptr(), version, _Steps.count)
         cache = self._cache
-        if cache is not None and cache.key == key and (cache.generator is None or torch.equal(cache.generator, weight)):
+        if (
+            cache is not None
+            and cache.key == key
             # A tensor made in inference mode cannot be used where gradients are recorded later.
-            if torch.is_inference_mode_enabled() or not cache.rotation.is_inference():
-                return cache.rotation
+            and (torch.is_inference_mode_enabled() or not cache.rotation.is_inference())
+            and (cache.generator is None or torch.equal(cache.generator, weight))
+        ):
+            return cache.rotation
         rotation = self.matrix().to(dtype)
         self._cache = _Cached(key, weight.clone() if on_cpu else None, rotation)
         return rotation
 
+    @override
     def train(self, mode: bool = True) -> Rotation:
         self._cache = None
-        return super().train(mode)
+        super().train(mode)
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotation:
         """Follow a move to a device and never a cast: half-precision generators and moments do not train."""
         self._cache = None
-        if self.weight.is_meta:
-            return super()._apply(fn, recurse)
         probe = fn(torch.zeros(1, dtype=torch.float32, device=self.weight.device))
-        if probe.dtype == torch.float32:
-            return super()._apply(fn, recurse)
-        return super()._apply(lambda t: t.to(probe.device), recurse)
+        if probe.dtype != torch.float32:
+            fn = functools.partial(torch.Tensor.to, device=probe.device)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._cache = None
@@ -170,8 +177,12 @@ class Rotation(nn.Module):
 
     def project(self) -> None:
         """Pull every block back into the constraint's ball, in place; nothing where there is none."""
-        if self.radius is not None and self.weight.numel():
-            maths.project(self.weight, self.radius)
+        if self.radius is None:
+            return
+        weight = self.weight.detach()
+        weight = weight.to_local() if hasattr(weight, "to_local") else weight  # blocks are rows: each shard has its own
+        if weight.numel():
+            maths.project(weight, self.radius)
 
     def error_bound(self) -> float:
         """Upper bound of ||R^T R - I||_2 over the blocks; 0 for the exact Cayley map. Waits for the device."""
@@ -189,6 +200,7 @@ class Rotation(nn.Module):
         with torch.no_grad():
             return float(maths.orthogonality_error(self.matrix()).max())
 
+    @override
     def extra_repr(self) -> str:
         series = "exact" if self.terms is None else f"{self.terms} terms"
         shared = ", shared" if self.weight.shape[0] < self.blocks else ""

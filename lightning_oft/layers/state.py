@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..config import OFTConfig
+from lightning_oft.config import OFTConfig
+
 from .rotation import Rotation
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def is_adapted(module: nn.Module) -> bool:
 
 def rotations_of(layer: nn.Module, adapter_name: str) -> dict[str, Rotation]:
     """The rotations of one adapter of a layer by part; the part's name is empty where a layer has one rotation."""
-    entry = layer.oft_R[adapter_name]  # type: ignore[index, operator]
+    entry: Any = layer.oft_R[adapter_name]  # type: ignore[index]
     return {"": entry} if isinstance(entry, Rotation) else dict(entry.items())
 
 

@@ -1,5 +1,6 @@
 """Floor 2: putting adapters into a model, switching them, and taking them out again, merged or not."""
 
+from . import trained
 from .inject import freeze, inject, unload
 from .merge import merge, unmerge
 from .switch import disable_adapters, project, set_adapter
@@ -17,6 +18,7 @@ __all__ = [
     "oft_layers",
     "project",
     "set_adapter",
+    "trained",
     "unload",
     "unmerge",
     "walk",

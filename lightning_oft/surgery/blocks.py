@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
-from ..config import OFTConfig
-from ..rotation import generator_size
+from lightning_oft.config import OFTConfig
+from lightning_oft.rotation import generator_size
+
 from .targets import Target
 from .walk import some
 

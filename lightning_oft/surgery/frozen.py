@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..layers import is_adapted
-from ..layers.in_place import InPlace, put_on, take_off
-from ..layers.state import FROZEN
+from lightning_oft.layers import state_of
+from lightning_oft.layers.in_place import InPlace, put_on, take_off
+from lightning_oft.layers.state import FROZEN
+
 from .trained import BASE, slots_of
 from .walk import walk
 
+_MODE = "_oft_mode"
 _NESTED = "_oft_use_nested_tensor"
 _StatisticsNorm = nn.modules.batchnorm._NormBase
 _TransformerEncoder = nn.TransformerEncoder
 
 
 class _FrozenNorm(InPlace):
-    """Stays in eval: the running statistics of a frozen base must not drift with the new data."""
+    """Stays in eval unless an adapter owns its statistics: those of a frozen base must not drift with the new data."""
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:  # type: ignore[misc]
-        self.training = False
+        self.__dict__[_MODE] = mode
+        slot = slots_of(self).get("running_mean")
+        self.training = mode and slot is not None and slot.live != BASE
         return self
 
 
@@ -37,9 +41,16 @@ def freeze(model: nn.Module) -> None:
                 continue
             parameter.requires_grad_(False)
             module.__dict__.setdefault(FROZEN, set()).add(name)
-        if isinstance(module, _StatisticsNorm) and module.track_running_stats and not any(slots):
+        if isinstance(module, _StatisticsNorm) and module.track_running_stats:
             put_on(module, _FrozenNorm)
-            module.train(False)
+            module.train(module.__dict__.get(_MODE, module.training))
+
+
+def settle_norms(model: nn.Module) -> None:
+    """Let every norm train or rest by whose statistics are in it now."""
+    for _, module in walk(model):
+        if isinstance(module, _FrozenNorm):
+            module.train(module.__dict__[_MODE])
 
 
 def thaw(model: nn.Module) -> None:
@@ -51,17 +62,18 @@ def thaw(model: nn.Module) -> None:
                 parameter.requires_grad_(True)
         if isinstance(module, _FrozenNorm):
             take_off(module)
-            module.train(model.training)
+            module.train(module.__dict__.pop(_MODE))
 
 
 def guard_nested_tensors(model: nn.Module) -> None:
-    """nn.TransformerEncoder packs padded batches for its layers' fused path, which an adapted layer does not take."""
+    """nn.TransformerEncoder packs padded batches for its layers' fused path, which a rotated layer does not take."""
     for _, module in walk(model):
         if not isinstance(module, _TransformerEncoder):
             continue
-        adapted = any(is_adapted(below) and "oft_R" in below._modules for below in module.modules())
-        if adapted and _NESTED not in module.__dict__:
+        states = [state for below in module.modules() if (state := state_of(below)) is not None]
+        rotated = any(state.enabled and state.merged is None for state in states)
+        if rotated and _NESTED not in module.__dict__:
             module.__dict__[_NESTED] = module.use_nested_tensor
             module.use_nested_tensor = False
-        elif not adapted and _NESTED in module.__dict__:
+        elif not rotated and _NESTED in module.__dict__:
             module.use_nested_tensor = module.__dict__.pop(_NESTED)

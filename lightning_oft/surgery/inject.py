@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import OFTConfig
-from ..layers import LayerState, Rotation, state_of
-from ..layers.state import set_state
+from lightning_oft.config import OFTConfig
+from lightning_oft.layers import LayerState, Rotation, state_of
+from lightning_oft.layers.state import set_state
+
 from . import trained
 from .blocks import block_sizes
 from .frozen import freeze, guard_nested_tensors, thaw
 from .merge import hide_rotations
 from .targets import Target, find_targets, matches, saved_names
-from .walk import fingerprint, forget_compiled, oft_layers, require_unmerged, some, walk
+from .walk import fingerprint, forget_compiled, oft_layers, require_enabled, require_unmerged, some, walk
 
 __all__ = ["freeze", "inject", "unload"]
 
@@ -37,7 +38,7 @@ def inject(model: nn.Module, config: OFTConfig, adapter_name: str = "default") -
 
     Raises:
         ValueError: nothing matches, or a target cannot be adapted; names it and the remedy. The model is untouched.
-        RuntimeError: the model is merged.
+        RuntimeError: the model is merged, or inside disable_adapters.
     """
     targets = find_targets(model, config)
     sizes = block_sizes(targets, config)
@@ -55,6 +56,7 @@ def inject_into(
     """Inject with targets and block sizes already known, as when they come from a file."""
     _check_name(adapter_name)
     require_unmerged(model, "inject an adapter")
+    require_enabled(model, "inject an adapter")
     _check_same_config(targets, config, adapter_name)
     _check_gradient_path(targets)
     saved = _saved_modules(model, config, strict)
@@ -81,7 +83,11 @@ def unload(model: nn.Module) -> None:
 
     After `merge` what stays is the plain merged model, with the trained copies of modules_to_save and biases; without
     it, the base. Parameters that were trainable before `inject` are trainable again.
+
+    Raises:
+        RuntimeError: inside disable_adapters.
     """
+    require_enabled(model, "unload")
     layers = oft_layers(model)
     merged = any(state.merged is not None for layer in layers.values() if (state := state_of(layer)))
     for layer in layers.values():
@@ -98,7 +104,7 @@ def unload(model: nn.Module) -> None:
 
 
 def _check_name(adapter_name: str) -> None:
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"adapter_name={adapter_name!r}: must be a non-empty string without dots and no name of nn.ModuleDict's own"
         )
@@ -109,7 +115,7 @@ def _check_same_config(targets: dict[str, Target], config: OFTConfig, adapter_na
         state = state_of(target.module)
         if state is not None and state.configs.get(adapter_name, config) != config:
             raise ValueError(
-                f"{name}: adapter {adapter_name!r} is already there with another configuration; "
+                f"{name or 'the model itself'}: adapter {adapter_name!r} is already there with another configuration; "
                 "unload(model) first, or use another adapter_name"
             )
 
@@ -136,9 +142,11 @@ def _is_dead(layer: Any) -> bool:
         try:
             probe = torch.zeros(1, layer.in_features, dtype=dtype, device=device, requires_grad=True)
             output = layer(probe)
+            if not isinstance(output, Tensor) or not output.requires_grad:
+                return isinstance(output, Tensor)
+            return torch.autograd.grad(output.sum(), probe, allow_unused=True)[0] is None
         except Exception:  # a layer that cannot run here and now; the guard after the first backward sees it
             return False
-    return isinstance(output, Tensor) and not output.requires_grad
 
 
 def _adapt(target: Target, sizes: dict[str, int], config: OFTConfig, adapter_name: str) -> LayerState:
@@ -161,7 +169,8 @@ def _adapt(target: Target, sizes: dict[str, int], config: OFTConfig, adapter_nam
         device = weight.device if weight is not None else next((p.device for p in layer.buffers(recurse=False)), None)
         rotations[part] = Rotation(place.fan_in, size, config, device).train(layer.training)
     entry: nn.Module = rotations[""] if "" in rotations else nn.ModuleDict(rotations)
-    layer.oft_R[adapter_name] = entry  # type: ignore[index, operator]
+    adapters: Any = layer.oft_R
+    adapters[adapter_name] = entry
     state.configs[adapter_name] = config
     if not state.active:
         state.active = [adapter_name]
@@ -201,19 +210,17 @@ def _claim(
         for layer in oft_layers(model).values()
         if (state := state_of(layer)) is not None
     )
+    slots = {id(tensor): slot for _, tensor, slot in trained.slots(model)}
     inside: set[int] = set()
     for module in saved.values():
         for _, below in walk(module):
             inside.add(id(below))
             for key in trained.own_tensors(below):
-                trained.claim(below, key, adapter_name, active)
+                trained.claim(below, key, adapter_name, active, slots)
     owners = {id(module) for target in targets.values() for module in target.module.modules()}
     for _, module in walk(model):
         if config.bias == "none" or id(module) in inside or (config.bias == "oft_only" and id(module) not in owners):
             continue
         for key, parameter in module._parameters.items():
             if parameter is not None and "bias" in key:
-                trained.claim(module, key, adapter_name, active)
-    for _, tensor, slot in trained.slots(model):
-        if slot.live == adapter_name and isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
-            tensor.requires_grad_(True)
+                trained.claim(module, key, adapter_name, active, slots)

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import LayerState, rotations_of, state_of
+from lightning_oft.layers import LayerState, rotations_of, state_of
+
 from .frozen import guard_nested_tensors
-from .switch import set_adapter
-from .walk import class_names, fingerprint, forget_compiled, merged_layers, oft_layers, require_unmerged, same_base, some, walk
+from .sharded import by_rows, is_sharded, whole, write
+from .sharded import part as part_of
+from .switch import remember_choice, set_adapter
+from .walk import (
+    class_names,
+    fingerprint,
+    forget_compiled,
+    merged_layers,
+    oft_layers,
+    require_enabled,
+    require_unmerged,
+    same_base,
+    some,
+    walk,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +46,8 @@ def merge(
     """Fold the active rotations into the weights, in place; the model computes alone what it did with its adapters.
 
     Names, classes and state-dict keys are those of the base afterwards. Each layer keeps its rotations out of sight,
-    so that `unmerge` can undo it. Either every layer is merged, or an error leaves every weight as it was.
+    so that `unmerge` can undo it. Either every layer is merged, or an error leaves the model as it was (where
+    keep_base is off and some layers were merged already, as `unmerge` would).
 
     Args:
         model: a model with adapters.
@@ -45,7 +61,7 @@ def merge(
 
     Raises:
         ValueError: no adapter, or a generator is not finite; names the layer.
-        RuntimeError: already merged.
+        RuntimeError: already merged, or inside disable_adapters.
     """
     if keep_base not in ("auto", "always", "never"):
         raise ValueError(f"keep_base={keep_base!r}: must be 'auto', 'always' or 'never'")
@@ -53,26 +69,35 @@ def merge(
     if not layers:
         raise ValueError("nothing to merge: the model has no adapter; call inject or load_adapter first")
     require_unmerged(model, "merge again")
-    if adapter_name is not None:
-        set_adapter(model, adapter_name)
-    _check_mergeable(layers)
-    size = sum(weight.numel() * weight.element_size() for layer in layers.values() for _, _, weight in _weights(layer))
-    keep = keep_base == "always" or (keep_base == "auto" and size <= KEEP_LIMIT)
-    log.info("merge: %s the base weights (%.1f MiB)", "keeping" if keep else "not keeping", size / 2**20)
-    shared = _shared_parameters(model)
+    require_enabled(model, "merge")
+    restore = remember_choice(model)
     done: list[nn.Module] = []
     try:
+        if adapter_name is not None:
+            set_adapter(model, adapter_name)
+        _check_mergeable(layers)
+        keep = _keeps(layers, keep_base)
+        shared = _shared_parameters(model)
         for layer in layers.values():
             done.append(layer)
             _merge_layer(layer, keep, device, shared)
     except BaseException:
         for layer in done:
             _unmerge_layer(layer)
+        restore()
         raise
     _untie_configs(model, layers)
     guard_nested_tensors(model)
     forget_compiled()
     return list(layers)
+
+
+def _keeps(layers: dict[str, nn.Module], keep_base: KeepBase) -> bool:
+    weights = [part_of(weight) for layer in layers.values() for _, _, weight in _weights(layer)]
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    keep = keep_base == "always" or (keep_base == "auto" and size <= KEEP_LIMIT)
+    log.info("merge: %s the base weights (%.1f MiB)", "keeping" if keep else "not keeping", size / 2**20)
+    return keep
 
 
 @torch.no_grad()
@@ -116,7 +141,8 @@ def show_rotations(layer: nn.Module, device: torch.device) -> None:
     """Put a layer's rotations back into the module tree, where its weights are now."""
     rotations = layer.__dict__.pop("oft_R", None)
     if rotations is not None:
-        layer.oft_R = rotations.to(device)
+        sharded = any(is_sharded(parameter) for parameter in rotations.parameters())
+        layer.oft_R = (rotations if sharded else rotations.to(device)).train(layer.training)
 
 
 def _state(layer: nn.Module) -> LayerState:
@@ -139,25 +165,28 @@ def _matrices(layer: nn.Module, part: str, names: list[str], device: torch.devic
 
 
 def _check_mergeable(layers: dict[str, nn.Module]) -> None:
-    broken, packed = [], []
-    for name, layer in layers.items():
-        state = _state(layer)
-        for adapter in state.active:
-            if not all(bool(r.weight.isfinite().all()) for r in rotations_of(layer, adapter).values()):
-                broken.append(name)
-        parameters = [place.parameter for place in state.kind.parts(layer).values()]
-        if not all(_is_plain(layer, parameter) for parameter in parameters):
-            packed.append(name)
+    broken = [name for name, layer in layers.items() if not _is_finite(layer)]
+    packed = [
+        name
+        for name, layer in layers.items()
+        if not all(_is_plain(layer, place.parameter) for place in _state(layer).kind.parts(layer).values())
+    ]
     if broken:
         raise ValueError(f"cannot merge: generators of {some(broken)} are NaN or infinite; nothing was changed")
     if packed:
         raise ValueError(f"cannot merge: the weights of {some(packed)} are quantized or packed; nothing was changed")
 
 
+def _is_finite(layer: nn.Module) -> bool:
+    active = [rotation for name in _state(layer).active for rotation in rotations_of(layer, name).values()]
+    # The whole generators, on every process: one that alone raised would leave the others waiting.
+    return all(bool(whole(rotation.weight.detach()).isfinite().all()) for rotation in active)
+
+
 def _is_plain(layer: nn.Module, parameter: str) -> bool:
     owner, _, key = parameter.rpartition(".")
     weight = layer.get_submodule(owner)._parameters.get(key)
-    return weight is not None and weight.is_floating_point() and type(weight.data) is Tensor
+    return weight is not None and weight.is_floating_point() and type(part_of(weight.data)) is Tensor
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
@@ -175,18 +204,31 @@ def _merge_layer(layer: nn.Module, keep: bool, device: torch.device | str | None
     for part, parameter, weight in _weights(layer):
         where = torch.device(device) if device is not None else weight.device
         matrices = _matrices(layer, part, state.active, where)
-        folded = state.kind.fold(layer, weight.data.to(where), matrices).to(weight.device)
-        if not bool(folded.isfinite().all()) and bool(weight.isfinite().all()):
+        folded = _by_rows(layer, weight, matrices, state.kind.fold, where)
+        if not is_sharded(weight) and not bool(folded.isfinite().all()) and bool(weight.isfinite().all()):
             raise ValueError(f"cannot merge: the merged {parameter} overflows {weight.dtype}; nothing was changed")
         if id(weight) in shared:
             state.base[parameter] = weight
             _set_parameter(layer, parameter, nn.Parameter(folded, requires_grad=weight.requires_grad))
         else:
-            state.base[parameter] = weight.data.cpu() if keep else None
-            weight.data = folded
+            state.base[parameter] = _kept(weight) if keep else None
+            write(weight, folded)
         state.merged_fingerprints[parameter] = fingerprint(folded)
     state.kind.detach(layer)
     hide_rotations(layer)
+
+
+def _by_rows(
+    layer: nn.Module, weight: Tensor, matrices: list[Tensor], change: Callable[..., Tensor], where: torch.device
+) -> Tensor:
+    """What this process holds of the weight, folded or unfolded, where the weight is."""
+    kind = _state(layer).kind
+    return by_rows(weight, kind.row_dim, lambda rows: change(layer, rows.to(where), matrices)).to(weight.device)
+
+
+def _kept(weight: Tensor) -> Tensor:
+    """A CPU copy of the weight; the tensor itself where exchanging `.data` leaves it alone."""
+    return part_of(weight.detach()).to("cpu", copy=True) if is_sharded(weight) else weight.data.cpu()
 
 
 def _set_parameter(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -207,10 +249,10 @@ def _unmerge_layer(layer: nn.Module) -> None:
             base.data = base.data.to(weight.device)
             _set_parameter(layer, parameter, base)
         elif base is not None:
-            weight.data = base.to(device=weight.device, dtype=weight.dtype)
+            write(weight, base.to(device=weight.device, dtype=weight.dtype))
         else:
             matrices = _matrices(layer, part, names, weight.device)
-            weight.data = state.kind.unfold(layer, weight.data, matrices)
+            write(weight, _by_rows(layer, weight, matrices, state.kind.unfold, weight.device))
     state.merged, state.base, state.merged_fingerprints = None, {}, {}
     show_rotations(layer, device)
     state.kind.attach(layer)

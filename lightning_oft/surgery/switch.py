@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
-from ..layers import rotations_of, state_of
+from lightning_oft.layers import rotations_of, state_of
+
 from . import trained
-from .walk import adapter_names, oft_layers, require_unmerged, walk
+from .frozen import guard_nested_tensors, settle_norms
+from .walk import (
+    adapter_names,
+    class_names,
+    forget_compiled,
+    oft_layers,
+    require_enabled,
+    require_unmerged,
+    walk,
+)
 
 
 def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[str] | None = None) -> None:
@@ -24,7 +34,7 @@ def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[
 
     Raises:
         ValueError: an unknown or repeated name, or two adapters that train the same bias or module. Nothing changes.
-        RuntimeError: the model is merged.
+        RuntimeError: the model is merged, or inside disable_adapters.
     """
     chosen = [names] if isinstance(names, str) else list(names)
     training = chosen if trainable is None else [trainable] if isinstance(trainable, str) else list(trainable)
@@ -37,6 +47,7 @@ def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[
     if not set(training) <= set(chosen):
         raise ValueError(f"trainable={training}: only active adapters train, and those are {chosen}")
     require_unmerged(model, "choose adapters")
+    require_enabled(model, "choose adapters")
     clash = trained.conflict(model, chosen)
     if clash:
         raise ValueError(clash)
@@ -51,6 +62,26 @@ def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[
                 if name not in training:
                     rotation.weight.grad = None
     trained.switch(model, chosen, set(training))
+    settle_norms(model)
+
+
+def remember_choice(model: nn.Module) -> Callable[[], None]:
+    """A function that makes the choice of `set_adapter` again what it is now."""
+    states = [state for layer in oft_layers(model).values() if (state := state_of(layer)) is not None]
+    active = [(state, state.active) for state in states]
+    live = [(tensor, slot, slot.live) for _, tensor, slot in trained.slots(model)]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore() -> None:
+        for state, names in active:
+            state.active = names
+        for tensor, slot, owner in live:
+            trained.put(tensor, slot, owner)
+        for parameter, trains in trainable:
+            parameter.requires_grad_(trains)
+        settle_norms(model)
+
+    return restore
 
 
 @contextlib.contextmanager
@@ -70,14 +101,16 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             state.enabled = False
         for tensor, slot, _ in held:
             trained.put(tensor, slot, trained.BASE)
-        _attach(fused, False)
+        settle_norms(model)
+        _let_fuse(model, fused, True)
         yield
     finally:
         for state, enabled in zip(states, before, strict=True):
             state.enabled = enabled
         for tensor, slot, owner in held:
             trained.put(tensor, slot, owner)
-        _attach(fused, True)
+        settle_norms(model)
+        _let_fuse(model, fused, False)
 
 
 def _fused_layers(model: nn.Module) -> list[nn.Module]:
@@ -85,17 +118,31 @@ def _fused_layers(model: nn.Module) -> list[nn.Module]:
 
     torch.compile does not see hooks change, so where it is in use they stay (the difference is rounding).
     """
-    if "torch._dynamo" in sys.modules:
+    if _is_compiled(model):
         return []
     encoders = [module for _, module in walk(model) if isinstance(module, nn.TransformerEncoderLayer)]
-    return [layer for encoder in encoders for layer in oft_layers(encoder).values()]
+    layers = [layer for encoder in encoders for layer in oft_layers(encoder).values()]
+    return [layer for layer in layers if (state := state_of(layer)) is not None and state.enabled]
 
 
-def _attach(layers: list[nn.Module], attached: bool) -> None:
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile holds code of this process, or will of this model. Lightning imports it in any case."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return False
+    waiting = (module._compiled_call_impl is not None or "OptimizedModule" in class_names(module) for module in model.modules())
+    return bool(dynamo.convert_frame.input_codes.seen_ids) or any(waiting)
+
+
+def _let_fuse(model: nn.Module, layers: list[nn.Module], fuse: bool) -> None:
     for layer in layers:
         state = state_of(layer)
         if state is not None:
-            (state.kind.attach if attached else state.kind.detach)(layer)
+            (state.kind.detach if fuse else state.kind.attach)(layer)
+    if layers:
+        guard_nested_tensors(model)
+    if layers and not fuse and _is_compiled(model):  # compiled in between, when the hooks were away
+        forget_compiled()
 
 
 @torch.no_grad()

@@ -6,9 +6,11 @@ import re
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.utils import parametrize
 
-from ..config import OFTConfig
-from ..layers import Kind, kind_of, refusal, state_of
+from lightning_oft.config import OFTConfig
+from lightning_oft.layers import Kind, kind_of, refusal, state_of
+
 from .walk import class_names, some, walk
 
 _PROJECTIONS = ("q_proj", "v_proj")
@@ -77,7 +79,7 @@ def find_targets(model: nn.Module, config: OFTConfig, strict: bool = True) -> di
             every = tuple(part for part in kind.parts(module) if part not in excluded)
             found[owner] = Target(module, kind, parts or every)
     if refused:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:4])
+        reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in list(refused.items())[:4])
         more = f"; and {len(refused) - 4} more" if len(refused) > 4 else ""
         raise ValueError(f"target_modules={config.target_modules!r} selects what cannot be adapted: {reasons}{more}")
     if strict and not found:
@@ -146,7 +148,8 @@ def _in_layers(name: str, wanted: list[str], config: OFTConfig) -> bool:
 
 def _is_container(module: nn.Module) -> bool:
     """A block may carry in_features and out_features without being one linear layer."""
-    children = [child for name, child in module._modules.items() if name != "oft_R" or not state_of(module)]
+    own = {"oft_R"} if state_of(module) else {"parametrizations"} if parametrize.is_parametrized(module) else set()
+    children = [child for name, child in module._modules.items() if name not in own]
     return any(child is not None and next(child.parameters(), None) is not None for child in children)
 
 

@@ -1,8 +1,8 @@
 """Tensors of the base that an adapter trains whole: modules_to_save and biases.
 
 The values of the active adapter live in the module itself, under the names they always had; those of the base and of
-other adapters wait beside it. Switching exchanges `.data` and never copies into it: a backward in flight keeps what
-it saved.
+other adapters wait beside it. Switching exchanges `.data` and never copies into it, so that a backward in flight finds
+its values again after `disable_adapters`; after a lasting switch it raises.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from lightning_oft.layers.state import FROZEN
 
 from .walk import walk
 
@@ -44,7 +46,7 @@ def slots(model: nn.Module) -> Iterator[tuple[str, Tensor, Slot]]:
 
 def tensor_of(module: nn.Module, key: str) -> Tensor:
     """A module's own parameter or buffer."""
-    tensor = module._parameters.get(key)
+    tensor: Tensor | None = module._parameters.get(key)
     tensor = module._buffers.get(key) if tensor is None else tensor
     assert tensor is not None
     return tensor
@@ -56,12 +58,17 @@ def own_tensors(module: nn.Module) -> list[str]:
     return [key for key, p in module._parameters.items() if p is not None] + buffers
 
 
-def claim(module: nn.Module, key: str, adapter_name: str, active: bool) -> None:
-    """Let an adapter own a tensor from now on; its values start as the base's."""
+def claim(module: nn.Module, key: str, adapter_name: str, active: bool, known: dict[int, Slot]) -> None:
+    """Let an adapter own a tensor from now on; its values start as the base's.
+
+    `known` are the slots by id of their tensor: one that two modules hold (tied embeddings) has a single slot.
+    """
     tensor = tensor_of(module, key)
     found = module.__dict__.setdefault(_ATTRIBUTE, {})
     if key not in found:
-        found[key] = Slot(live=BASE)
+        found[key] = known.setdefault(id(tensor), Slot(live=BASE))
+        if tensor.requires_grad:  # as `freeze` would note it: `unload` returns to that
+            module.__dict__.setdefault(FROZEN, set()).add(key)
     slot = found[key]
     if adapter_name in slot.owners:
         return
@@ -70,6 +77,8 @@ def claim(module: nn.Module, key: str, adapter_name: str, active: bool) -> None:
     slot.waiting[adapter_name] = base.clone()
     if active and slot.live == BASE:
         put(tensor, slot, adapter_name)
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+            tensor.requires_grad_(True)
 
 
 def put(tensor: Tensor, slot: Slot, owner: str) -> None:
@@ -90,7 +99,9 @@ def switch(model: nn.Module, names: list[str], trainable: set[str]) -> None:
     """Give every slot to the first of the named adapters that owns it, else to the base."""
     for _, tensor, slot in slots(model):
         owner = owned(slot, names)
-        put(tensor, slot, owner)
+        if owner != slot.live:
+            put(tensor, slot, owner)
+            torch.autograd.graph.increment_version(tensor)  # a backward in flight raises instead of reading the new values
         if tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(owner in trainable)
             if owner not in trainable:
@@ -107,11 +118,13 @@ def conflict(model: nn.Module, names: list[str]) -> str | None:
 
 
 def release(model: nn.Module, to_base: bool) -> None:
-    """Forget all owners; what stays is the base's values, or those that are live."""
+    """Forget all owners and freeze what they had; what stays is the base's values, or those that are live."""
     for _, module in walk(model):
         for key, slot in slots_of(module).items():
+            tensor = tensor_of(module, key)
             if to_base:
-                put(tensor_of(module, key), slot, BASE)
+                put(tensor, slot, BASE)
+            tensor.requires_grad_(False)
         module.__dict__.pop(_ATTRIBUTE, None)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..layers import is_adapted, state_of
+from lightning_oft.layers import is_adapted, state_of
 
 _WRAPPERS = {
     "OptimizedModule": {"_orig_mod"},
@@ -74,6 +74,12 @@ def require_unmerged(model: nn.Module, action: str) -> None:
     merged = merged_layers(model)
     if merged:
         raise RuntimeError(f"cannot {action}: {some(merged)} are merged; call unmerge(model) first")
+
+
+def require_enabled(model: nn.Module, action: str) -> None:
+    """Raise RuntimeError inside `disable_adapters`, which puts back at its end what it found at its beginning."""
+    if any(not state.enabled for layer in oft_layers(model).values() if (state := state_of(layer))):
+        raise RuntimeError(f"cannot {action} inside disable_adapters: leave its context first")
 
 
 def some(names: Iterable[str], limit: int = 4) -> str:

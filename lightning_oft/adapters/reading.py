@@ -1,0 +1,298 @@
+"""Reading an adapter directory, without a model: the configuration and the header first, the tensors after."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lightning_oft import rotation as maths
+from lightning_oft.config import OFTConfig
+
+from .format import (
+    CONFIG_FILE,
+    OWN_FIELDS,
+    OWN_KEY,
+    OWN_VERSION,
+    PEFT_DEFAULTS,
+    PICKLE_FILE,
+    TENSOR_FILE,
+    AdapterFile,
+    AdapterFileError,
+    parse_key,
+)
+
+_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_FLOATING = ("F16", "BF16", "F32", "F64")
+_CONFIG_LIMIT = 64 * 2**20
+"""Bytes of a configuration; the longest list of layer names is far below."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a directory says it holds, before any tensor is read. `rotations` and `saved` map names to keys."""
+
+    directory: Path
+    config: OFTConfig
+    saved_modules: list[str]
+    rotations: dict[str, str]
+    saved: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    embeddings: frozenset[str]
+    fingerprint: dict[str, str] | None
+    root: str | None
+    extra: dict[str, Any]
+
+    def block(self, name: str) -> tuple[int, int]:
+        """(stored blocks, block size) of a rotation."""
+        stored, entries = self.shapes[self.rotations[name]]
+        return stored, maths.block_size_of(entries)
+
+
+def read_adapter(directory: str | Path) -> AdapterFile:
+    """Read an adapter directory of this library or of PEFT. No model is needed, and nothing but torch is imported.
+
+    Args:
+        directory: holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        AdapterFileError: not an adapter, damaged, or of a format that cannot be read; names the file and the remedy.
+    """
+    return read_values(open_adapter(directory))
+
+
+def open_adapter(directory: str | Path, adapter_name: str | None = None) -> Listing:
+    """Check everything about a directory that can be checked before its tensors take memory."""
+    place = _locate(Path(directory), adapter_name)
+    raw = _read_json(place / CONFIG_FILE)
+    config, saved_modules, own, extra = _parse_config(raw, place / CONFIG_FILE)
+    file = place / TENSOR_FILE
+    if not file.is_file():
+        pickled = f"; {PICKLE_FILE} is a pickle, which may run code: convert it to safetensors with PEFT"
+        raise AdapterFileError(f"{file}: no such file{pickled if (place / PICKLE_FILE).is_file() else ''}")
+    _check_digest(file, own.get("sha256"))
+    header = _read_header(file)
+    rotations, saved, embeddings = _sort_keys(file, header)
+    _check_generators(file, header, rotations)
+    dead = [name for name, key in rotations.items() if header[key][1][1] == 0]
+    if len(dead) == len(rotations):
+        raise AdapterFileError(
+            f"{file}: all its blocks are of size 1, which rotate nothing; train with a larger block size"
+        )
+    if dead:
+        warnings.warn(f"{file}: {', '.join(dead)} have blocks of size 1, which rotate nothing; left out", stacklevel=4)
+    return Listing(
+        directory=place,
+        config=config,
+        saved_modules=saved_modules,
+        rotations={name: key for name, key in rotations.items() if name not in dead},
+        saved=saved,
+        shapes={key: shape for key, (_, shape) in header.items()},
+        embeddings=embeddings,
+        fingerprint=own.get("fingerprint"),
+        root=own.get("root"),
+        extra=extra,
+    )
+
+
+def read_values(listing: Listing) -> AdapterFile:
+    """Read the tensors: generators as float32 in our convention, what was trained whole as it is stored."""
+    file, config = listing.directory / TENSOR_FILE, listing.config
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            rotations = {
+                name: tensors.get_tensor(key).to(torch.float32, copy=True) for name, key in listing.rotations.items()
+            }
+            saved = {name: tensors.get_tensor(key).clone() for name, key in listing.saved.items()}
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise AdapterFileError(f"{file}: cannot be read ({_line(error)}); copy the file again") from None
+    broken = [name for name, generator in rotations.items() if not bool(generator.isfinite().all())]
+    if broken:
+        raise AdapterFileError(
+            f"{file}: generators of {', '.join(broken)} are NaN or infinite; train the adapter again"
+        )
+    return AdapterFile(
+        directory=listing.directory,
+        config=config,
+        rotations={name: _ours(generator, config) for name, generator in rotations.items()},
+        saved=saved,
+        embeddings=listing.embeddings,
+        fingerprint=listing.fingerprint,
+        root=listing.root,
+        extra=listing.extra,
+    )
+
+
+def _ours(generator: Tensor, config: OFTConfig) -> Tensor:
+    """A generator as it is stored, in our convention.
+
+    PEFT's exact map is (I - Q)(I + Q)^-1, the transpose of what its series approximates and of our exact map. It
+    projects at each forward, so a file written after an optimizer step is not projected yet.
+    """
+    if not config.use_cayley_neumann:
+        generator = -generator
+    if config.coft and config.coft_radius == "peft":
+        maths.project(generator, maths.eps_radius(config.eps, 1, generator.shape[0]))
+    return generator
+
+
+def _locate(directory: Path, adapter_name: str | None) -> Path:
+    """The directory itself, or the one below it that PEFT makes for an adapter of another name than `default`."""
+    if not directory.is_dir():
+        raise AdapterFileError(f"{directory}: no such directory; give the one that holds {CONFIG_FILE}")
+    if (directory / CONFIG_FILE).is_file():
+        return directory
+    below = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
+    if adapter_name in below:
+        return directory / str(adapter_name)
+    hint = f"; there are adapters in {', '.join(below)}: give one of these directories" if below else ""
+    raise AdapterFileError(f"{directory / CONFIG_FILE}: no such file, so this is no adapter directory{hint}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > _CONFIG_LIMIT:
+            raise ValueError(f"larger than {_CONFIG_LIMIT} bytes")
+        raw = json.loads(file.read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{file}: not a readable JSON file ({_line(error)}); copy the file again") from None
+    if not isinstance(raw, dict):
+        raise AdapterFileError(f"{file}: holds a {type(raw).__name__} where an object is expected; copy the file again")
+    return raw
+
+
+def _parse_config(raw: dict[str, Any], file: Path) -> tuple[OFTConfig, list[str], dict[str, Any], dict[str, Any]]:
+    """(configuration, modules_to_save below the file's root, what stands under our own key, the other fields)."""
+    own = raw.get(OWN_KEY, {})
+    _check_own(own, file)
+    if raw.get("peft_type") != "OFT":
+        raise AdapterFileError(f"{file}: peft_type is {raw.get('peft_type')!r}, not 'OFT'; only OFT adapters are read")
+    if "oft_block_size" not in raw:
+        raise AdapterFileError(
+            f"{file}: no oft_block_size, so it was written before PEFT 0.14; train the adapter again"
+        )
+    if not raw["oft_block_size"] and not raw.get("r"):
+        raise AdapterFileError(f"{file}: neither r nor oft_block_size is given; write the one it was trained with")
+    values = {field: raw.get(field, default) for field, default in PEFT_DEFAULTS.items()}
+    for field in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+        if values[field] in ("", []):
+            values[field] = None
+    if isinstance(values["target_modules"], str):
+        values["layers_to_transform"] = values["layers_pattern"] = None  # PEFT ignores them beside a pattern
+    values["neumann_series"] = "unhalved" if _is_unhalved(raw, file) else "halved"
+    values["coft_radius"] = "peft" if values["coft"] else "paper"
+    ours = {key: value for key, value in own.get("config", {}).items() if key in OWN_FIELDS}
+    try:
+        theirs = OFTConfig(**values)
+        config = replace(theirs, **ours)
+    except (ValueError, TypeError) as error:
+        raise AdapterFileError(f"{file}: {_line(error)}") from None
+    extra = {key: value for key, value in raw.items() if key not in PEFT_DEFAULTS and key != OWN_KEY}
+    return config, theirs.modules_to_save or [], own, extra
+
+
+def _check_own(own: Any, file: Path) -> None:
+    kinds = {"config": dict, "root": str, "fingerprint": dict, "sha256": str, "version": int}
+    right = isinstance(own, dict) and all(isinstance(own[key], kind) for key, kind in kinds.items() if key in own)
+    if not right or not all(isinstance(v, str) and ":" in v for v in own.get("fingerprint", {}).values()):
+        raise AdapterFileError(f"{file}: {OWN_KEY} has a field of a wrong type; copy the file again")
+    if own.get("version", OWN_VERSION) > OWN_VERSION:
+        raise AdapterFileError(f"{file}: written by a newer lightning_oft; upgrade it to read this adapter")
+
+
+def _is_unhalved(raw: dict[str, Any], file: Path) -> bool:
+    """Whether PEFT computed another series when it wrote this: it records its version since 0.18, which changed it."""
+    version = raw.get("peft_version") or "0.0"
+    numbers = re.match(r"(\d{1,6})\.(\d{1,6})", version) if isinstance(version, str) else None
+    if numbers is None:
+        raise AdapterFileError(
+            f"{file}: peft_version={version!r} is no version; write that of the PEFT it was saved with"
+        )
+    return raw.get("use_cayley_neumann") is True and (int(numbers[1]), int(numbers[2])) < (0, 18)
+
+
+def _check_digest(file: Path, expected: str | None) -> None:
+    if expected is None:
+        return
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                digest.update(chunk)
+    except OSError as error:
+        raise AdapterFileError(f"{file}: cannot be read ({_line(error)})") from None
+    if digest.hexdigest() != expected:
+        raise AdapterFileError(
+            f"{file}: is not the file that {CONFIG_FILE} was written with: an interrupted write, or damaged since; "
+            "save or copy the adapter again"
+        )
+
+
+def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape by key. safetensors itself checks that the header agrees with the size of the file."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 - no dictionary
+            header = {key: (str(s.get_dtype()), tuple(s.get_shape())) for key, s in slices.items()}
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise AdapterFileError(f"{file}: not a whole safetensors file ({_line(error)}); copy the file again") from None
+    for key, (dtype, shape) in header.items():
+        if dtype not in _BYTES:
+            raise AdapterFileError(f"{file}: {key} is of dtype {dtype}, which is not read; save it as float32")
+        if _BYTES[dtype] * math.prod(shape) > file.stat().st_size:
+            raise AdapterFileError(
+                f"{file}: {key} declares a shape of {shape}, more than the file holds; copy it again"
+            )
+    return header
+
+
+def _sort_keys(
+    file: Path, header: dict[str, tuple[str, tuple[int, ...]]]
+) -> tuple[dict[str, str], dict[str, str], frozenset[str]]:
+    """Keys by name: of the rotations, of what was trained whole; and the names of embeddings."""
+    if any(".oft_r." in f".{key}." for key in header):
+        raise AdapterFileError(f"{file}: holds oft_r keys, so it was written by PEFT 0.15 or before; train it again")
+    rotations: dict[str, str] = {}
+    saved: dict[str, str] = {}
+    embeddings = set()
+    for key in header:
+        meaning = parse_key(key)
+        if meaning is None:
+            continue
+        found = rotations if meaning.is_rotation else saved
+        if meaning.name in found:
+            raise AdapterFileError(f"{file}: {key} and {found[meaning.name]} mean the same; save one adapter a file")
+        found[meaning.name] = key
+        if meaning.is_embedding:
+            embeddings.add(meaning.name)
+    if not rotations:
+        raise AdapterFileError(f"{file}: holds no rotation (no key with oft_R); was it saved with another method?")
+    return rotations, saved, frozenset(embeddings)
+
+
+def _check_generators(file: Path, header: dict[str, tuple[str, tuple[int, ...]]], rotations: dict[str, str]) -> None:
+    for key in rotations.values():
+        dtype, shape = header[key]
+        if dtype not in _FLOATING:
+            raise AdapterFileError(f"{file}: {key} is of dtype {dtype}; generators are floating point, save it again")
+        if len(shape) != 2 or shape[0] == 0:
+            raise AdapterFileError(f"{file}: {key} has shape {shape}, not (blocks, b(b-1)/2); train the adapter again")
+        try:
+            maths.block_size_of(shape[1])
+        except ValueError as error:
+            raise AdapterFileError(f"{file}: {key} has shape {shape}: {error}; train the adapter again") from None
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error, without what belongs to the reader's own file name."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).splitlines()[0][:200]

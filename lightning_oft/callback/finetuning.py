@@ -1,0 +1,203 @@
+"""OFTFinetuning: when each thing happens in a Lightning run. What happens is on the floors below.
+
+Measured order (lightning 2.6): callback.setup, module.setup, configure_model, restore, optimizers, on_fit_start, ...,
+on_train_end, strategy.teardown, on_fit_end, teardown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+from typing_extensions import override
+
+from ..adapters import load_adapter
+from ..config import OFTConfig
+from ..surgery import adapter_names, find_targets, freeze, merge, oft_layers, project, unmerge
+from ..surgery.blocks import block_sizes
+from ..surgery.inject import inject_into
+from ..surgery.walk import merged_layers
+from . import guards, report
+from .export import export
+from .shadow import after_configure_model, keep_checkpoint_hooks, leave, restore_rng
+from .strategies import strategy_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class OFTFinetuning(Callback):
+    """Finetune a LightningModule by learned rotations of its frozen weights.
+
+    Injects the rotations when a run is set up, freezes everything else, holds constrained rotations in their ball
+    after every optimizer step (COFT), writes checkpoints of the adapter alone, and merges the rotations into the
+    weights when the fit ends, so that the model is a plain one again. A later validate, test, predict or fit takes
+    the merge back for as long as it runs.
+
+    Put it before weight-averaging callbacks. Generators should not decay towards the identity: give them to an
+    optimizer group without weight decay.
+
+    Args:
+        enabled: false runs the same task without OFT.
+        module: dotted path, below the LightningModule, of the part to adapt; all of it by default.
+        adapter_name: name of this set of rotations.
+        pretrained_adapter: directory of an adapter (this library's or PEFT's) to start from; its file decides which
+            layers are adapted and how.
+        merge_on_fit_end: fold the rotations into the weights when the fit ends.
+        keep_base: keep a CPU copy of the adapted weights to take the merge back to the bit: "auto" up to 8 GiB a
+            process, "always" or "never".
+        save_adapter_only: leave the frozen base out of checkpoints.
+        export_dir: where to write, when the fit ends, `adapter/` (PEFT's format) and `merged/` (a plain model).
+        export_from: what to export: the "last" state of the fit or ModelCheckpoint's "best".
+        **config: the fields of OFTConfig.
+
+    Raises:
+        ValueError: a field has a wrong value; names the field.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        module: str | None = None,
+        adapter_name: str = "default",
+        pretrained_adapter: str | None = None,
+        merge_on_fit_end: bool = True,
+        keep_base: Literal["auto", "always", "never"] = "auto",
+        save_adapter_only: bool = True,
+        export_dir: str | None = None,
+        export_from: Literal["last", "best"] = "last",
+        **config: Any,
+    ) -> None:
+        super().__init__()
+        guards.check_options(config, keep_base=keep_base, export_from=export_from)
+        self.config = OFTConfig(**config)
+        self.enabled = enabled
+        self.module = module
+        self.adapter_name = adapter_name
+        self.pretrained_adapter = None if pretrained_adapter is None else str(pretrained_adapter)
+        self.merge_on_fit_end = merge_on_fit_end
+        self.keep_base = keep_base
+        self.save_adapter_only = save_adapter_only
+        self.export_dir = None if export_dir is None else str(export_dir)
+        self.export_from = export_from
+        self._layers: list[str] = []
+        self._was_merged = False
+        self._steps: Any = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Two of these callbacks may adapt two parts of one model."""
+        return self._generate_state_key(module=self.module, adapter_name=self.adapter_name)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when a run begins: takes an earlier merge back, and injects where the model is already built."""
+        if not self.enabled:
+            return
+        guards.check_company(trainer, self)
+        strategy_of(trainer).before_inject(trainer, pl_module)
+        self._was_merged = bool(merged_layers(pl_module))
+        if self._was_merged:
+            unmerge(pl_module)
+        self._inject(pl_module, built=False)
+        after_configure_model(pl_module, self._injected)
+        keep_checkpoint_hooks(pl_module)
+
+    def _injected(self, pl_module: nn.Module) -> None:
+        """Inject into what the module's own setup and configure_model have built since."""
+        self._inject(pl_module, built=True)
+
+    def _inject(self, pl_module: nn.Module, built: bool) -> None:
+        root = guards.submodule(pl_module, self.module, required=built)
+        if root is None:
+            return
+        known = self.adapter_name in adapter_names(root)
+        if self.pretrained_adapter is not None:
+            if not known and (built or find_targets(root, self.config, strict=False)):
+                load_adapter(root, self.pretrained_adapter, self.adapter_name)
+        else:
+            targets = find_targets(root, self.config, strict=built)
+            have = {name for name, layer in oft_layers(root).items() if self.adapter_name in layer.oft_R}  # type: ignore[operator]
+            fresh = {name: target for name, target in targets.items() if name not in have}
+            if fresh or not known or built:
+                inject_into(root, fresh, block_sizes(fresh, self.config), self.config, self.adapter_name, strict=built)
+        strategy_of(pl_module.trainer).after_inject(pl_module.trainer, root)
+        self._layers = self._own_layers(root)
+        freeze(pl_module)
+
+    def _own_layers(self, root: nn.Module) -> list[str]:
+        return [name for name, layer in oft_layers(root).items() if self.adapter_name in layer.oft_R]  # type: ignore[operator]
+
+    def root(self, pl_module: nn.Module) -> nn.Module:
+        """The part of the LightningModule that this callback adapts."""
+        root = guards.submodule(pl_module, self.module, required=True)
+        assert root is not None
+        return root
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when the fit begins: the model is built, restored and wrapped, the optimizers exist."""
+        if not self.enabled:
+            return
+        root = self.root(pl_module)
+        guards.check_layers(self._layers, self._own_layers(root))
+        guards.check_optimizers(trainer, root, self.adapter_name)
+        self._steps = strategy_of(trainer).watch_steps(trainer, root, self.adapter_name)
+        project(root)
+        restore_rng(pl_module)
+        rank_zero_info(report.start_line(pl_module, root, self.adapter_name))
+        report.warn_about_constraint(root, self.adapter_name)
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"oft": dataclasses.asdict(self.config)})
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when an epoch ends: says so once if a truncated series has left its tolerance."""
+        if self._steps is not None:
+            self._steps.check_series()
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when the fit has ended, after all checkpoints and averages: exports and merges."""
+        if not self.enabled:
+            return
+        self._stop_watching()
+        root = self.root(pl_module)
+        where = strategy_of(trainer).device(trainer)
+        written = export(trainer, pl_module, root, self, where) if self.export_dir else {}
+        if self.merge_on_fit_end:
+            if not merged_layers(root):
+                strategy_of(trainer).merge(root, self.keep_base, where)
+            rank_zero_info(report.merge_line(root, self.adapter_name, written))
+        else:
+            rank_zero_info(report.unmerged_line(root, self.adapter_name, written))
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Called when a run fails or is interrupted: nothing is merged, and nothing stays registered."""
+        self._stop_watching()
+        leave(pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when a run ends: a merge that setup took back is made again."""
+        self._stop_watching()
+        leave(pl_module)
+        if self.enabled and self._was_merged and oft_layers(pl_module) and not merged_layers(pl_module):
+            merge(pl_module, keep_base=self.keep_base, device=strategy_of(trainer).device(trainer))
+        self._was_merged = False
+
+    def _stop_watching(self) -> None:
+        if self._steps is not None:
+            self._steps.remove()
+            self._steps = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_steps": None}
+
+

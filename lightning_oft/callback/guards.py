@@ -1,0 +1,108 @@
+"""What would otherwise go wrong in silence: each check is one error that names the layers and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from torch import nn
+
+from ..config import OFTConfig
+from ..layers import Rotation, rotations_of, state_of
+from ..surgery import oft_layers
+from ..surgery.walk import class_names, some, walk
+
+
+def check_options(config: dict[str, Any], **choices: str) -> None:
+    """Raise TypeError for a keyword that OFTConfig lacks, ValueError for a choice that does not exist."""
+    fields = [field.name for field in dataclasses.fields(OFTConfig)]
+    for name in config:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(fields)}"
+            raise TypeError(f"OFTFinetuning has no option {name!r}{hint}")
+    takes = {"keep_base": ("auto", "always", "never"), "export_from": ("last", "best")}
+    for name, value in choices.items():
+        if value not in takes[name]:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(takes[name])}")
+
+
+def submodule(pl_module: nn.Module, path: str | None, required: bool) -> nn.Module | None:
+    """The module under a dotted path; None where it is not built yet. Raises ValueError where it is `required`."""
+    if not path:
+        return pl_module
+    modules = dict(walk(pl_module))
+    if path in modules:
+        return modules[path]
+    if required:
+        near = difflib.get_close_matches(path, [name for name in modules if name], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        children = some([name for name, _ in pl_module.named_children()])
+        raise ValueError(f"oft.module={path!r}: the LightningModule has no such part{hint} (it has {children})")
+    return None
+
+
+def check_company(trainer: Any, callback: Any) -> None:
+    """Raise ValueError where a callback that copies the model stands before the one that changes it."""
+    for other in trainer.callbacks:
+        if other is callback:
+            return
+        names = {cls.__name__ for cls in type(other).__mro__}
+        if names & {"WeightAveraging", "StochasticWeightAveraging"}:
+            raise ValueError(
+                f"{type(other).__name__} stands before OFTFinetuning in Trainer(callbacks=...) and would average a model "
+                "without rotations: put OFTFinetuning first"
+            )
+
+
+def check_layers(injected: list[str], present: list[str]) -> None:
+    """Raise RuntimeError where layers were replaced after the injection."""
+    lost = sorted(set(injected) - set(present))
+    if lost:
+        raise RuntimeError(
+            f"{some(lost)}: the rotations put there at setup are gone, so the layers were replaced since (a precision "
+            "plugin, configure_model or another callback?): replace them before OFTFinetuning's setup"
+        )
+    if not present:
+        raise RuntimeError("OFTFinetuning: no layer is adapted when the fit starts")
+
+
+def trainable_rotations(root: nn.Module, adapter_name: str) -> dict[str, Rotation]:
+    """The rotations of one adapter that train, by the name of their layer (and part)."""
+    found = {}
+    for name, layer in oft_layers(root).items():
+        state = state_of(layer)
+        if state is None or adapter_name not in state.configs or state.merged is not None:
+            continue
+        for part, rotation in rotations_of(layer, adapter_name).items():
+            if rotation.weight.requires_grad:
+                found[f"{name}.{part}" if part else name] = rotation
+    return found
+
+
+def check_optimizers(trainer: Any, root: nn.Module, adapter_name: str) -> None:
+    """Raise RuntimeError where a rotation trains in no optimizer: a list of parameters was taken before injection."""
+    held = {id(tensor) for optimizer in trainer.optimizers for group in optimizer.param_groups for tensor in group["params"]}
+    rotations = trainable_rotations(root, adapter_name)
+    idle = [name for name, rotation in rotations.items() if id(rotation.weight) not in held]
+    if idle:
+        raise RuntimeError(
+            f"the rotations of {some(idle)} are in no optimizer and would never train: build the optimizer in "
+            "configure_optimizers from self.parameters(), not from a list made before the Trainer ran"
+        )
+
+
+def check_gradients(rotations: dict[str, Rotation]) -> None:
+    """Raise RuntimeError where a rotation got no gradient from the backward that preceded the first step."""
+    idle = [name for name, rotation in rotations.items() if rotation.weight.requires_grad and rotation.weight.grad is None]
+    if idle:
+        raise RuntimeError(
+            f"the rotations of {some(idle)} got no gradient: their layers are not called through their forward, or "
+            "their output does not reach the loss; add them to exclude_modules"
+        )
+
+
+def is_deepspeed(trainer: Any) -> bool:
+    """Whether DeepSpeed runs the training."""
+    return "DeepSpeedStrategy" in class_names(trainer.strategy)

@@ -1,0 +1,53 @@
+"""A LightningModule from a checkpoint, without the callback that wrote it."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from .. import checkpoints
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+T = TypeVar("T", bound="LightningModule")
+
+
+def load_from_checkpoint(cls: type[T], path: str | Path, **kwargs: Any) -> T:
+    """A LightningModule with its adapters, from an adapter-only, full, merged or plain checkpoint.
+
+    The module is made as `cls.load_from_checkpoint` makes it: from the hyperparameters in the file and `kwargs`; for
+    an adapter-only checkpoint that must give it the base it was trained on.
+
+    Args:
+        cls: the LightningModule's class.
+        path: a checkpoint file.
+        **kwargs: arguments of the class that are not in the checkpoint, or that replace those that are; and
+            `map_location`.
+
+    Returns:
+        The module in eval mode, its adapters active and not merged.
+
+    Raises:
+        CheckpointError: the base or the model is another one than the adapter was trained on.
+        FileNotFoundError: there is no such file.
+    """
+    location = kwargs.pop("map_location", "cpu")
+    checkpoint = checkpoints.read(path, location)
+    # Lightning makes the module and calls its hooks; the tensors come when the adapters have their places.
+    buffer = io.BytesIO()
+    torch.save({**checkpoint, "state_dict": {}}, buffer)
+    buffer.seek(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict but not in the checkpoint")
+        model = cls.load_from_checkpoint(buffer, map_location=location, strict=False, weights_only=True, **kwargs)
+    entry = checkpoint.get(checkpoints.ENTRY)
+    if entry is not None and not entry["merged"]:
+        checkpoints.restore_structure(model, entry)
+        checkpoints.complete(model, checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    return model.eval()

@@ -1,0 +1,81 @@
+"""The lines a user reads: one when the fit starts, one when it ends, and warnings about constraints."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+
+from torch import nn
+
+from .. import rotation as maths
+from ..layers import rotations_of, state_of
+from ..surgery import oft_layers
+from ..surgery.walk import some
+
+
+def start_line(pl_module: nn.Module, root: nn.Module, adapter_name: str) -> str:
+    """What is adapted: layers, trainable and total parameters, block sizes, the largest angle a constraint allows."""
+    sizes: Counter[int] = Counter()
+    layers, radius = 0, None
+    for layer in oft_layers(root).values():
+        state = state_of(layer)
+        if state is None or adapter_name not in state.configs:
+            continue
+        layers += 1
+        for rotation in rotations_of(layer, adapter_name).values():
+            sizes[rotation.block_size] += 1
+            if rotation.radius is not None:
+                radius = max(radius or 0.0, rotation.radius)
+    trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in pl_module.parameters())
+    blocks = ", ".join(f"{size} (x{count})" for size, count in sorted(sizes.items()))
+    share = 100 * trainable / max(total, 1)
+    line = f"OFT adapter {adapter_name!r}: {layers} layers, {trainable:,} of {total:,} parameters train ({share:.2f}%)"
+    line += f", block size {blocks}"
+    if radius is not None:
+        line += f"; the constraint allows rotations up to {maths.largest_angle(radius):.3g} degrees"
+    return line
+
+
+def warn_about_constraint(root: nn.Module, adapter_name: str) -> None:
+    """Warn where a constraint allows next to nothing, or more than the truncated series can represent."""
+    tight, loose = {}, {}
+    for name, layer in oft_layers(root).items():
+        state = state_of(layer)
+        if state is None or adapter_name not in state.configs:
+            continue
+        for rotation in rotations_of(layer, adapter_name).values():
+            if rotation.radius is None:
+                continue
+            if maths.largest_angle(rotation.radius) < 1:
+                tight[name] = maths.largest_angle(rotation.radius)
+            reach = maths.series_reach(rotation.terms) if rotation.terms is not None else float("inf")
+            if rotation.radius / 2**0.5 > reach:
+                loose[name] = maths.largest_angle(rotation.radius)
+    if tight:
+        warnings.warn(
+            f"the constraint lets {some(tight)} turn by at most {max(tight.values()):.2g} degrees, which trains next to "
+            "nothing: raise eps, or give max_angle in degrees",
+            stacklevel=2,
+        )
+    if loose:
+        warnings.warn(
+            f"the constraint lets {some(loose)} turn by up to {max(loose.values()):.3g} degrees, where the truncated "
+            "series is no longer orthogonal to float32: set use_cayley_neumann=false, or a smaller eps or max_angle",
+            stacklevel=2,
+        )
+
+
+def merge_line(root: nn.Module, adapter_name: str, written: dict[str, str]) -> str:
+    """What was merged, and where it was written."""
+    layers = len(oft_layers(root))
+    return f"OFT adapter {adapter_name!r}: merged into {layers} layers{_places(written)}"
+
+
+def unmerged_line(root: nn.Module, adapter_name: str, written: dict[str, str]) -> str:
+    """What was left beside the weights, and where it was written."""
+    return f"OFT adapter {adapter_name!r}: not merged, active beside {len(oft_layers(root))} layers{_places(written)}"
+
+
+def _places(written: dict[str, str]) -> str:
+    return "".join(f"; {what} written to {place}" for what, place in written.items())

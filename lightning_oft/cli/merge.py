@@ -1,0 +1,132 @@
+"""`lightning-oft merge`: a base model and an adapter become a plain model that needs nothing of this library."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lightning_oft.adapters import load_adapter, read_adapter
+from lightning_oft.cli.auto import loader_of
+from lightning_oft.cli.errors import OneLineParser, UserError, one_line
+from lightning_oft.cli.export import write_adapter
+from lightning_oft.merged import save_merged
+from lightning_oft.surgery import merge, oft_layers, unload
+
+DESCRIPTION = """\
+Fold an adapter into its base model and write the result, which transformers loads as it loads any other;
+tokenizer and image processor are copied along.
+
+example:
+  lightning-oft merge --base google/vit-base-patch16-224 --adapter runs/adapter --output runs/merged
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Load both, merge, write, say how to load the result."""
+    options = _parser().parse_args(arguments)
+    if Path(options.output).exists() and any(Path(options.output).iterdir()) and not options.overwrite:
+        raise UserError(f"merge: {options.output} is there already and not empty; --overwrite replaces it")
+    with contextlib.ExitStack() as stack:
+        adapter = _directory_of(Path(options.adapter), options.adapter_name, stack)
+        model = load_base(options.base)
+        labels = _other_labels(model, read_adapter(adapter).saved)
+        model = model if labels is None else load_base(options.base, num_labels=labels, ignore_mismatched_sizes=True)
+        load_adapter(model, adapter)
+    layers = len(oft_layers(model))
+    merge(model, keep_base="never")
+    unload(model)
+    save_merged(model, options.output, companions=[Companions(options.base)])
+    loader = loader_of(Path(options.output))
+    print(f"{options.output}: {type(model).__name__} with the rotations of {layers} layers in its weights")
+    print(f'load it with  {loader}.from_pretrained("{options.output}")')
+    return 0
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="lightning-oft merge", description=DESCRIPTION)
+    parser.add_argument("--base", required=True, metavar="ID", help="the base model: a hub id or a folder")
+    parser.add_argument("--adapter", required=True, metavar="PATH", help="a PEFT adapter directory or a .ckpt file")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the directory to write")
+    parser.add_argument("--adapter-name", metavar="NAME", help="which adapter, where the checkpoint has several")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output directory if it is there")
+    return parser
+
+
+def load_base(base: str, **options: Any) -> nn.Module:
+    """The model at `base` in the class and the dtype it was saved in; `options` go to its from_pretrained."""
+    local = Path(base) / "config.json"
+    config: dict[str, Any] = json.loads(local.read_text(encoding="utf-8")) if local.is_file() else {}
+    with _base_errors(base):
+        if "_class_name" in config:  # how diffusers signs its models
+            import diffusers
+
+            return cast("nn.Module", getattr(diffusers, config["_class_name"]).from_pretrained(base))
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        found = transformers.AutoConfig.from_pretrained(base)
+        architecture = next(iter(found.architectures or []), None)
+        if architecture is None:
+            raise UserError(f"merge: the config.json of {base} names no architecture, so its class is not known")
+        return cast("nn.Module", getattr(transformers, architecture).from_pretrained(base, dtype="auto", **options))
+
+
+@contextlib.contextmanager
+def _base_errors(base: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"merge: the base {base!r} cannot be loaded: {one_line(error)}") from error
+
+
+def _directory_of(adapter: Path, name: str | None, stack: contextlib.ExitStack) -> Path:
+    """The adapter's directory; for a checkpoint a temporary one, since a directory is what fits itself to a model."""
+    if adapter.is_file():
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter"
+        write_adapter(adapter, directory, name)
+        return directory
+    named = adapter / (name or "")
+    return named if named.is_dir() else adapter
+
+
+def _other_labels(model: nn.Module, saved: Mapping[str, Tensor]) -> int | None:
+    """How many classes the adapter's own head has, where it was trained for others than the base's."""
+    own = dict(model.named_parameters())
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    heads = [t.shape[0] for name, t in saved.items() if name in own and own[name].shape[0] == labels != t.shape[0]]
+    return heads[0] if heads else None
+
+
+class Companions:
+    """The tokenizer and image processor files beside a base model, copied as they are."""
+
+    PATTERNS = (
+        "*token*",
+        "vocab*",
+        "merges.txt",
+        "*.model",
+        "*processor_config.json",
+        "chat_template*",
+        "generation_config.json",
+    )
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Copy them, from the folder or from the hub's cache."""
+        folder = Path(self.base)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(self.base, allow_patterns=list(self.PATTERNS)))
+        for file in {file for pattern in self.PATTERNS for file in folder.glob(pattern) if file.is_file()}:
+            if not (directory / file.name).exists():
+                shutil.copyfile(file, directory / file.name)

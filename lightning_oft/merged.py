@@ -1,0 +1,86 @@
+"""Merged models on disk, as plain transformers, diffusers or torch load them; nothing of OFT is in them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_model
+from torch import nn
+
+from .surgery import oft_layers
+from .surgery.walk import class_names, walk
+
+_LIBRARY_MODELS = {"PreTrainedModel", "ModelMixin"}
+
+
+def library_root(model: nn.Module) -> tuple[str, nn.Module]:
+    """(name, module) of the topmost transformers or diffusers model that contains every adapted layer, else the model.
+
+    Files written from there have the keys that those libraries know.
+    """
+    adapted = {id(layer) for layer in oft_layers(model).values()}
+    for name, module in walk(model):
+        if class_names(module) & _LIBRARY_MODELS and adapted <= {id(below) for below in module.modules()}:
+            return name, module
+    return "", model
+
+
+def save_merged(model: nn.Module, directory: str | Path, companions: Iterable[Any] = ()) -> Path:
+    """Write the merged model's weights into a directory.
+
+    A transformers or diffusers model goes through its own `save_pretrained`; any other module into
+    `model.safetensors` under its state-dict names. The directory appears complete or not at all; one that is there
+    is replaced.
+
+    Args:
+        model: a merged model, or a LightningModule around one.
+        directory: where to write.
+        companions: processors and tokenizers, written beside the model by their `save_pretrained`.
+
+    Raises:
+        OSError: the directory cannot be written; what was there is untouched.
+    """
+    _, root = library_root(model)
+    target = Path(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        if class_names(root) & _LIBRARY_MODELS:
+            root.save_pretrained(temporary)  # type: ignore[operator]
+        else:
+            save_model(root, str(temporary / "model.safetensors"), metadata={"format": "pt"})
+        for companion in companions:
+            companion.save_pretrained(temporary)
+        os.chmod(temporary, 0o777 & ~_umask())
+        _replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Put a complete directory under its final name; the old one stands aside until it has it."""
+    if not target.exists():
+        new.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    os.replace(target, aside / target.name)
+    try:
+        new.rename(target)
+    except BaseException:
+        os.replace(aside / target.name, target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

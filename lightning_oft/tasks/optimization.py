@@ -1,0 +1,66 @@
+"""What an optimizer of these tasks is given: what is trainable at that moment, rotations without weight decay."""
+
+from typing import Any, Literal, TypedDict
+
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
+
+GENERATORS = frozenset({"oft_R", "oft_embedding_R"})
+"""The name that holds an adapted layer's rotations, in parameter names and in files."""
+
+
+class ParameterGroup(TypedDict, total=False):
+    """One group as torch.optim takes it."""
+
+    params: list[nn.Parameter]
+    weight_decay: float
+
+
+def parameter_groups(module: nn.Module) -> list[ParameterGroup]:
+    """The trainable parameters of a module, generators of rotations in a group with weight_decay 0.
+
+    The optimizer's own weight decay applies to the other group. Decay pulls a parameter to zero, and a generator of
+    zero is the identity: decayed rotations drift back to the model one started from.
+
+    Raises:
+        ValueError: When nothing is trainable.
+    """
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    generators = {name for name in trainable if not GENERATORS.isdisjoint(name.split("."))}
+    groups: list[ParameterGroup] = [
+        {"params": [p for name, p in trainable.items() if name not in generators]},
+        {"params": [p for name, p in trainable.items() if name in generators], "weight_decay": 0.0},
+    ]
+    if not trainable:
+        raise ValueError(f"{type(module).__name__}: every parameter is frozen; adapt some layers or unfreeze some")
+    return [group for group in groups if group["params"]]
+
+
+def configure(
+    module: nn.Module,
+    optimizer: OptimizerCallable,
+    lr_scheduler: LRSchedulerCallable | None = None,
+    lr_interval: Literal["auto", "step", "epoch"] = "auto",
+) -> OptimizerLRScheduler:
+    """What configure_optimizers returns.
+
+    Args:
+        module: Whose trainable parameters are optimized.
+        optimizer: Makes the optimizer from parameter groups.
+        lr_scheduler: Makes the schedule from the optimizer.
+        lr_interval: When the schedule advances. "auto" is every step for OneCycleLR and CyclicLR, which count steps,
+            and every epoch for all others.
+    """
+    made = optimizer(parameter_groups(module))
+    if lr_scheduler is None:
+        return made
+    schedule = lr_scheduler(made)
+    if lr_interval == "auto":
+        lr_interval = "step" if isinstance(schedule, OneCycleLR | CyclicLR) else "epoch"
+    settings: dict[str, Any] = {"scheduler": schedule, "interval": lr_interval}
+    if isinstance(schedule, ReduceLROnPlateau):
+        # LightningCLI's subclass says what it watches; torch's own cannot.
+        settings["monitor"] = getattr(schedule, "monitor", "val/loss")
+    return {"optimizer": made, "lr_scheduler": settings}  # type: ignore[return-value]

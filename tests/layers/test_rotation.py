@@ -1,0 +1,472 @@
+"""The Rotation module: float32 whatever happens, a cache that is never stale, and no more memory than x and R."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kinds import config, randomize
+from torch import Tensor, nn
+
+from lightning_oft import disable_adapters, inject, oft_layers, set_adapter
+from lightning_oft import rotation as maths
+from lightning_oft.layers import Rotation
+
+
+def _rotation(blocks: int = 3, b: int = 4, std: float = 0.2, **options: Any) -> Rotation:
+    rotation = Rotation(blocks * b, b, config(**options))
+    nn.init.normal_(rotation.weight, std=std)
+    return rotation
+
+
+def _expected(rotation: Rotation, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        r_nbb = maths.cayley_neumann(maths.skew(rotation.weight.detach().clone(), rotation.block_size), 6)
+        return x @ torch.block_diag(*r_nbb.expand(rotation.blocks, -1, -1))
+
+
+# ---- what it is ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_starts_as_the_exact_identity(shared: bool) -> None:
+    rotation = Rotation(12, 4, config(block_share=shared))
+    x = torch.randn(3, 12)
+    assert torch.equal(rotation(x), x)
+    assert rotation.weight.shape == (1 if shared else 3, 6)
+    assert rotation.matrix().shape == (1 if shared else 3, 4, 4)
+
+
+def test_init_weights_false_starts_from_a_small_rotation() -> None:
+    rotation = Rotation(12, 4, config(init_weights=False))
+    assert 0.01 < float(rotation.weight.detach().std()) < 0.3
+    rotation.reset_parameters()
+    assert rotation.error_bound() < 1
+
+
+def test_reset_parameters_returns_to_the_identity() -> None:
+    rotation = _rotation()
+    rotation.reset_parameters()
+    assert torch.equal(rotation.matrix(), torch.eye(4).expand(3, 4, 4))
+
+
+def test_a_shared_block_turns_every_slice_alike() -> None:
+    rotation = _rotation(block_share=True)
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(rotation(x), _expected(rotation, x))
+    torch.testing.assert_close(rotation(x).unflatten(-1, (3, 4)), x.unflatten(-1, (3, 4)) @ rotation.matrix()[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "reference"),
+    [
+        ({}, lambda q: maths.cayley_neumann(q, 6)),
+        ({"num_cayley_neumann_terms": 5}, lambda q: maths.cayley_neumann(q, 5)),
+        ({"neumann_series": "unhalved"}, lambda q: maths.cayley_neumann(q, 6, halve_last=False)),
+        ({"use_cayley_neumann": False}, maths.cayley),
+    ],
+)
+def test_matrix_is_the_map_the_configuration_names(
+    options: dict[str, Any], reference: Callable[[Tensor], Tensor]
+) -> None:
+    rotation = _rotation(**options)
+    assert torch.equal(rotation.matrix(), reference(maths.skew(rotation.weight, 4)))
+
+
+def test_transpose_turns_back() -> None:
+    rotation = _rotation(use_cayley_neumann=False)
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(rotation(rotation(x), transpose=True), x)
+
+
+def test_it_says_what_it_is() -> None:
+    assert repr(_rotation()) == "Rotation(12, 3 blocks of 4, 6 terms)"
+    assert repr(_rotation(block_share=True, use_cayley_neumann=False)) == "Rotation(12, 3 blocks of 4, exact, shared)"
+
+
+# ---- float32, always -------------------------------------------------------------------------------------------------
+
+CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "bfloat16": lambda m: m.bfloat16(),
+    "half": lambda m: m.half(),
+    "double": lambda m: m.double(),
+    "to_dtype": lambda m: m.to(torch.float16),
+    "to_both": lambda m: m.to("cpu", torch.bfloat16),
+    "type": lambda m: m.type(torch.float64),
+    "to_like": lambda m: m.to(torch.zeros(1, dtype=torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+@pytest.mark.parametrize("swap", [False, True], ids=["data", "swap"])
+def test_a_cast_leaves_generators_moments_and_gradients_alone(
+    cast: Callable[[nn.Module], nn.Module], swap: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(12, 4))
+    inject(model, config(target_modules=["0"]))
+    randomize(model)
+    rotation: Rotation = oft_layers(model)["0"].oft_R["default"]  # type: ignore[index, assignment]
+    rotation.weight.grad = torch.ones_like(rotation.weight)
+    before = rotation.weight.detach().clone()
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        cast(model)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    base = next(p for name, p in model.named_parameters() if "oft_R" not in name)
+    assert base.dtype != torch.float32
+    assert rotation.weight.dtype == rotation.weight.grad.dtype == torch.float32
+    assert torch.equal(rotation.weight, before)
+    x = torch.randn(3, 12, dtype=base.dtype)
+    assert model(x).dtype == base.dtype
+
+
+def test_a_cast_on_the_meta_device_does_not_stay_in_the_memory_given_later() -> None:
+    rotation = Rotation(12, 4, config(), device="meta")
+    rotation.bfloat16()
+    assert rotation(torch.empty(2, 12, device="meta")).shape == (2, 12)
+    rotation.to_empty(device="cpu")
+    rotation.reset_parameters()
+    assert rotation.weight.dtype == torch.float32
+    assert torch.equal(rotation.matrix(), torch.eye(4).expand(3, 4, 4))
+
+
+def test_leaving_the_meta_device_without_memory_raises_as_in_torch() -> None:
+    with pytest.raises(NotImplementedError, match="to_empty"):
+        Rotation(12, 4, config(), device="meta").to("cpu")
+
+
+def test_injection_below_a_low_default_dtype_is_float32() -> None:
+    model = nn.Sequential(nn.Linear(12, 4)).bfloat16()
+    x = torch.randn(3, 12).bfloat16()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        inject(model, config(target_modules=["0"], module_dropout=0.5, init_weights=False))
+        model.train()(x).sum().backward()
+        rotation: Rotation = oft_layers(model)["0"].oft_R["default"]  # type: ignore[index, assignment]
+        assert rotation.matrix().dtype == rotation.weight.dtype == torch.float32
+        with torch.no_grad():
+            model.eval()(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_autocast_does_not_reach_the_matrix(dtype: torch.dtype, grad: bool) -> None:
+    rotation, x = _rotation().eval(), torch.randn(3, 12)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(rotation(x), _rotated_plainly(rotation, x))
+        assert rotation(x.to(dtype)).dtype == dtype
+
+
+def _rotated_plainly(rotation: Rotation, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return maths.rotate(x, rotation.matrix())
+
+
+def test_a_rotation_of_bfloat16_inputs_is_computed_in_float32() -> None:
+    rotation = _rotation(std=0.01)
+    coarse = maths.cayley_neumann(maths.skew(rotation.weight.bfloat16(), 4), 6)
+    x = torch.eye(12).bfloat16()
+    assert torch.equal(rotation(x), torch.block_diag(*rotation.matrix().bfloat16()))
+    assert not torch.equal(rotation(x), torch.block_diag(*coarse))
+
+
+# ---- the cached matrix is never stale --------------------------------------------------------------------------------
+
+
+def _swap(rotation: Rotation) -> None:
+    torch.utils.swap_tensors(rotation.weight, nn.Parameter(torch.randn_like(rotation.weight) * 0.2))
+
+
+def _optimize(**options: Any) -> Callable[[Rotation], None]:
+    def step(rotation: Rotation) -> None:
+        optimizer = torch.optim.AdamW(rotation.parameters(), lr=0.1, **options)
+        with torch.enable_grad():
+            rotation(torch.ones(2, 12)).square().sum().add(rotation.weight.sum()).backward()
+        with torch.inference_mode(False):
+            optimizer.step()
+
+    return step
+
+
+def _replace(rotation: Rotation) -> None:
+    rotation.weight = nn.Parameter(torch.randn_like(rotation.weight) * 0.2)
+
+
+def _storage_write(rotation: Rotation) -> None:
+    rotation.weight.detach().numpy()[:] *= 2
+
+
+EDITS: dict[str, Callable[[Rotation], Any]] = {
+    "in_place": lambda r: r.weight.mul_(2),
+    "data": lambda r: r.weight.data.mul_(2),
+    "data_assigned": lambda r: setattr(r.weight, "data", r.weight.data * 2),
+    "detached": lambda r: r.weight.detach().mul_(2),
+    "numpy": _storage_write,
+    "one_entry": lambda r: r.weight.data[0, 0].add_(0.1),
+    "parameter": _replace,
+    "swap_tensors": _swap,
+    "load_state_dict": lambda r: r.load_state_dict({"weight": r.weight * 2}),
+    "load_assign": lambda r: r.load_state_dict({"weight": r.weight.detach() * 2}, assign=True),
+    "adamw": _optimize(),
+    "adamw_fused": _optimize(fused=True),
+    "adamw_foreach": _optimize(foreach=True),
+    "reset_parameters": lambda r: r.reset_parameters(),
+    "project": lambda r: maths.project(r.weight, 0.01),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_no_edit_leaves_a_stale_matrix(edit: Callable[[Rotation], Any]) -> None:
+    rotation, x = _rotation().eval(), torch.randn(5, 12)
+    with torch.no_grad():
+        before = rotation(x)
+        assert rotation._matrix_in(torch.float32) is rotation._matrix_in(torch.float32)
+        edit(rotation)
+        after = rotation(x)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, _expected(rotation, x))
+
+
+def test_the_matrix_is_computed_once_where_nothing_changes_and_afresh_where_gradients_flow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rotation, x = _rotation().eval(), torch.randn(5, 12)
+    calls: list[int] = []
+    matrix = Rotation.matrix
+    monkeypatch.setattr(Rotation, "matrix", lambda self: (calls.append(1), matrix(self))[1])
+    with torch.no_grad():
+        for _ in range(3):
+            rotation(x)
+        assert len(calls) == 1
+        rotation(x.bfloat16())
+        assert len(calls) == 2
+    rotation(x)
+    rotation.train()
+    with torch.no_grad():
+        rotation(x)
+    assert len(calls) == 4
+
+
+def test_dtypes_in_turn_get_their_own() -> None:
+    rotation, x = _rotation().eval(), torch.randn(5, 12)
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32):
+            torch.testing.assert_close(rotation(x.to(dtype)), _expected(rotation, x).to(dtype), rtol=2e-2, atol=5e-2)
+            assert rotation(x.to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("order", ["inference_first", "no_grad_first"])
+def test_validation_in_inference_mode_then_training(order: str) -> None:
+    rotation, x = _rotation(), torch.randn(5, 12)
+    modes = [torch.inference_mode, torch.no_grad]
+    for mode in modes if order == "inference_first" else reversed(modes):
+        rotation.eval()
+        with mode():
+            torch.testing.assert_close(rotation(x), _expected(rotation, x))
+    # eval with gradients, which may save whatever the cache returns for backward
+    rotation(x).sum().backward()
+    rotation.weight.grad = None
+    rotation.train()
+    rotation(x).sum().backward()
+    assert rotation.weight.grad is not None
+    with torch.no_grad():
+        outside = rotation.eval()(x)
+    assert not outside.is_inference()
+    outside.requires_grad_().square().sum().backward()
+
+
+def test_a_module_made_in_inference_mode_answers() -> None:
+    with torch.inference_mode():
+        rotation, x = _rotation().eval(), torch.randn(5, 12)
+        for _ in range(2):
+            torch.testing.assert_close(rotation(x), _expected(rotation, x))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])
+def test_a_copy_has_no_share_in_the_cache(how: str) -> None:
+    rotation, x = _rotation().eval(), torch.randn(5, 12)
+    with torch.no_grad():
+        before = rotation(x)
+        if how == "deepcopy":
+            twin = copy.deepcopy(rotation)
+        elif how == "pickle":
+            twin = pickle.loads(pickle.dumps(rotation))
+        else:
+            twin = _rotation().eval()
+            twin.load_state_dict(rotation.state_dict())
+        assert torch.equal(twin(x), before)
+        twin.weight.data.mul_(2)
+        torch.testing.assert_close(twin(x), _expected(twin, x))
+        assert torch.equal(rotation(x), before)
+
+
+def test_set_adapter_and_disable_adapters_see_no_stale_matrix() -> None:
+    model, x = nn.Sequential(nn.Linear(12, 4)).eval(), torch.randn(3, 12)
+    with torch.no_grad():
+        base = model(x)
+    inject(model, config(target_modules=["0"]))
+    randomize(model)
+    with pytest.warns(UserWarning, match="'second' is not active"):
+        inject(model, config(target_modules=["0"]), "second")
+    randomize(model, adapter_name="second", seed=1)
+    with torch.no_grad():
+        first = model(x)
+        set_adapter(model, "second")
+        second = model(x)
+        set_adapter(model, ["default", "second"])
+        both = model(x)
+        with disable_adapters(model):
+            assert torch.equal(model(x), base)
+        set_adapter(model, "default")
+        assert torch.equal(model(x), first)
+    assert len({tuple(y.flatten().tolist()) for y in (base, first, second, both)}) == 4
+
+
+def test_half_of_a_module_in_training_mode_is_not_cached() -> None:
+    rotation, x = _rotation(module_dropout=0.5), torch.randn(5, 12)
+    with torch.no_grad():
+        rotation.eval()(x)
+        rotation.train()
+        assert len({tuple(rotation(x).flatten().tolist()) for _ in range(20)}) > 1
+        torch.testing.assert_close(rotation.eval()(x), _expected(rotation, x))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _saved(run: Callable[[], Any]) -> dict[int, int]:
+    """Bytes of each storage that a forward keeps for backward."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_linear_layer_keeps_one_activation_and_no_copy_of_it(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(64, 48)).to(dtype)
+    inject(model, config(target_modules=["0"], oft_block_size=8))
+    randomize(model)
+    x = torch.randn(512, 64, dtype=dtype, requires_grad=True)
+    kept = _saved(lambda: model(x))
+    large = {pointer: size for pointer, size in kept.items() if size >= x.untyped_storage().nbytes()}
+    assert large == {x.data_ptr(): x.untyped_storage().nbytes()}
+    weight = 64 * 48 * x.element_size()  # saved as it is, not copied, for the gradient of the input
+    assert sum(kept.values()) - sum(large.values()) - weight < 40 * 8 * 8 * 8  # a few (8, 8, 8) float32 matrices
+
+
+# ---- dropout, constraint, error bound --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dropped() -> Rotation:
+    return _rotation(blocks=50, b=2, module_dropout=0.3).train()
+
+
+def test_each_block_is_dropped_by_itself_with_the_configured_probability(dropped: Rotation) -> None:
+    identity = torch.eye(2)
+    full = dropped.matrix().detach()
+    counts = torch.zeros(50)
+    with torch.no_grad():
+        for _ in range(400):
+            r_nbb = dropped._matrix_in(torch.float32)
+            is_dropped = (r_nbb == identity).all(-1).all(-1)
+            assert torch.equal(r_nbb[~is_dropped], full[~is_dropped])
+            counts += is_dropped
+    rate = counts / 400
+    assert float(rate.mean()) == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / 20000))
+    assert float(rate.min()) > 0.15
+    assert float(rate.max()) < 0.45
+
+
+def test_dropped_blocks_get_no_gradient_and_kept_ones_do(dropped: Rotation) -> None:
+    r_nbb = dropped._matrix_in(torch.float32)
+    is_dropped = (r_nbb.detach() == torch.eye(2)).all(-1).all(-1)
+    r_nbb[:, 0, 1].sum().backward()
+    assert dropped.weight.grad is not None
+    assert torch.equal((dropped.weight.grad == 0).all(-1), is_dropped)
+
+
+def test_blocks_that_share_a_generator_are_still_dropped_one_by_one() -> None:
+    rotation = _rotation(blocks=50, b=2, module_dropout=0.5, block_share=True).train()
+    is_dropped = (rotation._matrix_in(torch.float32) == torch.eye(2)).all(-1).all(-1)
+    assert 5 < int(is_dropped.sum()) < 45
+    assert rotation.eval()._matrix_in(torch.float32).shape == (1, 2, 2)
+
+
+def test_dropout_rests_in_eval_and_draws_from_the_seed(dropped: Rotation) -> None:
+    x = torch.randn(3, 100)
+    torch.manual_seed(3)
+    first = dropped(x)
+    torch.manual_seed(3)
+    assert torch.equal(dropped(x), first)
+    assert not torch.equal(dropped(x), first)
+    dropped.eval()
+    torch.testing.assert_close(dropped(x), _expected(dropped, x))
+
+
+@pytest.mark.parametrize(
+    ("options", "radius"),
+    [
+        ({}, None),
+        ({"coft": True, "eps": 1e-3}, 1e-3 * 16 / math.sqrt(3)),
+        ({"coft": True, "eps": 1e-3, "coft_radius": "peft"}, 1e-3 / math.sqrt(3)),
+        ({"coft": True, "eps": 1e-3, "block_share": True}, 1e-3 * 16),
+        ({"max_angle": 10.0}, maths.angle_radius(10.0)),
+        ({"max_angle": 10.0, "coft": True}, maths.angle_radius(10.0)),
+    ],
+)
+def test_project_holds_the_ball_the_configuration_names(options: dict[str, Any], radius: float | None) -> None:
+    rotation = _rotation(std=1.0, **options)
+    before = rotation.weight.detach().clone()
+    rotation.project()
+    norms = maths.frobenius_norm(rotation.weight.detach())
+    if radius is None:
+        assert torch.equal(rotation.weight, before)
+    else:
+        assert bool((norms <= radius).all())
+        assert float(norms.max()) == pytest.approx(radius, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_cayley_neumann_terms": 5},
+        {"num_cayley_neumann_terms": 2},
+        {"neumann_series": "unhalved"},
+        {"use_cayley_neumann": False},
+    ],
+)
+@pytest.mark.parametrize("std", [0.0, 1e-3, 0.1, 0.3])
+def test_error_bound_bounds_the_error(options: dict[str, Any], std: float) -> None:
+    rotation = _rotation(std=std, **options)
+    measured = float(maths.orthogonality_error(rotation.matrix().detach()).max())
+    assert measured <= rotation.error_bound() * (1 + 1e-5) + 2e-6
+
+
+def test_error_bound_is_loud_where_the_series_diverges() -> None:
+    assert _rotation(std=2.0).error_bound() > 1
+    assert _rotation(std=2.0, use_cayley_neumann=False).error_bound() == 0
+
+
+def test_gradients_flow_through_a_default_module_twice() -> None:
+    rotation = _rotation()
+    x = torch.randn(3, 12, requires_grad=True)
+    (first,) = torch.autograd.grad(rotation(x).pow(3).sum(), x, create_graph=True)
+    first.square().sum().backward()
+    assert rotation.weight.grad is not None
+    assert bool(rotation.weight.grad.isfinite().all())

@@ -1,0 +1,381 @@
+"""Into the weights and out again: all or nothing, to the bit where the base is kept, and never a tied weight harmed."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from kinds import config, randomize, relative
+from torch import Tensor, nn
+
+from lightning_oft import OFTConfig, inject, merge, oft_layers, set_adapter, unload, unmerge
+from lightning_oft.layers import LayerState, state_of
+from lightning_oft.surgery import trained
+
+pytestmark = pytest.mark.filterwarnings("ignore:adapter .* is not active")
+
+
+def _stack(layers: int = 4, **options: Any) -> nn.Module:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+    inject(model, config(target_modules="all-linear", **options))
+    randomize(model, 0.2)
+    return model
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _same(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    now = model.state_dict()
+    return list(now) == list(before) and all(torch.equal(now[name], tensor) for name, tensor in before.items())
+
+
+# ---- all or nothing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", range(4))
+@pytest.mark.parametrize("keep_base", ["always", "never"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failure_at_the_nth_layer_leaves_the_model_as_it_was(
+    n: int, keep_base: Any, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = _stack(), torch.randn(3, 8)
+    before, output = _weights(model), model(x)
+    kind = type(state_of(model[0]).kind)  # type: ignore[union-attr, index]
+    fold, calls = kind.fold, []
+
+    def failing(self: Any, *args: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == n + 1:
+            raise error("out of memory")
+        return fold(self, *args)
+
+    monkeypatch.setattr(kind, "fold", failing)
+    with pytest.raises(error, match="out of memory"):
+        merge(model, keep_base=keep_base)
+    monkeypatch.undo()
+    assert len(calls) == n + 1
+    if keep_base == "always" or n == 0:
+        assert _same(model, before)
+        assert torch.equal(model(x), output)
+    else:
+        assert all(relative(tensor + 0, before[name]) < 1e-6 for name, tensor in model.state_dict().items())
+    assert relative(model(x), output) < 1e-6
+    merge(model)
+    assert relative(model(x), output) < 1e-5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_generator_that_is_not_finite_is_refused_and_nothing_changes(value: float) -> None:
+    model = _stack()
+    layer: Any = oft_layers(model)["2"]
+    layer.oft_R["default"].weight.data[0, 1] = value
+    before = {name: t for name, t in _weights(model).items() if "oft_R" not in name}
+    with pytest.raises(ValueError, match="cannot merge: generators of 2 are NaN or infinite; nothing was changed"):
+        merge(model)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert all(state.merged is None for state in _states(model))
+
+
+def _states(model: nn.Module) -> list[LayerState]:
+    return [state for layer in oft_layers(model).values() if (state := state_of(layer)) is not None]
+
+
+def test_a_merge_that_overflows_half_precision_is_refused_and_nothing_changes() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).half()
+    inject(model, config(target_modules="all-linear"))
+    randomize(model, 0.5)
+    model[1].weight.data.fill_(65000.0)  # type: ignore[operator]
+    before = _weights(model)
+    with pytest.raises(ValueError, match=r"cannot merge: the merged weight overflows torch.float16; nothing was changed"):
+        merge(model)
+    assert _same(model, before)
+
+
+def test_a_failure_takes_back_the_choice_of_adapter_too() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
+    inject(model, config(target_modules=["0"], bias="all"), "one")
+    inject(model, config(target_modules=["0"]), "two")
+    randomize(model, 0.2, "one")
+    with torch.no_grad():
+        model[0].bias.add_(1)  # type: ignore[operator]
+    layer: Any = model[0]
+    layer.oft_R["two"].weight.data.fill_(float("nan"))
+    output, flags = model(x), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="NaN"):
+        merge(model, "two")
+    assert torch.equal(model(x), output)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    with pytest.raises(ValueError, match="no adapter 'three' here"):
+        merge(model, ["one", "three"])
+    assert torch.equal(model(x), output)
+
+
+@pytest.mark.parametrize("adapters", ["two", ["two", "one"], ["one", "two"]])
+def test_a_merge_may_name_its_adapters(adapters: str | list[str]) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
+    for seed, name in enumerate(("one", "two")):
+        inject(model, config(target_modules=["0"]), name)
+        randomize(model, 0.2, name, seed)
+    set_adapter(model, adapters)
+    expected = model(x)
+    set_adapter(model, "one")
+    assert merge(model, adapters) == ["0"]
+    assert relative(model(x), expected) < 1e-5
+
+
+def test_double_merge_and_double_unmerge_are_refused() -> None:
+    model = _stack()
+    merge(model)
+    merged = _weights(model)
+    with pytest.raises(RuntimeError, match="cannot merge again: 0, 1, 2, 3 are merged; call unmerge"):
+        merge(model)
+    assert _same(model, merged)
+    unmerge(model)
+    with pytest.raises(RuntimeError, match="nothing to unmerge"):
+        unmerge(model)
+
+
+def test_keep_base_takes_three_words() -> None:
+    with pytest.raises(ValueError, match="keep_base=True: must be 'auto', 'always' or 'never'"):
+        merge(_stack(), keep_base=True)  # type: ignore[arg-type]
+
+
+def test_auto_keeps_up_to_the_limit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    module = importlib.import_module("lightning_oft.surgery.merge")
+    for limit, kept in ((4 * 64 * 4, True), (4 * 64 * 4 - 1, False)):
+        monkeypatch.setattr(module, "KEEP_LIMIT", limit)
+        model = _stack()
+        with caplog.at_level(logging.INFO):
+            merge(model)
+        assert all((tensor is not None) == kept for state in _states(model) for tensor in state.base.values())
+        assert caplog.records[-1].getMessage().startswith("merge: keeping" if kept else "merge: not keeping")
+
+
+# ---- the way back ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["one_weight", "load_state_dict", "training"])
+@pytest.mark.parametrize("keep_base", ["always", "never"])
+def test_changed_weights_are_not_thrown_away(change: str, keep_base: Any) -> None:
+    model, x = _stack(), torch.randn(3, 8)
+    merge(model, keep_base=keep_base)
+    if change == "one_weight":
+        model[1].weight.data[3, 3] += 0.1  # type: ignore[index, union-attr]
+    elif change == "load_state_dict":
+        model.load_state_dict(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))).state_dict())
+    else:
+        model.requires_grad_()
+        optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+        model(x).square().sum().backward()
+        optimizer.step()
+    before, output = _weights(model), model(x)
+    with pytest.raises(RuntimeError, match=r"cannot unmerge (1|0, 1).*: the weights were changed after the merge.*unload"):
+        unmerge(model)
+    assert _same(model, before)
+    unload(model)
+    assert torch.equal(model(x), output)
+    assert oft_layers(model) == {}
+
+
+def test_reloading_the_merged_weights_is_no_change() -> None:
+    model = _stack()
+    base = _weights(model)
+    merge(model)
+    model.load_state_dict(_weights(model))
+    unmerge(model)
+    assert _same(model, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_merged_model_may_be_cast_and_come_back(dtype: torch.dtype) -> None:
+    model, x = _stack(), torch.randn(3, 8)
+    output = model(x)
+    merge(model)
+    model.to(dtype)
+    unmerge(model)
+    assert relative(model(x.to(dtype)), output) < 3e-2
+
+
+def test_the_mode_changed_while_merged_holds_for_the_rotations_too() -> None:
+    model, x = _stack(module_dropout=0.5), torch.randn(3, 8)
+    output = model.eval()(x)
+    merge(model.train())
+    model.eval()
+    unmerge(model)
+    assert torch.equal(model(x), output)
+    merge(model)
+    model.train()
+    unmerge(model)
+    assert len({tuple(model(x).flatten().tolist()) for _ in range(20)}) > 1
+
+
+def test_dropout_never_reaches_a_merge() -> None:
+    model, x = _stack(module_dropout=0.9), torch.randn(3, 8)
+    output = model.eval()(x)
+    merge(model.train())
+    assert relative(model(x), output) < 1e-5
+
+
+def test_a_merged_model_is_a_plain_one() -> None:
+    plain = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    model = copy.deepcopy(plain)
+    inject(model, config(target_modules="all-linear"))
+    randomize(model)
+    identities = {name: id(parameter) for name, parameter in model.named_parameters() if "oft_R" not in name}
+    merge(model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == identities
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+    unload(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_training_goes_on_after_unmerge() -> None:
+    model, x = _stack(), torch.randn(3, 8)
+    rotations = {name: p for name, p in model.named_parameters() if "oft_R" in name}
+    merge(model)
+    unmerge(model)
+    assert {name: p for name, p in model.named_parameters() if "oft_R" in name} == rotations
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.requires_grad for p in rotations.values())
+
+
+def test_trained_biases_and_modules_stay_in_a_merged_model() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), torch.randn(3, 8)
+    inject(model, OFTConfig(oft_block_size=4, bias="all", modules_to_save=["1"]))
+    randomize(model)
+    with torch.no_grad():
+        for _, tensor, _slot in trained.slots(model):
+            tensor.add_(0.5)
+    output = model(x)
+    merge(model)
+    assert relative(model(x), output) < 1e-5
+    unload(model)
+    assert relative(model(x), output) < 1e-5
+
+
+# ---- memory format ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "memory_format"),
+    [
+        (lambda: nn.Conv2d(4, 6, 3), (2, 4, 6, 6), torch.channels_last),
+        (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 6, 6), torch.channels_last),
+        (lambda: nn.ConvTranspose2d(4, 6, 3), (2, 4, 6, 6), torch.channels_last),
+        (lambda: nn.Conv3d(4, 6, 3), (2, 4, 5, 5, 5), torch.channels_last_3d),
+    ],
+)
+def test_channels_last_stays_channels_last(layer: Any, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    model = nn.Sequential(layer()).to(memory_format=memory_format)
+    x = torch.randn(shape).to(memory_format=memory_format)
+    strides = model[0].weight.stride()
+    inject(model, config(target_modules=["0"], oft_block_size=2))
+    randomize(model, 0.2)
+    output = model(x)
+    assert output.is_contiguous(memory_format=memory_format)
+    seen: list[tuple[int, ...]] = []
+    if isinstance(model[0], nn.Conv2d):
+        convolve = model[0]._conv_forward.__func__.__globals__["F"].conv2d  # type: ignore[attr-defined]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "torch.nn.functional.conv2d", lambda i, w, *rest: (seen.append(w.stride()), convolve(i, w, *rest))[1]
+            )
+            model(x)
+    assert all(stride == strides for stride in seen)
+    merge(model)
+    assert model[0].weight.stride() == strides
+    assert relative(model(x), output) < 1e-5
+    assert model(x).is_contiguous(memory_format=memory_format)
+    unmerge(model)
+    assert model[0].weight.stride() == strides
+    merge(model, keep_base="never")
+    unmerge(model)
+    assert model[0].weight.stride() == strides
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_pointwise_transposed_convolution_merges_too(groups: int) -> None:
+    model, x = nn.Sequential(nn.ConvTranspose2d(8, 6, 1, groups=groups)), torch.randn(2, 8, 4, 4)
+    inject(model, config(target_modules=["0"]))
+    randomize(model, 0.2)
+    output = model(x)
+    output.square().sum().backward()
+    merge(model, keep_base="never")
+    assert relative(model(x), output) < 1e-5
+    unmerge(model)
+    assert relative(model(x), output) < 1e-5
+
+
+# ---- tied weights ----------------------------------------------------------------------------------------------------
+
+
+def _tied() -> Any:
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, vocab_size=32, tie_word_embeddings=True)
+    ).eval()
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"], ["q_proj"]], ids=str)
+@pytest.mark.parametrize("keep_base", ["always", "never"])
+def test_tied_weights_are_merged_apart_and_tied_again(targets: list[str], keep_base: Any, tmp_path: Path) -> None:
+    model, ids = _tied(), torch.randint(0, 32, (2, 5))
+    base = model(ids).logits
+    inject(model, config(target_modules=targets))
+    randomize(model, 0.3)
+    adapted = model(ids).logits
+    assert relative(adapted, base) > 1e-4
+    merge(model, keep_base=keep_base)
+    assert relative(model(ids).logits, adapted) < 1e-5
+    tied = targets == ["q_proj"]
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert model.config.tie_word_embeddings == tied
+    model.save_pretrained(tmp_path)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert relative(again(ids).logits, adapted) < 1e-5
+    unmerge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings
+    assert relative(model(ids).logits, adapted) < 1e-6
+    unload(model)
+    assert relative(model(ids).logits, base) < 1e-6
+
+
+def test_a_failure_unties_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = _tied(), torch.randint(0, 32, (2, 5))
+    inject(model, config(target_modules=["embed_tokens", "lm_head"]))
+    randomize(model, 0.3)
+    adapted = model(ids).logits
+    kind = type(state_of(model.lm_head).kind)  # type: ignore[union-attr]
+    monkeypatch.setattr(kind, "fold", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
+    with pytest.raises(MemoryError):
+        merge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings
+    assert torch.equal(model(ids).logits, adapted)
+
+
+def test_plain_modules_that_share_a_weight_are_merged_apart(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    model["b"].weight = model["a"].weight
+    x = torch.randn(3, 8)
+    untouched = model["b"](x)
+    inject(model, config(target_modules=["a"]))
+    randomize(model, 0.3)
+    adapted = model["a"](x)
+    merge(model)
+    assert "merge: a shared a weight with another module" in caplog.text
+    assert relative(model["a"](x), adapted) < 1e-5
+    assert torch.equal(model["b"](x), untouched)
+    unmerge(model)
+    assert model["b"].weight is model["a"].weight
