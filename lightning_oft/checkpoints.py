@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import OFTConfig
 from .layers import kind_of, rotations_of, state_of
-from .surgery import Target, adapter_names, oft_layers, trained, walk
+from .surgery import Target, adapter_names, freeze, oft_layers, trained, walk
 from .surgery.inject import inject_into
 from .surgery.walk import fingerprint, merged_layers, same_base, some
 
@@ -236,7 +236,9 @@ def restore_structure(model: nn.Module, entry: Mapping[str, Any]) -> list[str]:
             state = state_of(target.module)
             assert state is not None
             state.configs[adapter] = config
+        known: dict[int, trained.Slot] = {id(tensor): slot for _, tensor, slot in trained.slots(model)}
         for name in content["owned"]:
             owner, _, key = name.rpartition(".")
-            trained.claim(modules[owner], key, adapter, active=adapter in entry["active"])
+            trained.claim(modules[owner], key, adapter, adapter in entry["active"], known)
+    freeze(model)
     return list(entry["adapters"])

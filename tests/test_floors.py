@@ -17,6 +17,7 @@ FLOORS = {
     "metrics": 2,
     "checkpoints": 3,
     "adapters": 3,
+    "merged": 3,
     "callback": 4,
     "monitor": 4,
     "tasks": 5,

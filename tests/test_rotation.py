@@ -34,7 +34,8 @@ def _naive_series(q: Tensor, terms: int, halve_last: bool = True) -> Tensor:
 
 def _block_diagonal(r_nbb: Tensor, blocks: int) -> Tensor:
     every = r_nbb if len(r_nbb) == blocks else r_nbb.expand(blocks, -1, -1)
-    return torch.block_diag(*every)
+    full: Tensor = torch.block_diag(*every)  # type: ignore[no-untyped-call]
+    return full
 
 
 # ---- generators ------------------------------------------------------------------------------------------------------

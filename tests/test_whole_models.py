@@ -57,7 +57,7 @@ def _convnext() -> nn.Module:
 def _sam() -> nn.Module:
     config = transformers.SamVisionConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4, output_channels=8,
-        mlp_dim=24, initializer_range=0.1, num_pos_feats=8, window_size=2, global_attn_indexes=[1], dropout_rate=0.0, attention_dropout=0.0,
+        mlp_dim=24, initializer_range=0.1, num_pos_feats=8, window_size=2, global_attn_indexes=[1], attention_dropout=0.0,
     )  # fmt: skip
     return transformers.SamVisionModel(config)
 

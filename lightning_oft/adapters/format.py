@@ -66,7 +66,6 @@ OWN_FIELDS = (
 _PARTS = ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _ROTATION = re.compile(r"(?:(?P<layer>.+)\.)?(?P<kind>oft_R|oft_embedding_R)(?:\.(?P<inner>.+))?\.weight")
-_WHOLE = re.compile(r"(?:(?P<module>.+)\.)?modules_to_save\.(?:[^.]+\.)?(?P<rest>[^.]+)")
 
 
 class AdapterFileError(ValueError):
@@ -108,18 +107,15 @@ class Key(NamedTuple):
 
 
 def parse_key(key: str) -> Key | None:
-    """The meaning of a key, with or without PEFT's prefix and the adapter's name; None for a base's own copy.
+    """The meaning of a key, with or without PEFT's prefix and the adapter's name; None where it says nothing new.
 
-    PEFT with bias="all" also writes the untrained original of a module in modules_to_save, which nobody needs.
+    PEFT with bias="all" writes the biases of a module in modules_to_save twice more: trained, and as they were.
     """
     name = ".".join(piece for piece in key.removeprefix(PREFIX).split(".") if piece not in _WRAPPERS)
     match = _ROTATION.fullmatch(name)
     if match is None:
-        if ".original_module." in f".{name}":
+        if any(mark in f".{name}" for mark in (".original_module.", ".modules_to_save.")):
             return None
-        whole = _WHOLE.fullmatch(name)
-        if whole is not None:
-            name = f"{whole['module']}.{whole['rest']}" if whole["module"] else whole["rest"]
         return Key(name.replace(".base_layer.", ".").removeprefix("base_layer."))
     layer, part = match["layer"] or "", (match["inner"] or "").rsplit(".", 1)[-1]
     if part in _PARTS:

@@ -19,6 +19,7 @@ from ..adapters import load_adapter
 from ..config import OFTConfig
 from ..surgery import adapter_names, find_targets, freeze, merge, oft_layers, project, unmerge
 from ..surgery.blocks import block_sizes
+from ..surgery.frozen import release_norms
 from ..surgery.inject import inject_into
 from ..surgery.walk import merged_layers
 from . import guards, report
@@ -150,6 +151,7 @@ class OFTFinetuning(Callback):
         self._steps = strategy_of(trainer).watch_steps(trainer, root, self.adapter_name)
         project(root)
         restore_rng(pl_module)
+        guards.quiet_eval_warning(pl_module)
         rank_zero_info(report.start_line(pl_module, root, self.adapter_name))
         report.warn_about_constraint(root, self.adapter_name)
         for logger in trainer.loggers:
@@ -173,6 +175,7 @@ class OFTFinetuning(Callback):
         if self.merge_on_fit_end:
             if not merged_layers(root):
                 strategy_of(trainer).merge(root, self.keep_base, where)
+                release_norms(pl_module)
             rank_zero_info(report.merge_line(root, self.adapter_name, written))
         else:
             rank_zero_info(report.unmerged_line(root, self.adapter_name, written))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from ..config import OFTConfig
 from ..layers import Rotation, rotations_of, state_of
 from ..surgery import oft_layers
+from ..surgery.frozen import is_quiet
 from ..surgery.walk import class_names, some, walk
 
 
@@ -101,6 +103,12 @@ def check_gradients(rotations: dict[str, Rotation]) -> None:
             f"the rotations of {some(idle)} got no gradient: their layers are not called through their forward, or "
             "their output does not reach the loss; add them to exclude_modules"
         )
+
+
+def quiet_eval_warning(pl_module: nn.Module) -> None:
+    """Lightning warns of modules in eval at the start of training; where those are our frozen norms, they should be."""
+    if is_quiet(pl_module):
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
 
 def is_deepspeed(trainer: Any) -> bool:

@@ -43,11 +43,13 @@ def load_from_checkpoint(cls: type[T], path: str | Path, **kwargs: Any) -> T:
     torch.save({**checkpoint, "state_dict": {}}, buffer)
     buffer.seek(0)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict but not in the checkpoint")
+        for message in ("Found keys that are in the model state dict but not in", "The state dict in .* contains no param"):
+            warnings.filterwarnings("ignore", message=message)
         model = cls.load_from_checkpoint(buffer, map_location=location, strict=False, weights_only=True, **kwargs)
     entry = checkpoint.get(checkpoints.ENTRY)
     if entry is not None and not entry["merged"]:
         checkpoints.restore_structure(model, entry)
         checkpoints.complete(model, checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
-    return model.eval()
+    device = next((value.device for value in checkpoint["state_dict"].values()), torch.device("cpu"))
+    return model.to(device).eval()

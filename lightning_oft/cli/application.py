@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterable
 from functools import partial
@@ -213,12 +214,16 @@ def run(arguments: list[str]) -> int:
     """Run one of the four commands."""
     _import_named(arguments)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    if "transformers" in sys.modules:  # its bars for a second of loading would stand around an error's one line
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(_worth_saying)
     try:
         with warnings.catch_warnings():
             for message in _NOISE:
                 warnings.filterwarnings("ignore", message=message)
+            # jsonargparse's own, about how Lightning calls it; its warnings are the ones that start on a new line.
+            warnings.filterwarnings("ignore", message=r"\n    ", category=DeprecationWarning)
             Application(arguments)
     finally:
         logger.removeFilter(_worth_saying)

@@ -33,11 +33,14 @@ def score_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     names = [name for name in before if name in after]
     names = [name for name in names if "acc" in name] or names
     titles = [re.sub(r"/dataloader_idx_(\d+)$", r" \1", re.sub(r"^test[/_]", "", name)) for name in names]
-    widths = [max(len(title), 7) for title in titles]
-    rows = [("", titles), *((row, [f"{s[n]:.4f}" for n in names]) for row, s in (("before", before), ("after", after)))]
+    rows = {
+        "": titles,
+        **{row: [f"{scores[n]:.4f}" for n in names] for row, scores in (("before", before), ("after", after))},
+    }
+    widths = [max(map(len, column)) for column in zip(*rows.values(), strict=True)]
     return "\n".join(
         f"{row:<6}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        for row, cells in rows
+        for row, cells in rows.items()
     )
 
 

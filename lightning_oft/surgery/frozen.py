@@ -53,6 +53,28 @@ def settle_norms(model: nn.Module) -> None:
             module.train(module.__dict__[_MODE])
 
 
+def release_norms(model: nn.Module) -> None:
+    """Give norms their own class back, as a merged model has it; `hold_norms` returns them."""
+    for _, module in walk(model):
+        if isinstance(module, _FrozenNorm):
+            take_off(module)
+            module.train(module.__dict__[_MODE])
+
+
+def hold_norms(model: nn.Module) -> None:
+    """Freeze the norms again that `release_norms` let go."""
+    for _, module in walk(model):
+        if _MODE in module.__dict__:
+            put_on(module, _FrozenNorm)
+            module.train(module.training)
+
+
+def is_quiet(model: nn.Module) -> bool:
+    """Whether all that is in eval within a training model are the norms of the frozen base."""
+    resting = [module for module in model.modules() if not module.training]
+    return bool(resting) and all(isinstance(module, _FrozenNorm) for module in resting)
+
+
 def thaw(model: nn.Module) -> None:
     """Undo freeze."""
     for _, module in walk(model):
@@ -60,9 +82,10 @@ def thaw(model: nn.Module) -> None:
             parameter = module._parameters.get(name)
             if parameter is not None:
                 parameter.requires_grad_(True)
+        mode = module.__dict__.pop(_MODE, None)
         if isinstance(module, _FrozenNorm):
             take_off(module)
-            module.train(module.__dict__.pop(_MODE))
+            module.train(bool(mode))
 
 
 def guard_nested_tensors(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_oft.layers import LayerState, rotations_of, state_of
 
-from .frozen import guard_nested_tensors
+from .frozen import guard_nested_tensors, hold_norms, release_norms
 from .sharded import by_rows, is_sharded, whole, write
 from .sharded import part as part_of
 from .switch import remember_choice, set_adapter
@@ -87,6 +87,7 @@ def merge(
         restore()
         raise
     _untie_configs(model, layers)
+    release_norms(model)
     guard_nested_tensors(model)
     forget_compiled()
     return list(layers)
@@ -125,6 +126,7 @@ def unmerge(model: nn.Module) -> list[str]:
     for layer in layers.values():
         _unmerge_layer(layer)
     _retie_configs(model)
+    hold_norms(model)
     guard_nested_tensors(model)
     forget_compiled()
     return list(layers)

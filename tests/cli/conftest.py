@@ -15,11 +15,16 @@ from lightning_oft.cli import main
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "examples" / "bases" / "digits-vit"
-SHORT = [
-    *("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1"),
-    *("--trainer.limit_test_batches", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
-    *("--trainer.enable_model_summary", "false", "--trainer.logger", "false"),
-]
+SHORT = {
+    "max_epochs": 1,
+    "limit_train_batches": 3,
+    "limit_val_batches": 1,
+    "limit_test_batches": 1,
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "logger": False,
+}
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,12 @@ class Fitted:
 
 @pytest.fixture(scope="session")
 def vision_config() -> dict[str, Any]:
-    """configs/vision.yaml with the base's path made absolute."""
+    """configs/vision.yaml made three steps short, with the base's path made absolute."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "vision.yaml").read_text(encoding="utf-8"))
     config["model"]["init_args"]["pretrained"] = str(BASE)
-    return config
+    config["trainer"] = {**config["trainer"], **SHORT}
+    config["oft"].pop("export_dir", None)
+    return {**config, "test_before_and_after": False}
 
 
 @pytest.fixture
@@ -45,6 +52,7 @@ def config_file(tmp_path: Path, vision_config: dict[str, Any]) -> Callable[..., 
 
     def write(changes: dict[str, Any] | None = None) -> str:
         config = copy.deepcopy(vision_config)
+        config["trainer"]["default_root_dir"] = str(tmp_path / "run")
         for path, value in (changes or {}).items():
             *parents, last = path.split(".")
             place = config
@@ -58,6 +66,12 @@ def config_file(tmp_path: Path, vision_config: dict[str, Any]) -> Callable[..., 
     return write
 
 
+@pytest.fixture
+def base() -> Path:
+    """The folder of the base model that the vision configuration starts from."""
+    return BASE
+
+
 @pytest.fixture(scope="session")
 def fitted(tmp_path_factory: pytest.TempPathFactory, vision_config: dict[str, Any]) -> Fitted:
     """The result of `lightning-oft fit`, three steps long, with `test_before_and_after`."""
@@ -68,6 +82,6 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, vision_config: dict[str, An
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
         patch.setattr("builtins.print", lambda *lines, **_: said.append("\n".join(map(str, lines))))
-        assert main(["fit", "--config", str(file), *SHORT, *out]) == 0
+        assert main(["fit", "--config", str(file), *out]) == 0
     (checkpoint,) = directory.rglob("*.ckpt")
     return Fitted(directory, checkpoint, "\n".join(said))

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor, nn
 
-from lightning_oft import OFTFinetuning
+from lightning_oft import OFTConfig, OFTFinetuning, inject, oft_layers
 from lightning_oft.cli import COMMANDS, main
 from lightning_oft.cli.application import Application
 from lightning_oft.cli.auto import auto_class, loader_of
 from lightning_oft.cli.report import score_table
-
-from .conftest import SHORT, Fitted
 
 Write = Callable[..., str]
 
@@ -29,19 +29,188 @@ class Plain(LightningModule):
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(64, width), torch.nn.ReLU(), torch.nn.Linear(width, 10))
+        self.net = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
 
-    def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
-        pixels = batch["pixel_values"].flatten(1)[:, :64]
-        return torch.nn.functional.cross_entropy(self.net(pixels), batch["labels"])
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch["pixel_values"].flatten(1)[:, :64]), batch["labels"])
+
+    def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
+        pass
 
 
-PLAIN = f"{__name__}.Plain"
+PLAIN = {"class_path": f"{__name__}.Plain"}
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> list[Application]:
-    """Stops every command before it runs and keeps the application."""
-    applications: list[Application] = []
-    monkeypatch.setattr(Application, "_run_subcommand", lambda self, _: applications.append(self))
-    return applications
+def applications(monkeypatch: pytest.MonkeyPatch) -> list[Application]:
+    """Every application that `main` builds; each stops before it runs its command."""
+    built: list[Application] = []
+    monkeypatch.setattr(Application, "_run_subcommand", lambda self, _: built.append(self))
+    return built
+
+
+def test_fit_prints_the_scores_before_and_after_and_how_to_load(fitted: Any) -> None:
+    table, (adapter, merged) = fitted.said.splitlines()[:3], fitted.said.splitlines()[3:]
+    assert [row.split()[0] for row in table[1:]] == ["before", "after"]
+    assert "accuracy" in table[0]
+    assert len({len(row) for row in table}) == 1, "the columns are aligned"
+    assert f'PeftModel.from_pretrained(base_model, "{fitted.directory / "export" / "adapter"}")' in adapter
+    assert f'AutoModelForImageClassification.from_pretrained("{fitted.directory / "export" / "merged"}")' in merged
+
+
+def test_fit_writes_an_adapter_checkpoint_the_export_and_its_configuration(fitted: Any) -> None:
+    checkpoint = torch.load(fitted.checkpoint, weights_only=True)
+    assert all(".oft_R." in name for name in checkpoint["state_dict"])
+    assert any(tensor.abs().sum() > 0 for tensor in checkpoint["state_dict"].values())
+    assert {path.name for path in (fitted.directory / "export").iterdir()} == {"adapter", "merged"}
+    saved = yaml.safe_load((fitted.directory / "config.yaml").read_text(encoding="utf-8"))
+    assert saved["oft"]["oft_block_size"] == 16
+
+
+def test_a_second_fit_may_write_where_the_first_did(config_file: Write) -> None:
+    file = config_file({"trainer.limit_train_batches": 1})
+    assert main(["fit", "--config", file]) == 0
+    assert main(["fit", "--config", file, "--trainer.max_epochs", "2"]) == 0
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_checkpoint_is_scored(
+    command: str, config_file: Write, fitted: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--config", config_file(), "--ckpt_path", str(fitted.checkpoint)]) == 0
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_the_same_task_runs_without_oft(config_file: Write, applications: list[Application]) -> None:
+    assert main(["fit", "--config", config_file({"oft.enabled": False, "trainer.limit_train_batches": 1})]) == 0
+    (application,) = applications
+    application.trainer.fit(application.model, datamodule=application.datamodule)
+    assert oft_layers(application.model) == {}
+    assert all(parameter.requires_grad for parameter in application.model.model.parameters())
+
+
+def test_oft_stands_before_callbacks_that_copy_the_model(config_file: Write, applications: list[Application]) -> None:
+    assert main(["fit", "--config", config_file({"trainer.callbacks": [{"class_path": "EMAWeightAveraging"}]})]) == 0
+    kinds = [type(callback) for callback in applications[0].trainer.callbacks]
+    assert kinds.index(OFTFinetuning) < kinds.index(EMAWeightAveraging)
+
+
+def test_an_optimizer_from_the_command_line_trains_the_rotations(
+    config_file: Write, applications: list[Application]
+) -> None:
+    # The stock LightningCLI hands it parameters taken before the injection: exit code 0, and every generator still zero.
+    file = config_file({"model": PLAIN, "oft.oft_block_size": 4, "oft.merge_on_fit_end": False})
+    assert main(["fit", "--config", file, "--optimizer", "AdamW", "--optimizer.lr", "0.01"]) == 0
+    (application,) = applications
+    application.trainer.fit(application.model, datamodule=application.datamodule)
+    layers = oft_layers(application.model)
+    assert list(layers) == ["net.0", "net.2"]
+    assert all(bool(layer.oft_R["default"].weight.abs().max() > 0) for layer in layers.values())  # type: ignore[index]
+
+
+def test_a_model_without_an_optimizer_is_asked_for_one(config_file: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", config_file({"model": PLAIN})]) == 2
+    assert "Plain configures no optimizer; give one, as in --optimizer AdamW" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "decays"), [("AdamW", [0.01, 0.0]), ("SGD", [0.0, 0.0]), ("LBFGS", [None]), ("Rprop", [None])]
+)
+def test_rotations_never_decay(
+    config_file: Write, applications: list[Application], optimizer: str, decays: list[float | None]
+) -> None:
+    file = config_file({"model": PLAIN, "optimizer": {"class_path": optimizer, "init_args": {"lr": 0.1}}})
+    assert main(["fit", "--config", file]) == 0
+    model = applications[0].model
+    inject(model, OFTConfig(oft_block_size=4, modules_to_save=["net.2"]))
+    groups = model.configure_optimizers().param_groups
+    assert [group.get("weight_decay") for group in groups] == decays
+    turned = [p for name, p in model.named_parameters() if "oft_R" in name]
+    decayed = [p for group in groups if group.get("weight_decay") for p in group["params"]]
+    assert not {id(p) for p in turned} & {id(p) for p in decayed}
+    assert sum(len(group["params"]) for group in groups) == len(turned) + 2
+
+
+def test_the_lazy_optimizer_travels_with_the_model(config_file: Write, applications: list[Application]) -> None:
+    file = config_file({"model": PLAIN, "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}}})
+    assert main(["fit", "--config", file]) == 0
+    for other in (copy.deepcopy(applications[0].model), pickle.loads(pickle.dumps(applications[0].model))):
+        (group,) = other.configure_optimizers().param_groups
+        assert {id(p) for p in group["params"]} == {id(p) for p in other.parameters()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_readable(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main([command, "--help"]) == 0
+    said = capsys.readouterr()
+    text = said.out
+    assert said.err == ""
+    assert text.startswith(f"usage: lightning-oft {command} ")
+    assert f"example:\n  lightning-oft {command} --" in text or f"example:\n  lightning-oft {command} runs" in text
+    assert [
+        noise for noise in ("Union[", "Optional[", "<class '", "known subclasses", ":paramref:") if noise in text
+    ] == []
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_help_of_fit_explains_every_field_of_the_adapter(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.index("--oft.oft_block_size") < text.index("--trainer.accelerator"), (
+        "what the program is about comes first"
+    )
+    assert "Number of rotation blocks" in text
+    assert "ImageClassification" in text
+
+
+def test_help_of_the_program_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        assert main(arguments) == 0
+        text = capsys.readouterr().out
+        assert [command for command in COMMANDS if f"\n  {command} " not in text] == []
+
+
+def test_help_of_a_class_lists_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--model.help", "ImageClassification"]) == 0
+    assert "--model.label_smoothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "table"),
+    [
+        ({"test/acc": 0.5}, {"test/acc": 1.0}, ["           acc", "before  0.5000", "after   1.0000"]),
+        (
+            {"test/new/accuracy": 0.1, "test/new/loss": 3.0},
+            {"test/new/accuracy": 0.25, "test/new/loss": 2.0},
+            ["        new/accuracy", "before        0.1000", "after         0.2500"],
+        ),
+        (
+            {"test_loss/dataloader_idx_1": 12345.0},
+            {"test_loss/dataloader_idx_1": 1.5, "test_other": 2.0},
+            ["            loss 1", "before  12345.0000", "after       1.5000"],
+        ),
+    ],
+)
+def test_score_table_is_aligned(before: dict[str, float], after: dict[str, float], table: list[str]) -> None:
+    assert score_table(before, after).splitlines() == table
+
+
+@pytest.mark.parametrize(
+    ("architecture", "auto"),
+    [
+        ("ViTForImageClassification", "AutoModelForImageClassification"),
+        ("LlamaForCausalLM", "AutoModelForCausalLM"),
+        ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("BertModel", "AutoModel"),
+        ("NobodysModel", "NobodysModel"),
+    ],
+)
+def test_loader_is_the_auto_class_that_people_type(architecture: str, auto: str) -> None:
+    assert auto_class(architecture) == auto
+
+
+def test_loader_of_a_directory(tmp_path: Path) -> None:
+    assert loader_of(tmp_path) == ""
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}', encoding="utf-8")
+    assert loader_of(tmp_path) == "UNet2DConditionModel"

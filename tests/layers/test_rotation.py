@@ -27,7 +27,8 @@ def _rotation(blocks: int = 3, b: int = 4, std: float = 0.2, **options: Any) -> 
 def _expected(rotation: Rotation, x: Tensor) -> Tensor:
     with torch.no_grad():
         r_nbb = maths.cayley_neumann(maths.skew(rotation.weight.detach().clone(), rotation.block_size), 6)
-        return x @ torch.block_diag(*r_nbb.expand(rotation.blocks, -1, -1))
+        full: Tensor = torch.block_diag(*r_nbb.expand(rotation.blocks, -1, -1))  # type: ignore[no-untyped-call]
+        return x @ full
 
 
 # ---- what it is ------------------------------------------------------------------------------------------------------
@@ -241,7 +242,12 @@ def test_the_matrix_is_computed_once_where_nothing_changes_and_afresh_where_grad
     rotation, x = _rotation().eval(), torch.randn(5, 12)
     calls: list[int] = []
     matrix = Rotation.matrix
-    monkeypatch.setattr(Rotation, "matrix", lambda self: (calls.append(1), matrix(self))[1])
+
+    def counted(self: Rotation) -> Tensor:
+        calls.append(1)
+        return matrix(self)
+
+    monkeypatch.setattr(Rotation, "matrix", counted)
     with torch.no_grad():
         for _ in range(3):
             rotation(x)

@@ -36,7 +36,7 @@ class Net(nn.Module):
         self.conv = nn.Conv2d(3, 8, 3)
         self.norm = nn.BatchNorm2d(8)
         self.fc = nn.Linear(8, 8)
-        self.head = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
+        self.head: Any = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.norm(self.conv(x)).relu().mean((2, 3))
@@ -213,15 +213,15 @@ def test_statistics_belong_to_the_adapter_that_trained_them() -> None:
     with pytest.warns(UserWarning, match="'plain' is not active"):
         inject(model, OFTConfig(oft_block_size=4, exclude_modules=r"head\..*"), "plain")
     _train(model)
-    own = model.head[1].running_mean.clone()  # type: ignore[operator]
+    own = model.head[1].running_mean.clone()
     set_adapter(model, "plain")
-    assert torch.equal(model.head[1].running_mean, base["head.1.running_mean"])  # type: ignore[arg-type]
+    assert torch.equal(model.head[1].running_mean, base["head.1.running_mean"])
     assert not model.head[1].training
     _train(model)
-    assert torch.equal(model.head[1].running_mean, base["head.1.running_mean"])  # type: ignore[arg-type]
+    assert torch.equal(model.head[1].running_mean, base["head.1.running_mean"])
     set_adapter(model, "default")
     assert model.head[1].training
-    assert torch.equal(model.head[1].running_mean, own)  # type: ignore[arg-type]
+    assert torch.equal(model.head[1].running_mean, own)
 
 
 def test_freeze_alone_is_undone_by_unload_and_idempotent() -> None:

@@ -276,7 +276,8 @@ def test_trained_biases_and_modules_stay_in_a_merged_model() -> None:
     ],
 )
 def test_channels_last_stays_channels_last(layer: Any, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
-    model = nn.Sequential(layer()).to(memory_format=memory_format)
+    model: Any = nn.Sequential(layer())
+    model.to(memory_format=memory_format)
     x = torch.randn(shape).to(memory_format=memory_format)
     strides = model[0].weight.stride()
     inject(model, config(target_modules=["0"], oft_block_size=2))
@@ -285,12 +286,17 @@ def test_channels_last_stays_channels_last(layer: Any, shape: tuple[int, ...], m
     assert output.is_contiguous(memory_format=memory_format)
     seen: list[tuple[int, ...]] = []
     if isinstance(model[0], nn.Conv2d):
-        convolve = model[0]._conv_forward.__func__.__globals__["F"].conv2d  # type: ignore[attr-defined]
+        convolve = torch.nn.functional.conv2d
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                "torch.nn.functional.conv2d", lambda i, w, *rest: (seen.append(w.stride()), convolve(i, w, *rest))[1]
-            )
+
+            def watched(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+                seen.append(weight.stride())
+                output: Tensor = convolve(input, weight, *rest)
+                return output
+
+            patch.setattr("torch.nn.functional.conv2d", watched)
             model(x)
+        assert len(seen) == 1
     assert all(stride == strides for stride in seen)
     merge(model)
     assert model[0].weight.stride() == strides

@@ -42,7 +42,7 @@ def _three(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-def _tiny_llama(**options: Any) -> nn.Module:
+def _tiny_llama(**options: Any) -> Any:
     sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=32, **options)).eval()
 
@@ -410,12 +410,12 @@ def test_two_threads_through_one_layer_get_what_one_gets(name: str) -> None:
 def test_generation_under_disabled_adapters_is_the_bases() -> None:
     model, ids = _tiny_llama(), torch.randint(0, 32, (1, 4))
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    base = model.generate(ids, **options)  # type: ignore[operator]
+    base = model.generate(ids, **options)
     inject(model, config(target_modules="all-linear"))
     randomize(model, 1.0)
-    adapted = model.generate(ids, **options)  # type: ignore[operator]
+    adapted = model.generate(ids, **options)
     with disable_adapters(model):
-        assert torch.equal(model.generate(ids, **options), base)  # type: ignore[operator]
-    assert torch.equal(model.generate(ids, **options), adapted)  # type: ignore[operator]
+        assert torch.equal(model.generate(ids, **options), base)
+    assert torch.equal(model.generate(ids, **options), adapted)
     merge(model)
-    assert torch.equal(model.generate(ids, **options), adapted)  # type: ignore[operator]
+    assert torch.equal(model.generate(ids, **options), adapted)

@@ -1,0 +1,150 @@
+"""`info`, `export` and `merge`: files in, files out, no Trainer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
+
+from lightning_oft.cli import main
+
+
+@pytest.fixture(scope="module")
+def exported(fitted: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter of the fit's checkpoint, as `export` writes it."""
+    output: Path = tmp_path_factory.mktemp("exported") / "adapter"
+    assert main(["export", "--checkpoint", str(fitted.checkpoint), "--output", str(output)]) == 0
+    return output
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def test_export_writes_what_the_fit_wrote(exported: Path, fitted: Any) -> None:
+    theirs, ours = fitted.directory / "export" / "adapter", exported
+    torch.testing.assert_close(
+        load_file(ours / "adapter_model.safetensors"), load_file(theirs / "adapter_model.safetensors"), rtol=0, atol=0
+    )
+    configs = [json.loads((place / "adapter_config.json").read_text(encoding="utf-8")) for place in (ours, theirs)]
+    for config in configs:
+        config.pop("auto_mapping")  # names the model's class, which a checkpoint does not hold
+        config["lightning_oft"].pop("sha256", None)
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("source", ["adapter directory", "checkpoint", "exported"])
+def test_merge_is_the_model_that_the_fit_merged(
+    source: str, fitted: Any, exported: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"adapter directory": fitted.directory / "export" / "adapter", "checkpoint": fitted.checkpoint}
+    output = tmp_path / "merged"
+    arguments = ["--base", str(base), "--adapter", str(places.get(source, exported)), "--output", str(output)]
+    assert main(["merge", *arguments]) == 0
+    assert f'AutoModelForImageClassification.from_pretrained("{output}")' in capsys.readouterr().out
+    torch.testing.assert_close(weights(output), weights(fitted.directory / "export" / "merged"), rtol=0, atol=1e-6)
+    assert {path.name for path in base.glob("*.json")} <= {path.name for path in output.iterdir()}
+    AutoModelForImageClassification.from_pretrained(output)
+
+
+def test_merge_does_not_overwrite_unasked(
+    exported: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "something").touch()
+    arguments = ["merge", "--base", str(base), "--adapter", str(exported), "--output", str(tmp_path)]
+    assert main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+    assert not (tmp_path / "something").exists()
+
+
+def test_merge_takes_a_head_with_other_classes(exported: Path, base: Path, tmp_path: Path) -> None:
+    adapter, output = tmp_path / "adapter", tmp_path / "merged"
+    adapter.mkdir()
+    config = json.loads((exported / "adapter_config.json").read_text(encoding="utf-8"))
+    own = config.pop("lightning_oft")
+    assert own["root"] == "model"
+    config["target_modules"].remove("classifier")
+    config["modules_to_save"] = ["classifier"]
+    tensors = load_file(exported / "adapter_model.safetensors")
+    tensors.pop("base_model.model.classifier.oft_R.weight")
+    width = weights(base)["classifier.weight"].shape[1]
+    head = {"weight": torch.randn(3, width), "bias": torch.randn(3)}
+    tensors.update({f"base_model.model.classifier.{name}": tensor for name, tensor in head.items()})
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["merge", "--base", str(base), "--adapter", str(adapter), "--output", str(output)]) == 0
+    torch.testing.assert_close(weights(output)["classifier.weight"], head["weight"])
+    assert AutoModelForImageClassification.from_pretrained(output).config.num_labels == 3
+
+
+@pytest.mark.parametrize("kind", ["directory", "checkpoint"])
+def test_info_says_what_is_inside(kind: str, fitted: Any, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(exported if kind == "directory" else fitted.checkpoint), "--layers"]) == 0
+    text = capsys.readouterr().out
+    for words in ("25 (blocks x block size: ", "21 of 4 x 16", "17,760 in rotations", "oft_block_size=16", "float32:"):
+        assert words in text
+    (turn,) = [float(line.split()[1]) for line in text.splitlines() if line.strip().startswith("angle")]
+    assert 0 < turn < 90
+    (error,) = [float(line.split()[1]) for line in text.splitlines() if line.strip().startswith("error")]
+    assert 0 < error < 1e-3
+    assert sum("vit.layers." in line and " 4    16 " in line for line in text.splitlines()) == 20
+
+
+def test_info_of_a_merged_or_plain_checkpoint(fitted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = torch.load(fitted.checkpoint, weights_only=True)
+    plain = {"state_dict": {"net.weight": torch.zeros(2, 2)}, "epoch": 1, "global_step": 2}
+    torch.save(plain, tmp_path / "plain.ckpt")
+    assert main(["info", str(tmp_path / "plain.ckpt")]) == 0
+    assert "without an adapter; epoch 1, step 2" in capsys.readouterr().out
+    checkpoint["lightning_oft"]["merged"] = True
+    checkpoint["state_dict"] = plain["state_dict"]
+    torch.save(checkpoint, tmp_path / "merged.ckpt")
+    assert main(["info", str(tmp_path / "merged.ckpt")]) == 0
+    assert "their rotations are in the weights already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["merged", "plain", "two adapters", "another name", "no checkpoint"])
+def test_export_refuses_what_holds_no_adapter(
+    damage: str, fitted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint: Any = torch.load(fitted.checkpoint, weights_only=True)
+    adapters = checkpoint["lightning_oft"]["adapters"]
+    expected, more = {
+        "merged": ("merged model", []),
+        "plain": ("no adapter in this checkpoint", []),
+        "two adapters": ("default, second: say which with --adapter-name", []),
+        "another name": ("no adapter 'defualt'; did you mean 'default'?", ["--adapter-name", "defualt"]),
+        "no checkpoint": ("no state_dict", []),
+    }[damage]
+    if damage == "merged":
+        checkpoint["lightning_oft"]["merged"] = True
+    elif damage == "plain":
+        del checkpoint["lightning_oft"]
+    elif damage == "two adapters":
+        adapters["second"] = adapters["default"]
+    elif damage == "no checkpoint":
+        checkpoint = {"weights": torch.zeros(1)}
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    output = tmp_path / "adapter"
+    assert main(["export", "--checkpoint", str(tmp_path / "x.ckpt"), "--output", str(output), *more]) == 2
+    assert expected in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.mark.subprocess
+def test_info_imports_neither_lightning_nor_transformers(exported: Path) -> None:
+    code = (
+        "import sys; from lightning_oft.cli import main\n"
+        f"assert main(['info', {str(exported)!r}]) == 0\n"
+        "assert not {'lightning', 'pytorch_lightning', 'transformers', 'peft'} & set(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
