@@ -100,13 +100,13 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
     entry["waiting"] = {name: values for name, values in waiting.items() if values}
     checkpoint[ENTRY] = {**checkpoint.get(ENTRY, {}), **entry}
     if entry["adapter_only"]:
-        dropped = _frozen_names(model, kept)
+        dropped = frozen_names(model, kept)
         for key in _STATES:
             if key in checkpoint:
                 checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name not in dropped}
 
 
-def _frozen_names(model: nn.Module, kept: Iterable[Tensor]) -> set[str]:
+def frozen_names(model: nn.Module, kept: Iterable[Tensor]) -> set[str]:
     """State-dict names of the base's parameters that never trained."""
     keep = {id(tensor) for tensor in kept} | {id(tensor) for _, tensor, slot in trained.slots(model) if slot.owners}
     return {
@@ -151,13 +151,35 @@ def complete(model: nn.Module, checkpoint: dict[str, Any]) -> Content:
         fill = {}
         if content == "adapter":
             check_base(model, checkpoint[ENTRY])
-            fill = {name: current[name] for name in _frozen_names(model, ()) if name in current}
+            fill = {name: current[name] for name in frozen_names(model, ()) if name in current}
             fill = {name: value for name, value in fill.items() if not is_rotation_key(name)}
         _restore_waiting(model, checkpoint.get(ENTRY, {}))
     for key in _STATES:
         if key in checkpoint:
             checkpoint[key] = {**fill, **checkpoint[key]}
     return content
+
+
+def check_loaded(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Check a checkpoint whose tensors a strategy has loaded already, before anybody could ask what they were.
+
+    Raises:
+        CheckpointError: the adapter or the base is another one than the checkpoint was written from.
+    """
+    entry = checkpoint.get(ENTRY)
+    if entry is None or entry["merged"]:
+        raise CheckpointError(
+            "this strategy loads checkpoints of adapters only, and the file holds a model without one: load its weights "
+            "in configure_model, before they are sharded"
+        )
+    mine, theirs = describe(model)["adapters"], entry["adapters"]
+    for adapter in {**mine, **theirs}:
+        if mine.get(adapter, {}).get("layers") != theirs.get(adapter, {}).get("layers"):
+            raise CheckpointError(
+                f"the checkpoint's adapter {adapter!r} turns other layers, or blocks of another size, than the model's: "
+                "use its own target_modules and block size (lightning-oft info prints them)"
+            )
+    check_base(model, entry)
 
 
 def _check_rotations(theirs: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_model
-from torch import nn
+from safetensors.torch import save_file, save_model
+from torch import Tensor, nn
 
 from .surgery import oft_layers
 from .surgery.walk import class_names, walk
@@ -30,7 +30,9 @@ def library_root(model: nn.Module) -> tuple[str, nn.Module]:
     return "", model
 
 
-def save_merged(model: nn.Module, directory: str | Path, companions: Iterable[Any] = ()) -> Path:
+def save_merged(
+    model: nn.Module, directory: str | Path, companions: Iterable[Any] = (), state: dict[str, Tensor] | None = None
+) -> Path:
     """Write the merged model's weights into a directory.
 
     A transformers or diffusers model goes through its own `save_pretrained`; any other module into
@@ -41,6 +43,7 @@ def save_merged(model: nn.Module, directory: str | Path, companions: Iterable[An
         model: a merged model, or a LightningModule around one.
         directory: where to write.
         companions: processors and tokenizers, written beside the model by their `save_pretrained`.
+        state: the whole tensors of `library_root(model)` by name, where the model holds only parts of them.
 
     Raises:
         OSError: the directory cannot be written; what was there is untouched.
@@ -51,7 +54,9 @@ def save_merged(model: nn.Module, directory: str | Path, companions: Iterable[An
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         if class_names(root) & _LIBRARY_MODELS:
-            root.save_pretrained(temporary)  # type: ignore[operator]
+            root.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))  # type: ignore[operator]
+        elif state is not None:
+            save_file(state, str(temporary / "model.safetensors"), metadata={"format": "pt"})
         else:
             save_model(root, str(temporary / "model.safetensors"), metadata={"format": "pt"})
         for companion in companions:

@@ -12,34 +12,53 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoints
-from ..adapters import save_adapter
-from ..merged import save_merged
+from ..adapters import contents_of, write_contents
+from ..merged import library_root, save_merged
 from ..surgery import merge, trained, unmerge
+from .strategies import strategy_of
 
 if TYPE_CHECKING:
     from .finetuning import OFTFinetuning
 
 
-def export(
-    trainer: Any, pl_module: nn.Module, root: nn.Module, callback: OFTFinetuning, device: torch.device | None
-) -> dict[str, str]:
-    """Write `adapter/` and `merged/` below the callback's export_dir; rank zero writes.
+def export(trainer: Any, pl_module: nn.Module, root: nn.Module, callback: OFTFinetuning) -> dict[str, str]:
+    """Write `adapter/` below the callback's export_dir; and `merged/` too, where it is another state than the fit ends
+    with. Every process takes part, rank zero writes.
 
     Returns:
         Where each was written. The model is unmerged afterwards, as it was before.
     """
-    assert callback.export_dir is not None
-    directory = Path(callback.export_dir)
-    places = {"adapter": str(directory / "adapter"), "merged model": str(directory / "merged")}
-    with _state_to_export(trainer, pl_module, callback.export_from):
+    if callback.export_dir is None:
+        return {}
+    written = {"adapter": str(Path(callback.export_dir) / "adapter")}
+    best = _best(trainer, callback.export_from)
+    with _state_of_checkpoint(pl_module, best):
+        contents = contents_of(root, callback.adapter_name)
         if trainer.is_global_zero:
-            save_adapter(root, places["adapter"], callback.adapter_name)
-        merge(root, keep_base="always", device=device)
-        if trainer.is_global_zero:
-            save_merged(root, places["merged model"], companions=_companions(trainer, pl_module))
-        trainer.strategy.barrier("export")
-        unmerge(root)
-    return places
+            write_contents(contents, written["adapter"])
+        if best is not None or not callback.merge_on_fit_end:
+            merge(root, keep_base="always", device=strategy_of(trainer).device(trainer))
+            written |= _write_merged(trainer, pl_module, root, callback.export_dir)
+            unmerge(root)
+    trainer.strategy.barrier("export")
+    return written
+
+
+def export_merged(trainer: Any, pl_module: nn.Module, root: nn.Module, callback: OFTFinetuning) -> dict[str, str]:
+    """Write `merged/` below the callback's export_dir from the model that the fit ends with, now that it is merged."""
+    if callback.export_dir is None or not callback.merge_on_fit_end or _best(trainer, callback.export_from) is not None:
+        return {}
+    written = _write_merged(trainer, pl_module, root, callback.export_dir)
+    trainer.strategy.barrier("export")
+    return written
+
+
+def _write_merged(trainer: Any, pl_module: nn.Module, root: nn.Module, directory: str) -> dict[str, str]:
+    place = str(Path(directory) / "merged")
+    state = strategy_of(trainer).whole_state(library_root(root)[1])
+    if trainer.is_global_zero:
+        save_merged(root, place, companions=_companions(trainer, pl_module), state=state)
+    return {"merged model": place}
 
 
 def _companions(trainer: Any, pl_module: Any) -> list[Any]:
@@ -50,19 +69,26 @@ def _companions(trainer: Any, pl_module: Any) -> list[Any]:
     return [item for item in found if hasattr(item, "save_pretrained")]
 
 
-@contextlib.contextmanager
-def _state_to_export(trainer: Any, pl_module: nn.Module, export_from: str) -> Iterator[None]:
-    """Within this context the model is what is to be exported: the last state, or ModelCheckpoint's best."""
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "") if export_from == "best" else ""
-    if export_from == "best" and not best:
+def _best(trainer: Any, export_from: str) -> str | None:
+    """The checkpoint to export from instead of the model as it is."""
+    if export_from != "best":
+        return None
+    best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if not best:
         warnings.warn(
             "export_from='best': no ModelCheckpoint has a best model (give it a monitor); the last state is exported",
             stacklevel=2,
         )
-    if not best:
+    return best or None
+
+
+@contextlib.contextmanager
+def _state_of_checkpoint(pl_module: nn.Module, best: str | None) -> Iterator[None]:
+    """Within this context the model has the trained tensors of a checkpoint; its own return afterwards."""
+    if best is None:
         yield
         return
-    theirs = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+    theirs = checkpoints.read(best)["state_dict"]
     mine = _trained_tensors(pl_module)
     missing = [name for name in mine if name not in theirs]
     if missing:

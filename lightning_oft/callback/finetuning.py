@@ -16,6 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from ..adapters import load_adapter
+from ..checkpoints import refresh_fingerprints
 from ..config import OFTConfig
 from ..surgery import adapter_names, find_targets, freeze, merge, oft_layers, project, unmerge
 from ..surgery.blocks import block_sizes
@@ -23,8 +24,15 @@ from ..surgery.frozen import release_norms
 from ..surgery.inject import inject_into
 from ..surgery.walk import merged_layers
 from . import guards, report
-from .export import export
-from .shadow import after_configure_model, keep_checkpoint_hooks, leave, restore_rng
+from .export import export, export_merged
+from .shadow import (
+    after_configure_model,
+    keep_checkpoint_hooks,
+    leave,
+    new_base,
+    restore_rng,
+    writes_adapter_only,
+)
 from .strategies import strategy_of
 
 if TYPE_CHECKING:
@@ -88,6 +96,7 @@ class OFTFinetuning(Callback):
         self._layers: list[str] = []
         self._was_merged = False
         self._steps: Any = None
+        self._holds: list[Any] = []
 
     @property
     @override
@@ -102,6 +111,7 @@ class OFTFinetuning(Callback):
             return
         guards.check_company(trainer, self)
         strategy_of(trainer).before_inject(trainer, pl_module)
+        self._holds = strategy_of(trainer).hold_checkpoints(pl_module, writes_adapter_only(pl_module))
         self._was_merged = bool(merged_layers(pl_module))
         if self._was_merged:
             unmerge(pl_module)
@@ -170,15 +180,24 @@ class OFTFinetuning(Callback):
             return
         self._stop_watching()
         root = self.root(pl_module)
-        where = strategy_of(trainer).device(trainer)
-        written = export(trainer, pl_module, root, self, where) if self.export_dir else {}
+        strategy_of(trainer).settle(pl_module)
+        written = export(trainer, pl_module, root, self)
         if self.merge_on_fit_end:
             if not merged_layers(root):
-                strategy_of(trainer).merge(root, self.keep_base, where)
-                release_norms(pl_module)
-            rank_zero_info(report.merge_line(root, self.adapter_name, written))
-        else:
-            rank_zero_info(report.unmerged_line(root, self.adapter_name, written))
+                merge(root, keep_base=self.keep_base, device=strategy_of(trainer).device(trainer))
+            release_norms(pl_module)
+        written |= export_merged(trainer, pl_module, root, self)
+        rank_zero_info(report.end_line(root, self.adapter_name, written))
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called when a checkpoint has been loaded: knows a new base again, and continues its random numbers."""
+        if not self.enabled:
+            return
+        if new_base(pl_module):
+            refresh_fingerprints(pl_module)
+        if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start is over by then
+            restore_rng(pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -199,8 +218,11 @@ class OFTFinetuning(Callback):
         if self._steps is not None:
             self._steps.remove()
             self._steps = None
+        for handle in self._holds:
+            handle.remove()
+        self._holds = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_steps": None}
+        return {**self.__dict__, "_steps": None, "_holds": []}
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from .. import rotation as maths
 from ..layers import rotations_of, state_of
 from ..surgery import oft_layers
-from ..surgery.walk import some
+from ..surgery.walk import merged_layers, some
 
 
 def start_line(pl_module: nn.Module, root: nn.Module, adapter_name: str) -> str:
@@ -66,16 +66,9 @@ def warn_about_constraint(root: nn.Module, adapter_name: str) -> None:
         )
 
 
-def merge_line(root: nn.Module, adapter_name: str, written: dict[str, str]) -> str:
-    """What was merged, and where it was written."""
+def end_line(root: nn.Module, adapter_name: str, written: dict[str, str]) -> str:
+    """What became of the adapter, and where it was written."""
     layers = len(oft_layers(root))
-    return f"OFT adapter {adapter_name!r}: merged into {layers} layers{_places(written)}"
-
-
-def unmerged_line(root: nn.Module, adapter_name: str, written: dict[str, str]) -> str:
-    """What was left beside the weights, and where it was written."""
-    return f"OFT adapter {adapter_name!r}: not merged, active beside {len(oft_layers(root))} layers{_places(written)}"
-
-
-def _places(written: dict[str, str]) -> str:
-    return "".join(f"; {what} written to {place}" for what, place in written.items())
+    how = f"merged into {layers} layers" if merged_layers(root) else f"not merged, active beside {layers} layers"
+    places = "".join(f"; {what} written to {place}" for what, place in written.items())
+    return f"OFT adapter {adapter_name!r}: {how}{places}"

@@ -68,15 +68,18 @@ def _trainer_of(module: Any) -> Any:
 def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
     """Leave the frozen base out, and add what a resume needs."""
     _own(self, "on_save_checkpoint")(checkpoint)
-    trainer = _trainer_of(self)
-    callbacks = [c for c in getattr(trainer, "callbacks", ()) if hasattr(c, "save_adapter_only")]
-    adapter_only = all(callback.save_adapter_only for callback in callbacks if callback.enabled)
-    optimizers = getattr(trainer, "optimizers", None) or []
+    optimizers = getattr(_trainer_of(self), "optimizers", None) or []
     kept = [tensor for optimizer in optimizers for group in optimizer.param_groups for tensor in group["params"]]
     stepped = [tensor for tensor in kept if tensor.requires_grad or _has_state(optimizers, tensor)]
-    checkpoints.write_entry(self, checkpoint, adapter_only, stepped)
+    checkpoints.write_entry(self, checkpoint, writes_adapter_only(self), stepped)
     if checkpoints.ENTRY in checkpoint and "optimizer_states" in checkpoint:
         checkpoint[checkpoints.ENTRY]["rng"] = _gather(rng_state())
+
+
+def writes_adapter_only(pl_module: Any) -> bool:
+    """Whether all callbacks that adapt the module agree to leave its base out of checkpoints."""
+    callbacks = [c for c in getattr(_trainer_of(pl_module), "callbacks", ()) if hasattr(c, "save_adapter_only")]
+    return all(callback.save_adapter_only for callback in callbacks if callback.enabled)
 
 
 def _has_state(optimizers: list[Any], tensor: torch.Tensor) -> bool:
@@ -85,7 +88,11 @@ def _has_state(optimizers: list[Any], tensor: torch.Tensor) -> bool:
 
 def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
     """Check what the file is and complete it before anything is loaded."""
-    content = checkpoints.complete(self, checkpoint)
+    if "state_dict" not in checkpoint:  # FSDP2 loads tensors before it calls any hook
+        checkpoints.check_loaded(self, checkpoint)
+        content: checkpoints.Content = "adapter"
+    else:
+        content = checkpoints.complete(self, checkpoint)
     if content in ("plain", "merged"):
         _forget_run(checkpoint)
         kind = "a plain model" if content == "plain" else "a merged model, whose weights hold its rotations"

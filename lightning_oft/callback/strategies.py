@@ -6,11 +6,12 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .. import checkpoints
 from ..layers import Rotation
 from ..rotation import SERIES_TOLERANCE
-from ..surgery import merge, oft_layers
+from ..surgery import oft_layers
 from ..surgery.sharded import gather_back
 from ..surgery.walk import class_names
 from . import guards
@@ -98,9 +99,16 @@ class Strategy:
         device = trainer.strategy.root_device
         return device if device.type != "cpu" else None
 
-    def merge(self, root: nn.Module, keep_base: Any, device: torch.device | None) -> None:
-        """Fold the rotations into the weights."""
-        merge(root, keep_base=keep_base, device=device)
+    def hold_checkpoints(self, pl_module: Any, adapter_only: bool) -> list[Any]:
+        """Prepare the module for a strategy that reads and writes checkpoints without asking anybody; handles to undo."""
+        return []
+
+    def settle(self, pl_module: nn.Module) -> None:
+        """Called when the fit has ended, before anything is merged or exported."""
+
+    def whole_state(self, root: nn.Module) -> dict[str, Tensor] | None:
+        """The whole tensors of a model by name, on rank zero; None where every process has them anyway."""
+        return None
 
 
 class FullyShard(Strategy):
@@ -124,9 +132,27 @@ class FullyShard(Strategy):
         """Every process merges the rows it holds, where they are."""
         return None
 
-    def merge(self, root: nn.Module, keep_base: Any, device: torch.device | None) -> None:
-        gather_back(root)
-        super().merge(root, keep_base, device)
+    def hold_checkpoints(self, pl_module: Any, adapter_only: bool) -> list[Any]:
+        """FSDP2 loads whatever the module's state_dict names, before any hook: so it names the adapter only."""
+        if not adapter_only:
+            return []
+        pl_module.strict_loading = False  # the base is missing from the file; `check_loaded` is strict about the rest
+        return [pl_module.register_state_dict_post_hook(_only_trained)]
+
+    def settle(self, pl_module: nn.Module) -> None:
+        gather_back(pl_module)
+
+    def whole_state(self, root: nn.Module) -> dict[str, Tensor] | None:
+        """Gathered tensor by tensor, and kept on rank zero's CPU."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        return get_model_state_dict(root, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def _only_trained(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Take out of a state dict what an adapter-only checkpoint leaves out."""
+    for name in checkpoints.frozen_names(module, ()):
+        state_dict.pop(prefix + name, None)
 
 
 def strategy_of(trainer: Any) -> Strategy:
