@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -76,7 +75,7 @@ class OFTConfig:
             ((self.oft_block_size or 0) >= 0, f"oft_block_size={self.oft_block_size}: must be at least 2"),
             (self.oft_block_size != 1, "oft_block_size=1: a block of size 1 cannot rotate; use at least 2"),
             (0 <= self.module_dropout < 1, f"module_dropout={self.module_dropout}: must be in [0, 1)"),
-            (0 < self.eps < math.inf, f"eps={self.eps}: must be a positive number"),
+            (0 < self.eps < 1e30, f"eps={self.eps}: must be a positive number"),
             (
                 self.max_angle is None or 0 < self.max_angle < 180,
                 f"max_angle={self.max_angle}: must be in degrees between 0 and 180",
@@ -85,6 +84,11 @@ class OFTConfig:
                 self.num_cayley_neumann_terms >= 2 or not self.use_cayley_neumann,
                 f"num_cayley_neumann_terms={self.num_cayley_neumann_terms}: fewer than 2 terms never leave the "
                 "identity; use an even number such as 6",
+            ),
+            (
+                self.num_cayley_neumann_terms <= 1000,
+                f"num_cayley_neumann_terms={self.num_cayley_neumann_terms}: must be at most 1000; for more accuracy than "
+                "8 or 10 give, set use_cayley_neumann=false",
             ),
             (
                 self.layers_pattern is None or self.layers_to_transform is not None,
@@ -133,7 +137,7 @@ def _check_types(config: OFTConfig) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(value, (set, frozenset, tuple)):
-            value = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+            value = sorted(value, key=str) if isinstance(value, (set, frozenset)) else list(value)
             object.__setattr__(config, field.name, value)
         annotation = str(field.type)
         kinds = [annotation] if annotation.startswith("Literal[") else annotation.split(" | ")

@@ -68,8 +68,18 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _ROTATION = re.compile(r"(?:(?P<layer>.+)\.)?(?P<kind>oft_R|oft_embedding_R)(?:\.(?P<inner>.+))?\.weight")
 
 
+def printable(text: str, limit: int = 1000) -> str:
+    """One line of bounded length: names and values come from a file, which may hold control characters or megabytes."""
+    if len(text) > limit:  # the remedy stands at the end
+        text = f"{text[: limit - 300]} ... {text[-300:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class AdapterFileError(ValueError):
     """An adapter directory that cannot be read, written or put on this model: where, what, remedy. Nothing changed."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lightning_oft.surgery.sharded import cut_like, is_sharded, part
 from lightning_oft.surgery.walk import fingerprint, require_unmerged, same_base, some
 
 from .fitting import Fit, base_value, fit, torn
-from .format import AdapterFile, AdapterFileError
+from .format import AdapterFile, AdapterFileError, printable
 from .reading import open_adapter, read_values
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
         changed = check_fingerprint(where.root, contents.fingerprint)
         if changed:
             warnings.warn(
-                f"{contents.directory}: was trained on another base, {some(changed)} differ; load the base it was trained on",
+                printable(f"{contents.directory}: was trained on another base, {some(changed)} differ; load the one it was trained on"),
                 stacklevel=2,
             )
     if not present:
@@ -97,7 +97,9 @@ def _needed(contents: AdapterFile, where: Fit) -> dict[str, Tensor]:
             )
         if name not in where.expected and _is_same(value, base_value(module, key)):
             continue
-        if isinstance(tensor, nn.Parameter) and value.is_floating_point() and not bool(value.isfinite().all()):
+        # A buffer may hold infinities on purpose, such as a mask: then the model's own does too.
+        expected = isinstance(tensor, nn.Parameter) or bool(base_value(module, key).isfinite().all())
+        if expected and not bool(value.isfinite().all()):
             raise AdapterFileError(f"{contents.directory}: {name} is NaN or infinite; train the adapter again")
         needed[name] = value
     return needed

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_oft import rotation as maths
 from lightning_oft.config import OFTConfig
+from lightning_oft.surgery.walk import some
 
 from .format import (
     CONFIG_FILE,
@@ -29,12 +30,15 @@ from .format import (
     AdapterFile,
     AdapterFileError,
     parse_key,
+    printable,
 )
 
 _BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _FLOATING = ("F16", "BF16", "F32", "F64")
-_CONFIG_LIMIT = 64 * 2**20
-"""Bytes of a configuration; the longest list of layer names is far below."""
+_CONFIG_LIMIT = 16 * 2**20
+"""Bytes of a configuration, which take some twenty times as many in memory; fifty thousand layers' names need six."""
+_KEY_LIMIT = 4096
+"""Characters of a tensor's name; matching one takes time quadratic in them."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def open_adapter(directory: str | Path, adapter_name: str | None = None) -> List
             f"{file}: all its blocks are of size 1, which rotate nothing; train with a larger block size"
         )
     if dead:
-        warnings.warn(f"{file}: {', '.join(dead)} have blocks of size 1, which rotate nothing; left out", stacklevel=4)
+        warnings.warn(printable(f"{file}: {some(dead)} have blocks of size 1, which rotate nothing; left out"), stacklevel=4)
     return Listing(
         directory=place,
         config=config,
@@ -118,7 +122,7 @@ def read_values(listing: Listing) -> AdapterFile:
     broken = [name for name, generator in rotations.items() if not bool(generator.isfinite().all())]
     if broken:
         raise AdapterFileError(
-            f"{file}: generators of {', '.join(broken)} are NaN or infinite; train the adapter again"
+            f"{file}: generators of {some(broken)} are NaN or infinite; train the adapter again"
         )
     return AdapterFile(
         directory=listing.directory,
@@ -246,6 +250,8 @@ def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise AdapterFileError(f"{file}: not a whole safetensors file ({_line(error)}); copy the file again") from None
     for key, (dtype, shape) in header.items():
+        if len(key) > _KEY_LIMIT:
+            raise AdapterFileError(f"{file}: {key[:40]}... is no name of a tensor ({len(key)} characters); copy the file again")
         if dtype not in _BYTES:
             raise AdapterFileError(f"{file}: {key} is of dtype {dtype}, which is not read; save it as float32")
         if _BYTES[dtype] * math.prod(shape) > file.stat().st_size:

@@ -25,6 +25,7 @@ from ..surgery.inject import inject_into
 from ..surgery.walk import merged_layers
 from . import guards, report
 from .export import export, export_merged
+from .files import write_whole
 from .shadow import (
     after_configure_model,
     keep_checkpoint_hooks,
@@ -110,6 +111,7 @@ class OFTFinetuning(Callback):
         if not self.enabled:
             return
         guards.check_company(trainer, self)
+        write_whole(trainer)
         strategy_of(trainer).before_inject(trainer, pl_module)
         self._holds = strategy_of(trainer).hold_checkpoints(pl_module, writes_adapter_only(pl_module))
         self._was_merged = bool(merged_layers(pl_module))

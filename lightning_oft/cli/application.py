@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_oft import data, tasks
 from lightning_oft.callback import OFTFinetuning
+from lightning_oft.cli import config_files
 from lightning_oft.cli.errors import UserError
 from lightning_oft.cli.explain import first_alternative
 from lightning_oft.cli.parser import Formatter, Parser
@@ -212,6 +213,7 @@ def _worth_saying(record: logging.LogRecord) -> bool:
 
 def run(arguments: list[str]) -> int:
     """Run one of the four commands."""
+    config_files.check(arguments)
     _import_named(arguments)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     if "transformers" in sys.modules:  # its bars for a second of loading would stand around an error's one line

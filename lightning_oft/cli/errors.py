@@ -78,7 +78,10 @@ _CHECKING = ("lightning_oft", "lightning", "pytorch_lightning", "jsonargparse")
 
 
 def one_line(error: BaseException) -> str:
-    """The message of `error` without line breaks, bullets or a trailing stop of whitespace."""
+    """The message of `error` on one line that a terminal prints as it stands, of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        text = f"{error.filename}: {error.strerror}"
+    if len(text) > 1000:  # a value that was given is repeated; the remedy stands at the end
+        text = f"{text[:700]} ... {text[-300:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

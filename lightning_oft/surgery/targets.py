@@ -140,7 +140,8 @@ def _in_layers(name: str, wanted: list[str], config: OFTConfig) -> bool:
     patterns = config.layers_pattern or []
     match = None
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        match = match or re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
+        _compiled(pattern, "layers_pattern")
+        match = match or re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<index>\d+)\.", name)
     if not patterns:
         match = re.match(r".*?\.?[^.]*\.(?P<index>\d+)\.", name)
     return match is not None and int(match["index"]) in ([chosen] if isinstance(chosen, int) else chosen)

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from typing_extensions import override
 
 from lightning_oft.tasks.optimization import configure
+from lightning_oft.tasks.sharding import shard_blocks
 
 Batch = dict[str, Tensor]
 """pixel_values (B, C, H, W) float32 and labels (B,) int64."""
@@ -92,6 +93,12 @@ class ImageClassification(LightningModule):
         if self.has_new_head and names:
             self.model.config.id2label = dict(enumerate(names))
             self.model.config.label2id = {name: i for i, name in enumerate(names)}
+
+    @override
+    def configure_model(self) -> None:
+        """Called for every run: under ModelParallelStrategy (FSDP2) the model is sharded block by block."""
+        if self.device_mesh is not None:
+            shard_blocks(self.model, self.device_mesh)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -30,7 +30,7 @@ class Block(nn.Module):
 class Model(pl.LightningModule):
     """Two blocks and a head, sharded by the user in configure_model as `shard` says."""
 
-    def __init__(self, shard: str = "none", optimizer: str = "adamw", mp_bf16: bool = False) -> None:
+    def __init__(self, shard: str = "none", optimizer: str = "trainable", mp_bf16: bool = False) -> None:
         super().__init__()
         self.shard, self.optimizer_name, self.mp_bf16 = shard, optimizer, mp_bf16
         torch.manual_seed(3)
@@ -64,15 +64,14 @@ class Model(pl.LightningModule):
     test_step = validation_step
 
     def configure_optimizers(self) -> Any:
-        if self.optimizer_name == "sgd":
-            return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
-        return torch.optim.AdamW(self.parameters(), 0.02, weight_decay=0.0)
+        parameters = [p for p in self.parameters() if p.requires_grad or self.optimizer_name == "all"]
+        return torch.optim.AdamW(parameters, 0.02, weight_decay=0.0)
 
 
 def data(world: int, rank: int) -> DataLoader[Any]:
     """The same global batches for any number of processes, in the same order."""
     generator = torch.Generator().manual_seed(0)
-    inputs, targets = torch.randn(160, FEATURES, generator=generator), torch.randn(160, 2, generator=generator)
+    inputs, targets = torch.randn(80, FEATURES, generator=generator), torch.randn(80, 2, generator=generator)
     dataset = TensorDataset(inputs, targets)
     sampler = DistributedSampler(dataset, world, rank, shuffle=False)
     return DataLoader(dataset, BATCH // world, sampler=sampler)
@@ -90,7 +89,7 @@ def callback(**options: Any) -> OFTFinetuning:
 
 
 def trainer(strategy: Any, root: str, devices: int = 1, callbacks: list[Any] | None = None, **options: Any) -> pl.Trainer:
-    """Ten optimizer steps with accumulation and clipping."""
+    """Ten optimizer steps in two epochs, with accumulation and clipping."""
     defaults: dict[str, Any] = {
         "max_steps": STEPS,
         "accumulate_grad_batches": 2,

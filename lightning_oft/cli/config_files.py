@@ -1,0 +1,69 @@
+"""What a configuration file must be before the parser sees it: text, of a sane size, and a tree when it is written out.
+
+The parser copies what an alias stands for, so that ten lines of aliases of aliases would take every byte of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+
+from lightning_oft.cli.errors import UserError
+
+SIZE_LIMIT = 2**20
+"""Bytes of a file; the longest shipped one has a thousand."""
+VALUE_LIMIT = 100_000
+"""Values of a file with its aliases written out."""
+
+_Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Raise UserError for a configuration file that is no text, too large, or an alias of itself.
+
+    What is no YAML, or is not there, the parser says.
+    """
+    for file in _named(arguments):
+        if file.is_file():
+            _check(file)
+
+
+def _named(arguments: Sequence[str]) -> Iterator[Path]:
+    for before, argument in pairwise(["", *arguments]):
+        if before in ("--config", "-c"):
+            yield Path(argument)
+        elif argument.startswith("--config="):
+            yield Path(argument.removeprefix("--config="))
+        elif argument.endswith((".yaml", ".yml", ".json")):
+            yield Path(argument.rpartition("=")[2])
+
+
+def _check(file: Path) -> None:
+    if file.stat().st_size > SIZE_LIMIT:
+        raise UserError(f"{file}: larger than {SIZE_LIMIT // 2**20} MiB, which no configuration is; give the right file")
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: no UTF-8 text at byte {error.start}; save it as UTF-8, or give the right file") from None
+    try:
+        count = _count(yaml.compose(text, Loader=_Loader), {}, ())
+    except yaml.YAMLError:
+        return
+    except RecursionError:
+        raise UserError(f"{file}: nested too deeply; a configuration has a handful of levels") from None
+    if count > VALUE_LIMIT:
+        raise UserError(f"{file}: holds more than {VALUE_LIMIT:,} values once its aliases (*name) are written out; use fewer")
+
+
+def _count(node: yaml.Node | None, known: dict[int, int], above: tuple[int, ...]) -> int:
+    """Values below a node, aliases written out; infinite where one contains itself."""
+    if id(node) in above:
+        return VALUE_LIMIT + 1
+    if id(node) not in known:
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        flat = [child for item in children for child in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_count(child, known, (*above, id(node))) for child in flat)
+    return known[id(node)]

@@ -1,0 +1,180 @@
+"""Our own tasks under FSDP2, and what FSDP2 costs in bytes: every scenario in the two processes of one torchrun.
+
+torchrun --nproc_per_node 2 tests/distributed/tasks_worker.py OUTPUT SCENARIO...
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+from scenario import callback, trainer
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_oft.surgery.sharded import gather_back
+from lightning_oft.tasks import ImageClassification
+from lightning_oft.tasks.sharding import shard_blocks
+
+VIT = Path(__file__).parents[2] / "examples" / "bases" / "digits-vit"
+VISION = {"target_modules": "all-linear", "bias": "none", "modules_to_save": ["classifier"], "oft_block_size": 8}
+LLAMA = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+LAYERS, BLOCK, TOKENS = 3, 8, 16
+
+
+class Images(Dataset[dict[str, torch.Tensor]]):
+    """Thirty-two random images and labels."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.pixels = torch.randn(32, 1, 8, 8, generator=generator)
+        self.labels = torch.randint(0, 10, (32,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.pixels[index], "labels": self.labels[index]}
+
+
+def images(world: int, rank: int) -> DataLoader[Any]:
+    dataset = Images()
+    return DataLoader(dataset, 8 // world, sampler=DistributedSampler(dataset, world, rank, shuffle=False))
+
+
+def vision() -> ImageClassification:
+    torch.manual_seed(0)
+    return ImageClassification(str(VIT), optimizer=lambda groups: torch.optim.AdamW(groups, 0.005))
+
+
+def fit_vision(strategy: Any, world: int, rank: int, root: Path) -> dict[str, Any]:
+    """Four steps, then a validation and a test of what they left."""
+    task = vision()
+    options = {"max_steps": 4, "accumulate_grad_batches": 1, "gradient_clip_val": 1.0}
+    run = trainer(strategy, str(root), world, [callback(**VISION, export_dir=str(root / "export"))], **options)
+    run.fit(task, images(world, rank), images(world, rank))
+    units = [name for name, module in task.named_modules() if isinstance(module, FSDPModule)]
+    (validated,) = run.validate(task, images(world, rank), verbose=False)
+    (tested,) = run.test(task, images(world, rank), verbose=False)
+    gather_back(task)
+    after = [name for name, module in task.named_modules() if isinstance(module, FSDPModule)]
+    return {"state": whole_state(task), "units": units, "units after": after, "scores": {**validated, **tested}}
+
+
+def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    state = model.state_dict()
+    return {name: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().clone() for name, v in state.items()}
+
+
+class Llama(pl.LightningModule):
+    """A small Llama in bfloat16, sharded as our tasks are."""
+
+    def __init__(self, checkpointing: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=LAYERS, tie_word_embeddings=False, **LLAMA)).train()
+        if checkpointing:
+            self.model.gradient_checkpointing_enable()
+            # The embedding is frozen: without this no block's input requires grad, and checkpointing would cut there.
+            self.model.enable_input_require_grads()
+
+    def configure_model(self) -> None:
+        assert self.device_mesh is not None
+        shard_blocks(self.model, self.device_mesh)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        loss: torch.Tensor = self.model(input_ids=batch, labels=batch).loss
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 0.01)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the calls of collectives, and the bytes of the whole tensor that each of them makes or starts from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func.name().split("::")[1].split(".")[0]
+            tensors = [t for arg in args[:2] for t in (arg if isinstance(arg, list | tuple) else [arg])]
+            sizes = [t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)]
+            self.calls[name] += 1
+            self.bytes[name] += max(sizes, default=0)
+        return func(*args, **(kwargs or {}))
+
+
+class Count(pl.Callback):
+    """The bytes that this process holds, and those that go over the wire in the second step."""
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+        self.held: dict[str, int] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.traffic.__enter__()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.traffic.__exit__(None, None, None)
+            gather_back(pl_module)
+            rotations = [p for name, p in pl_module.named_parameters() if ".oft_R." in name]
+            base = [p for name, p in pl_module.named_parameters() if ".oft_R." not in name]
+            moments = [v for s in trainer.optimizers[0].state.values() for k, v in s.items() if k != "step"]
+            self.held = {"base": _local(base), "generators": _local(rotations), "optimizer": _local(moments)}
+
+
+def _local(tensors: list[Any]) -> int:
+    return sum(t.to_local().numel() * t.to_local().element_size() for t in tensors)
+
+
+def count_bytes(strategy: Any, world: int, root: Path, checkpointing: bool) -> dict[str, Any]:
+    count = Count()
+    options = {"max_steps": 3, "accumulate_grad_batches": 1, "gradient_clip_val": None, "precision": "bf16-true"}
+    oft = callback(target_modules="all-linear", oft_block_size=BLOCK, bias="none")
+    run = trainer(strategy, str(root), world, [oft, count], **options)
+    tokens = torch.randint(0, LLAMA["vocab_size"], (3, TOKENS), generator=torch.Generator().manual_seed(0))
+    run.fit(Llama(checkpointing), DataLoader(tokens, 1))  # type: ignore[arg-type]
+    return {"held": count.held, "calls": dict(count.traffic.calls), "bytes": dict(count.traffic.bytes)}
+
+
+def run(name: str, root: Path) -> dict[str, Any]:
+    """`vision`, `split` (tensor parallel, refused), `bytes`, `bytes-checkpointing`."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    split = world if name == "split" else 1
+    strategy = ModelParallelStrategy(world // split, split, process_group_backend="gloo")
+    if name in ("vision", "split"):
+        return fit_vision(strategy, world, rank, root)
+    return count_bytes(strategy, world, root, checkpointing=name == "bytes-checkpointing")
+
+
+def main() -> None:
+    output = Path(sys.argv[1])
+    results: dict[str, Any] = {}
+    for name in sys.argv[2:]:
+        try:
+            results[name] = run(name, output / name)
+        except Exception as error:
+            results[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+    torch.save(results, output / f"rank{os.environ['RANK']}.pt")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
