@@ -55,7 +55,7 @@ def export_merged(trainer: Any, pl_module: nn.Module, root: nn.Module, callback:
 
 def _write_merged(trainer: Any, pl_module: nn.Module, root: nn.Module, directory: str) -> dict[str, str]:
     place = str(Path(directory) / "merged")
-    state = strategy_of(trainer).whole_state(library_root(root)[1])
+    state = strategy_of(trainer).whole_state(trainer, library_root(root)[1])
     if trainer.is_global_zero:
         save_merged(root, place, companions=_companions(trainer, pl_module), state=state)
     return {"merged model": place}

@@ -18,10 +18,11 @@ from typing_extensions import override
 from ..adapters import load_adapter
 from ..checkpoints import refresh_fingerprints
 from ..config import OFTConfig
-from ..surgery import adapter_names, find_targets, freeze, merge, oft_layers, project, unmerge
+from ..surgery import adapter_names, find_targets, freeze, oft_layers, unmerge
 from ..surgery.blocks import block_sizes
 from ..surgery.frozen import release_norms
 from ..surgery.inject import inject_into
+from ..surgery.merge import merge_gathered
 from ..surgery.walk import merged_layers
 from . import guards, report
 from .export import export, export_merged
@@ -111,6 +112,8 @@ class OFTFinetuning(Callback):
         if not self.enabled:
             return
         guards.check_company(trainer, self)
+        if stage == "fit":
+            guards.check_launcher(trainer, self)
         write_whole(trainer)
         strategy_of(trainer).before_inject(trainer, pl_module)
         self._holds = strategy_of(trainer).hold_checkpoints(pl_module, writes_adapter_only(pl_module))
@@ -161,7 +164,7 @@ class OFTFinetuning(Callback):
         guards.check_layers(self._layers, self._own_layers(root))
         guards.check_optimizers(trainer, root, self.adapter_name)
         self._steps = strategy_of(trainer).watch_steps(trainer, root, self.adapter_name)
-        project(root)
+        strategy_of(trainer).project(trainer, root)
         restore_rng(pl_module)
         guards.quiet_eval_warning(pl_module)
         rank_zero_info(report.start_line(pl_module, root, self.adapter_name))
@@ -186,7 +189,7 @@ class OFTFinetuning(Callback):
         written = export(trainer, pl_module, root, self)
         if self.merge_on_fit_end:
             if not merged_layers(root):
-                merge(root, keep_base=self.keep_base, device=strategy_of(trainer).device(trainer))
+                self._merge(trainer, root)
             release_norms(pl_module)
         written |= export_merged(trainer, pl_module, root, self)
         rank_zero_info(report.end_line(root, self.adapter_name, written))
@@ -213,8 +216,12 @@ class OFTFinetuning(Callback):
         self._stop_watching()
         leave(pl_module)
         if self.enabled and self._was_merged and oft_layers(pl_module) and not merged_layers(pl_module):
-            merge(pl_module, keep_base=self.keep_base, device=strategy_of(trainer).device(trainer))
+            self._merge(trainer, pl_module)
         self._was_merged = False
+
+    def _merge(self, trainer: Trainer, root: nn.Module) -> None:
+        ways = strategy_of(trainer)
+        merge_gathered(root, keep_base=self.keep_base, device=ways.device(trainer), gathered=ways.gathered(trainer))
 
     def _stop_watching(self) -> None:
         if self._steps is not None:

@@ -58,6 +58,19 @@ def check_company(trainer: Any, callback: Any) -> None:
             )
 
 
+def check_launcher(trainer: Any, callback: Any) -> None:
+    """Raise ValueError where the adapter would be lost: a launcher that spawns or forks brings home weights alone.
+
+    Lightning loads the state dict of the first process into the main process's model, which has no rotations, and
+    passes over all that the model lacks.
+    """
+    if "_MultiProcessingLauncher" in class_names(trainer.strategy.launcher) and not callback.merge_on_fit_end:
+        raise ValueError(
+            "OFTFinetuning(merge_on_fit_end=False): processes that are spawned or forked (ddp_spawn, ddp_notebook) bring "
+            "home weights and not the adapter, which would be lost: leave merge_on_fit_end=True, or use strategy='ddp'"
+        )
+
+
 def check_layers(injected: list[str], present: list[str]) -> None:
     """Raise RuntimeError where layers were replaced after the injection."""
     lost = sorted(set(injected) - set(present))
@@ -97,7 +110,9 @@ def check_optimizers(trainer: Any, root: nn.Module, adapter_name: str) -> None:
 
 def check_gradients(rotations: dict[str, Rotation]) -> None:
     """Raise RuntimeError where a rotation got no gradient from the backward that preceded the first step."""
-    idle = [name for name, rotation in rotations.items() if rotation.weight.requires_grad and rotation.weight.grad is None]
+    weights = {name: rotation.weight for name, rotation in rotations.items()}
+    # An FSDP1 process that holds nothing of a rotation gets no gradient for it.
+    idle = [name for name, weight in weights.items() if weight.requires_grad and weight.grad is None and weight.numel()]
     if idle:
         raise RuntimeError(
             f"the rotations of {some(idle)} got no gradient: their layers are not called through their forward, or "

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from .. import checkpoints
+from .strategies import strategy_of
 
 _RNG = "_oft_rng"
 
@@ -79,7 +80,9 @@ def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
 def writes_adapter_only(pl_module: Any) -> bool:
     """Whether all callbacks that adapt the module agree to leave its base out of checkpoints."""
     callbacks = [c for c in getattr(_trainer_of(pl_module), "callbacks", ()) if hasattr(c, "save_adapter_only")]
-    return all(callback.save_adapter_only for callback in callbacks if callback.enabled)
+    wanted = all(callback.save_adapter_only for callback in callbacks if callback.enabled)
+    trainer = _trainer_of(pl_module)
+    return wanted if trainer is None else strategy_of(trainer).adapter_only(wanted)
 
 
 def _has_state(optimizers: list[Any], tensor: torch.Tensor) -> bool:

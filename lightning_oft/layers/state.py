@@ -62,7 +62,8 @@ def is_adapted(module: nn.Module) -> bool:
 def rotations_of(layer: nn.Module, adapter_name: str) -> dict[str, Rotation]:
     """The rotations of one adapter of a layer by part; the part's name is empty where a layer has one rotation."""
     entry: Any = layer.oft_R[adapter_name]  # type: ignore[index]
-    return {"": entry} if isinstance(entry, Rotation) else dict(entry.items())
+    # A rotation may stand behind the wrapper of its own FSDP1 unit, which must be called and answers for it.
+    return dict(entry.items()) if isinstance(entry, nn.ModuleDict) else {"": entry}
 
 
 def applied_rotations(layer: nn.Module, part: str) -> list[Rotation]:

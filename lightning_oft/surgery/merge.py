@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lightning_oft.layers import LayerState, rotations_of, state_of
 
 from .frozen import guard_nested_tensors, hold_norms, release_norms
-from .sharded import by_rows, is_sharded, whole, write
+from .sharded import by_rows, is_part, is_sharded, whole, write
 from .sharded import part as part_of
 from .switch import remember_choice, set_adapter
 from .walk import (
@@ -63,6 +64,18 @@ def merge(
         ValueError: no adapter, or a generator is not finite; names the layer.
         RuntimeError: already merged, or inside disable_adapters.
     """
+    return merge_gathered(model, adapter_name, keep_base, device)
+
+
+@torch.no_grad()
+def merge_gathered(
+    model: nn.Module,
+    adapter_name: str | list[str] | None = None,
+    keep_base: KeepBase = "auto",
+    device: torch.device | str | None = None,
+    gathered: Callable[[nn.Module], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> list[str]:
+    """`merge` for a model whose tensors are only at hand within `gathered(layer)`."""
     if keep_base not in ("auto", "always", "never"):
         raise ValueError(f"keep_base={keep_base!r}: must be 'auto', 'always' or 'never'")
     layers = oft_layers(model)
@@ -75,15 +88,17 @@ def merge(
     try:
         if adapter_name is not None:
             set_adapter(model, adapter_name)
-        _check_mergeable(layers)
+        _check_mergeable(layers, gathered)
         keep = _keeps(layers, keep_base)
         shared = _shared_parameters(model)
         for layer in layers.values():
-            done.append(layer)
-            _merge_layer(layer, keep, device, shared)
+            with gathered(layer):
+                done.append(layer)
+                _merge_layer(layer, keep, device, shared)
     except BaseException:
         for layer in done:
-            _unmerge_layer(layer)
+            with gathered(layer):
+                _unmerge_layer(layer)
         restore()
         raise
     _untie_configs(model, layers)
@@ -166,8 +181,12 @@ def _matrices(layer: nn.Module, part: str, names: list[str], device: torch.devic
     return [rotation.matrix().to(device) for rotation in found if rotation is not None]
 
 
-def _check_mergeable(layers: dict[str, nn.Module]) -> None:
-    broken = [name for name, layer in layers.items() if not _is_finite(layer)]
+def _check_mergeable(layers: dict[str, nn.Module], gathered: Callable[[nn.Module], Any]) -> None:
+    broken = []
+    for name, layer in layers.items():
+        with gathered(layer):
+            if not _is_finite(layer):
+                broken.append(name)
     packed = [
         name
         for name, layer in layers.items()
@@ -230,7 +249,7 @@ def _by_rows(
 
 def _kept(weight: Tensor) -> Tensor:
     """A CPU copy of the weight; the tensor itself where exchanging `.data` leaves it alone."""
-    return part_of(weight.detach()).to("cpu", copy=True) if is_sharded(weight) else weight.data.cpu()
+    return part_of(weight.detach()).to("cpu", copy=True) if is_part(weight) else weight.data.cpu()
 
 
 def _set_parameter(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:

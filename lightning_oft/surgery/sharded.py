@@ -19,6 +19,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
+def is_part(tensor: Tensor) -> bool:
+    """Whether the tensor's memory belongs to shards, and values must be written into it: a DTensor, or a view of an
+    FSDP1 unit's flat parameter."""
+    return is_sharded(tensor) or getattr(tensor, "_fsdp_flattened", False)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor; a collective call where it is sharded. For generators, never for base weights."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return, attr-defined, operator]
@@ -54,8 +60,8 @@ def by_rows(weight: Tensor, row_dim: int, change: Callable[[Tensor], Tensor]) ->
 
 @torch.no_grad()
 def write(tensor: Tensor, values: Tensor) -> None:
-    """Put what this process holds of new values into a tensor: by exchange of `.data`, or in place where sharded."""
-    if is_sharded(tensor):
+    """Put what this process holds of new values into a tensor: by exchange of `.data`, or in place where it is a part."""
+    if is_part(tensor):
         part(tensor).copy_(values)
     else:
         tensor.data = values

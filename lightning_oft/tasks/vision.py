@@ -123,7 +123,8 @@ class ImageClassification(LightningModule):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.log("val/loss", self._score(batch, self.val_metrics), batch_size=len(batch["labels"]), prog_bar=True)
+        loss = self._score(batch, self.val_metrics)
+        self.log("val/loss", loss, batch_size=len(batch["labels"]), prog_bar=True, sync_dist=True)
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -144,7 +145,7 @@ class ImageClassification(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         split, metrics = list(self.test_metrics.items())[dataloader_idx]
         loss = self._score(batch, metrics)
-        self.log(f"{split}/loss", loss, batch_size=len(batch["labels"]), add_dataloader_idx=False)
+        self.log(f"{split}/loss", loss, batch_size=len(batch["labels"]), add_dataloader_idx=False, sync_dist=True)
 
     @override
     def on_test_epoch_end(self) -> None:

@@ -28,8 +28,8 @@ HERE = Path(__file__).resolve().parent
 CANNOT_RUN = 77
 PREFIX = "oft2n"
 PORT = 29600
-ROUND_LIMIT = 240
-"""Seconds after which a round has failed; two cold starts cost 40 on two busy cores."""
+ROUND_LIMIT = 600
+"""Seconds after which a round has failed: two cold starts are 25 on two free cores, and were 200 on busy ones."""
 MAX_STARTS = 4
 """How often the node's scheduler, which is us, starts torchrun again on a node that died."""
 

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from small import Small, inputs, loader, oft, state, trainer
 from torch import Tensor, nn
 
-from lightning_oft.callback import export, finetuning
+from lightning_oft.adapters.writing import write_contents
+from lightning_oft.merged import save_merged
+from lightning_oft.surgery.merge import merge_gathered as merge_layers
 
 PHASES = ("training", "checkpoint", "adapter", "merge", "export")
 _WIDTH = 96
@@ -45,13 +48,14 @@ class Stateful:
         return 8
 
     def __iter__(self) -> Iterator[Any]:
+        if self.position == len(self):
+            self.epoch, self.position = self.epoch + 1, 0
         order = torch.randperm(64, generator=torch.Generator().manual_seed(self.epoch)).reshape(8, 8)
         x, y = inputs()
         while self.position < len(order):
             rows = order[self.position]
             self.position += 1
             yield x[rows], y[rows]
-        self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
@@ -61,10 +65,18 @@ class Stateful:
 
 
 class Death(NamedTuple):
-    """Dies by its own hand at the `event`-th call or return of Python or C within a phase."""
+    """Dies by its own hand at the `count`-th event within a phase: at any call or return, or at one of the file system."""
 
     phase: str
-    event: int
+    only_files: bool
+    count: int
+
+
+def _is_file_event(event: str, function: Any) -> bool:
+    if event not in ("c_call", "c_return"):
+        return False
+    owner = type(getattr(function, "__self__", None)).__module__
+    return owner == "_io" or getattr(function, "__module__", None) in ("posix", "_io")
 
 
 class Phases:
@@ -73,7 +85,7 @@ class Phases:
     def __init__(self, death: Death | None = None) -> None:
         self._now = mmap.mmap(-1, 1)
         self.death = death
-        self.counts = dict.fromkeys(PHASES, 0)
+        self.counts: Counter[tuple[str, bool]] = Counter()
 
     @property
     def now(self) -> str:
@@ -84,7 +96,7 @@ class Phases:
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             before, self._now[0] = self._now[0], PHASES.index(phase)
-            sys.setprofile(lambda *_: self._event(phase))
+            sys.setprofile(lambda _, event, function: self._happens(phase, event, function))
             try:
                 return action(*args, **kwargs)
             finally:
@@ -93,20 +105,26 @@ class Phases:
 
         return watched
 
-    def _event(self, phase: str) -> None:
-        self.counts[phase] += 1
-        if self.death == (phase, self.counts[phase]):
-            os.kill(os.getpid(), signal.SIGKILL)
+    def _happens(self, phase: str, event: str, function: Any) -> None:
+        for only_files in (False, True) if _is_file_event(event, function) else (False,):
+            self.counts[phase, only_files] += 1
+            if self.death == (phase, only_files, self.counts[phase, only_files]):
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(self) -> None:
         """Stand around every phase but training. The names must exist, or nothing would be watched."""
-        for owner, name, phase in (
-            (Trainer, "save_checkpoint", "checkpoint"),
-            (export, "write_contents", "adapter"),
-            (finetuning, "merge", "merge"),
-            (export, "save_merged", "export"),
-        ):
-            setattr(owner, name, self.during(phase, getattr(owner, name)))
+        Trainer.save_checkpoint = self.during("checkpoint", Trainer.save_checkpoint)  # type: ignore[method-assign]
+        for function, phase in ((write_contents, "adapter"), (merge_layers, "merge"), (save_merged, "export")):
+            places = [
+                (module, name)
+                for module in list(sys.modules.values())
+                if module.__name__.startswith("lightning_oft")
+                for name, value in vars(module).items()
+                if value is function
+            ]
+            assert places, function
+            for module, name in places:
+                setattr(module, name, self.during(phase, function))
 
 
 def live(place: Path, steps: bool, seed: int, epochs: int = 3) -> dict[str, Tensor]:

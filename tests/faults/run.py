@@ -4,8 +4,8 @@
 
 Every life starts from nothing, or where an earlier run has left an export; it is killed by SIGKILL once or twice: half
 of the times by the clock, at a moment drawn uniformly from the duration of an undisturbed run, else by its own hand at
-a call or return drawn uniformly from those of writing a checkpoint, writing the adapter, merging or exporting. Each time
-every file under a final name is read and compared with the undisturbed run's; then the life resumes to its end.
+a call or return drawn uniformly from those of writing a checkpoint, writing the adapter, merging or exporting, or from
+those among them that reach the file system. Each time every file under a final name is read and compared with the undisturbed run's; then the life resumes to its end.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Truth(NamedTuple):
     checkpoints: list[Any]
     earlier: Path
     seconds: float
-    events: dict[str, int]
+    events: Counter[tuple[str, bool]]
 
 
 class Finding(NamedTuple):
@@ -87,7 +87,7 @@ def undisturbed(root: Path, steps: bool) -> Truth:
         phases.watch()
         start = time.monotonic()
         merged = live(root / "true", steps, seed=0)
-        torch.save((merged, phases.counts, time.monotonic() - start), counts)
+        torch.save((merged, dict(phases.counts), time.monotonic() - start), counts)
 
     def earlier() -> None:
         live(root / "earlier", steps, seed=7, epochs=1)
@@ -104,7 +104,7 @@ def undisturbed(root: Path, steps: bool) -> Truth:
         [checkpoints.read(file) for file in (root / "all").iterdir()],
         exports[1],
         seconds,
-        events,
+        Counter(events),
     )
 
 
@@ -167,7 +167,9 @@ def _seed(place: Path) -> int:
 
 def kill_once(place: Path, steps: bool, truth: Truth, rng: random.Random, phase: str | None) -> str | None:
     """Start or resume a life and kill it: by the clock where no phase is given. Returns the phase in which it died."""
-    phases = Phases(None if phase is None else Death(phase, rng.randint(1, truth.events[phase])))
+    only_files = rng.random() < 0.5
+    death = None if phase is None else Death(phase, only_files, rng.randint(1, truth.events[phase, only_files]))
+    phases = Phases(death)
 
     def action() -> None:
         phases.watch()

@@ -45,7 +45,7 @@ def value(rng: random.Random, depth: int = 0) -> Any:
     if kind == 5:
         return {rng.choice(TEXTS)[:50]: value(rng, depth + 1) for _ in range(rng.randrange(4))}
     nested: Any = rng.choice(TEXTS)[:10]
-    for _ in range(rng.choice([10, 100, 900])):
+    for _ in range(rng.choice([10, 100, 300])):
         nested = [nested] if rng.random() < 0.5 else {"a": nested}
     return nested
 

@@ -1,20 +1,23 @@
-"""What differs between strategies, in one place: when to inject, how to see real steps, where and how to merge."""
+"""One process, or DDP: what a strategy is asked, and the answers where every process has all parameters."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoints
-from ..layers import Rotation
-from ..rotation import SERIES_TOLERANCE
-from ..surgery import oft_layers
-from ..surgery.sharded import gather_back
-from ..surgery.walk import class_names
-from . import guards
+from ...layers import Rotation
+from ...rotation import SERIES_TOLERANCE
+from ...surgery import project
+from ...surgery.walk import class_names
+from .. import guards
+
+Gathered = Callable[[nn.Module], AbstractContextManager[Any]]
 
 _WATCH_EVERY = 100
 """Steps between two looks at the series' error: a look waits for the device."""
@@ -47,12 +50,16 @@ class Steps:
                 guards.check_gradients(own)
                 checked = True
             for rotation in own.values():
-                rotation.project()
+                self.project(rotation)
             self._count += 1
             if self._count % _WATCH_EVERY == 0:
                 self.check_series()
 
         return after_step
+
+    def project(self, rotation: Rotation) -> None:
+        """Pull one rotation back into its ball."""
+        rotation.project()
 
     def check_series(self) -> None:
         """Warn once where a truncated series is less orthogonal than float32 is."""
@@ -99,6 +106,18 @@ class Strategy:
         device = trainer.strategy.root_device
         return device if device.type != "cpu" else None
 
+    def project(self, trainer: Any, root: nn.Module) -> None:
+        """Pull every rotation back into its ball, outside of any step."""
+        project(root)
+
+    def adapter_only(self, wanted: bool) -> bool:
+        """Whether checkpoints can leave the base out."""
+        return wanted
+
+    def gathered(self, trainer: Any) -> Gathered:
+        """For a layer, a context in which its tensors are at hand."""
+        return contextlib.nullcontext
+
     def hold_checkpoints(self, pl_module: Any, adapter_only: bool) -> list[Any]:
         """Prepare the module for a strategy that reads and writes checkpoints without asking anybody; handles to undo."""
         return []
@@ -106,63 +125,6 @@ class Strategy:
     def settle(self, pl_module: nn.Module) -> None:
         """Called when the fit has ended, before anything is merged or exported."""
 
-    def whole_state(self, root: nn.Module) -> dict[str, Tensor] | None:
+    def whole_state(self, trainer: Any, root: nn.Module) -> dict[str, Tensor] | None:
         """The whole tensors of a model by name, on rank zero; None where every process has them anyway."""
         return None
-
-
-class FullyShard(Strategy):
-    """FSDP2 (ModelParallelStrategy): a process holds some rows of each parameter, and some blocks of each rotation."""
-
-    def after_inject(self, trainer: Any, root: nn.Module) -> None:
-        """Make every rotation a unit of its own, before or after the user shards the layers around it.
-
-        Left plain inside a layer that is sharded already, each rank would train its own (measured: 5.4e-2 apart, no
-        error); inside the layer's unit, a mixed precision policy would round its generators.
-        """
-        from torch.distributed.fsdp import FSDPModule, fully_shard
-
-        mesh = trainer.strategy.device_mesh["data_parallel"]
-        for layer in oft_layers(root).values():
-            for rotation in layer.oft_R.modules():  # type: ignore[union-attr]
-                if isinstance(rotation, Rotation) and not isinstance(rotation, FSDPModule):
-                    fully_shard(rotation, mesh=mesh)
-
-    def device(self, trainer: Any) -> torch.device | None:
-        """Every process merges the rows it holds, where they are."""
-        return None
-
-    def hold_checkpoints(self, pl_module: Any, adapter_only: bool) -> list[Any]:
-        """FSDP2 loads whatever the module's state_dict names, before any hook: so it names the adapter only."""
-        if not adapter_only:
-            return []
-        pl_module.strict_loading = False  # the base is missing from the file; `check_loaded` is strict about the rest
-        return [pl_module.register_state_dict_post_hook(_only_trained)]
-
-    def settle(self, pl_module: nn.Module) -> None:
-        gather_back(pl_module)
-
-    def whole_state(self, root: nn.Module) -> dict[str, Tensor] | None:
-        """Gathered tensor by tensor, and kept on rank zero's CPU."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        return get_model_state_dict(root, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def _only_trained(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Take out of a state dict what an adapter-only checkpoint leaves out."""
-    for name in checkpoints.frozen_names(module, ()):
-        state_dict.pop(prefix + name, None)
-
-
-def strategy_of(trainer: Any) -> Strategy:
-    """The strategy's ways. Raises ValueError for one that cannot work."""
-    if guards.is_deepspeed(trainer) and getattr(trainer.strategy, "zero_stage_3", False):
-        raise ValueError(
-            "OFTFinetuning does not support DeepSpeed stage 3, which partitions the weights that a merge folds: "
-            "use stage 1 or 2, or ModelParallelStrategy (FSDP2)"
-        )
-    names = class_names(trainer.strategy)
-    if "ModelParallelStrategy" in names:
-        return FullyShard()
-    return Strategy()

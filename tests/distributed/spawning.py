@@ -1,0 +1,61 @@
+"""Fits by processes that the main process starts itself (fork, as notebooks do, and spawn): what comes home.
+
+python tests/distributed/spawning.py OUTPUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from scenario import Model, callback, data, trainer
+
+
+class Data(pl.LightningDataModule):
+    """The scenario's data, cut for the process that asks."""
+
+    def train_dataloader(self) -> Any:
+        assert self.trainer is not None
+        return data(self.trainer.world_size, self.trainer.global_rank)
+
+    val_dataloader = train_dataloader
+
+
+def ddp(method: Any) -> DDPStrategy:
+    return DDPStrategy(process_group_backend="gloo", start_method=method)
+
+
+def fit(root: Path, strategy: Any, devices: int, **options: Any) -> dict[str, Any]:
+    model = Model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    checkpoint = ModelCheckpoint(root / "checkpoints", save_last=True)
+    run = trainer(strategy, str(root), devices, [callback(**options), checkpoint], enable_checkpointing=True)
+    result: dict[str, Any] = {"before": before}
+    try:
+        run.fit(model, datamodule=Data())
+        # An adapter's checkpoint does not fit the weights that came home, which have absorbed that adapter.
+        run.validate(model, datamodule=Data(), ckpt_path=str(root / "checkpoints" / "last.ckpt"), verbose=False)
+    except Exception as error:
+        result["error"] = str(error)
+    return {**result, "state": model.state_dict()}
+
+
+def main() -> None:
+    output = Path(sys.argv[1])
+    # Forks first: a process that has run autograd's threads cannot be forked.
+    results = {
+        "refused": fit(output / "refused", ddp("fork"), 2, merge_on_fit_end=False),
+        "fork": fit(output / "fork", ddp("fork"), 2),
+        "spawn": fit(output / "spawn", ddp("spawn"), 2),
+        "one process": fit(output / "one", "auto", 1),
+    }
+    torch.save(results, output / "results.pt")
+
+
+if __name__ == "__main__":
+    main()
