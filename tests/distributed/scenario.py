@@ -28,11 +28,15 @@ class Block(nn.Module):
 
 
 class Model(pl.LightningModule):
-    """Two blocks and a head, sharded by the user in configure_model as `shard` says."""
+    """Two blocks and a head, sharded by the user in configure_model as `shard` says; built there too where `late`."""
 
-    def __init__(self, shard: str = "none", optimizer: str = "trainable", mp_bf16: bool = False) -> None:
+    def __init__(self, shard: str = "none", optimizer: str = "trainable", mp_bf16: bool = False, late: bool = False) -> None:
         super().__init__()
         self.shard, self.optimizer_name, self.mp_bf16 = shard, optimizer, mp_bf16
+        if not late:
+            self.build()
+
+    def build(self) -> None:
         torch.manual_seed(3)
         self.blocks = nn.Sequential(Block(), Block())
         self.head = nn.Linear(FEATURES, 2)
@@ -42,6 +46,8 @@ class Model(pl.LightningModule):
             return
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        if not hasattr(self, "blocks"):
+            self.build()  # built and sharded before anything could be injected
         self._sharded = True
         mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if self.mp_bf16 else MixedPrecisionPolicy()

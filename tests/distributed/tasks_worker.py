@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+import yaml
 from lightning.pytorch.strategies import ModelParallelStrategy
 from scenario import callback, trainer
 from torch.distributed.fsdp import FSDPModule
@@ -22,11 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lightning_oft.cli import main as main_of_cli
 from lightning_oft.surgery.sharded import gather_back
 from lightning_oft.tasks import ImageClassification
 from lightning_oft.tasks.sharding import shard_blocks
 
-VIT = Path(__file__).parents[2] / "examples" / "bases" / "digits-vit"
+ROOT = Path(__file__).parents[2]
+VIT = ROOT / "examples" / "bases" / "digits-vit"
+RECIPE = ROOT / "configs" / "recipes" / "distributed-fsdp2.yaml"
 VISION = {"target_modules": "all-linear", "bias": "none", "modules_to_save": ["classifier"], "oft_block_size": 8}
 LLAMA = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
 LAYERS, BLOCK, TOKENS = 3, 8, 16
@@ -153,9 +157,28 @@ def count_bytes(strategy: Any, world: int, root: Path, checkpointing: bool) -> d
     return {"held": count.held, "calls": dict(count.traffic.calls), "bytes": dict(count.traffic.bytes)}
 
 
+def run_recipe(world: int, root: Path) -> dict[str, Any]:
+    """configs/recipes/distributed-fsdp2.yaml through the command line, two steps of it: only what names a GPU or a hub differs."""
+    config = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    checkpoints = config["trainer"]["callbacks"][0]["init_args"]
+    checkpoints["dirpath"] = str(root / "checkpoints")
+    config["trainer"]["strategy"]["init_args"] |= {"data_parallel_size": world, "process_group_backend": "gloo"}
+    config["trainer"] |= {"accelerator": "cpu", "devices": world, "max_steps": 2, "default_root_dir": str(root)}
+    config["trainer"] |= {"limit_val_batches": 1, "enable_progress_bar": False, "logger": False}
+    config["model"]["init_args"]["pretrained"] = str(VIT)
+    config["data"] = {"class_path": "DigitsDataModule", "init_args": {"batch_size": 16}}
+    config["oft"] |= {"export_dir": str(root / "export"), "oft_block_size": 8}
+    root.mkdir(exist_ok=True)
+    file = root / f"rank{os.environ['RANK']}.yaml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return {"code": main_of_cli(["fit", "--config", str(file)])}
+
+
 def run(name: str, root: Path) -> dict[str, Any]:
-    """`vision`, `split` (tensor parallel, refused), `bytes`, `bytes-checkpointing`."""
+    """`vision`, `split` (tensor parallel, refused), `recipe`, `bytes`, `bytes-checkpointing`."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if name == "recipe":
+        return run_recipe(world, root)
     split = world if name == "split" else 1
     strategy = ModelParallelStrategy(world // split, split, process_group_backend="gloo")
     if name in ("vision", "split"):

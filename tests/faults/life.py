@@ -82,9 +82,9 @@ def _is_file_event(event: str, function: Any) -> bool:
 class Phases:
     """What a life is doing, told to the parent through shared memory, and counted; and a death at the right moment."""
 
-    def __init__(self, death: Death | None = None) -> None:
+    def __init__(self, death: Death | None = None, count: bool = False) -> None:
         self._now = mmap.mmap(-1, 1)
-        self.death = death
+        self.death, self._all = death, count
         self.counts: Counter[tuple[str, bool]] = Counter()
 
     @property
@@ -96,7 +96,8 @@ class Phases:
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             before, self._now[0] = self._now[0], PHASES.index(phase)
-            sys.setprofile(lambda _, event, function: self._happens(phase, event, function))
+            if self._all or (self.death is not None and self.death.phase == phase):
+                sys.setprofile(lambda _, event, function: self._happens(phase, event, function))
             try:
                 return action(*args, **kwargs)
             finally:

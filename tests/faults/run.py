@@ -82,20 +82,23 @@ def undisturbed(root: Path, steps: bool) -> Truth:
     counts = root / "counts.pt"
 
     def whole() -> None:
-        phases = Phases()
+        phases = Phases(count=True)
         Trainer.save_checkpoint = keeping_all(Trainer.save_checkpoint, root / "all")
         phases.watch()
-        start = time.monotonic()
-        merged = live(root / "true", steps, seed=0)
-        torch.save((merged, dict(phases.counts), time.monotonic() - start), counts)
+        torch.save((live(root / "true", steps, seed=0), dict(phases.counts)), counts)
+
+    def again() -> None:
+        live(root / "again", steps, seed=0)
 
     def earlier() -> None:
         live(root / "earlier", steps, seed=7, epochs=1)
 
-    for action in (whole, earlier):
+    for action in (whole, earlier, again):
+        start = time.monotonic()
         if wait(spawn(action, root / "log.txt")):
             raise SystemExit(f"the undisturbed run failed:\n{(root / 'log.txt').read_text()}")
-    merged, events, seconds = torch.load(counts)
+    seconds = time.monotonic() - start
+    merged, events = torch.load(counts)
     exports = [root / name / "export" for name in ("true", "earlier")]
     return Truth(
         merged,
@@ -167,7 +170,7 @@ def _seed(place: Path) -> int:
 
 def kill_once(place: Path, steps: bool, truth: Truth, rng: random.Random, phase: str | None) -> str | None:
     """Start or resume a life and kill it: by the clock where no phase is given. Returns the phase in which it died."""
-    only_files = rng.random() < 0.5
+    only_files = rng.random() < 0.5 and (phase, True) in truth.events
     death = None if phase is None else Death(phase, only_files, rng.randint(1, truth.events[phase, only_files]))
     phases = Phases(death)
 

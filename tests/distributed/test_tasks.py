@@ -1,0 +1,127 @@
+"""Our own tasks under FSDP2, and fits by processes that the main process starts itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM
+
+from lightning_oft.tasks.sharding import blocks
+
+HERE = Path(__file__).parent
+Run = tuple[Path, list[dict[str, Any]]]
+pytestmark = [pytest.mark.distributed, pytest.mark.subprocess, pytest.mark.slow]
+
+
+def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    assert left.keys() == right.keys()
+    return max(float((left[name].double() - right[name].double()).abs().max()) for name in left)
+
+
+def test_fsdp2_task_equals_one_process(tasks_run: Run, tmp_path: Path) -> None:
+    sys.path.insert(0, str(HERE))
+    try:
+        from tasks_worker import fit_vision
+    finally:
+        sys.path.remove(str(HERE))
+    _, (first, second) = tasks_run
+    assert "error" not in first["vision"], first["vision"].get("trace")
+    alone = fit_vision("auto", 1, 0, tmp_path)
+    assert largest_difference(first["vision"]["state"], second["vision"]["state"]) == 0
+    assert largest_difference(first["vision"]["state"], alone["state"]) < 1e-6
+    assert first["vision"]["scores"] == second["vision"]["scores"]
+    for name, score in alone["scores"].items():
+        assert first["vision"]["scores"][name] == pytest.approx(score, abs=1e-6)
+
+
+def test_every_block_is_one_unit_and_stays_one(tasks_run: Run) -> None:
+    _, (first, _) = tasks_run
+    layers = [f"model.vit.layers.{i}" for i in range(4)]
+    assert first["vision"]["units"] == ["model", *layers]  # the rotations have left with the merge
+    assert first["vision"]["units after"] == ["model", *layers]
+
+
+def test_fsdp2_exports_a_plain_model(tasks_run: Run) -> None:
+    output, (first, _) = tasks_run
+    plain = AutoModelForImageClassification.from_pretrained(output / "vision" / "export" / "merged")
+    trained = {name.removeprefix("model."): v for name, v in first["vision"]["state"].items() if name.startswith("model.")}
+    assert type(plain).__name__ == "ViTForImageClassification"
+    assert largest_difference(plain.state_dict(), trained) == 0
+
+
+def test_tensor_parallel_is_refused_with_the_remedy(tasks_run: Run) -> None:
+    _, (first, _) = tasks_run
+    assert "tensor_parallel_size=2" in first["split"]["error"]
+    assert "data_parallel_size: 2" in first["split"]["error"]
+
+
+def test_recipe_runs_through_the_command_line(tasks_run: Run) -> None:
+    output, results = tasks_run
+    assert [result["recipe"].get("code", result["recipe"]) for result in results] == [0, 0]
+    assert (output / "recipe" / "checkpoints" / "last.ckpt").is_file()
+    AutoModelForImageClassification.from_pretrained(output / "recipe" / "export" / "merged")
+
+
+def test_spawned_fits_bring_their_weights_home(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(HERE / "spawning.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = torch.load(tmp_path / "results.pt", weights_only=True)
+    alone = results["one process"]["state"]
+    assert largest_difference(alone, results["one process"]["before"]) > 1e-3
+    for method in ("fork", "spawn"):
+        assert "error" not in results[method], results[method]["error"]
+        assert results[method]["state"].keys() == results[method]["before"].keys()
+        assert largest_difference(results[method]["state"], alone) < 1e-6
+    # Its adapter on top of the weights that hold it already would turn them twice.
+    assert "trained on another base" in results["fork"]["twice"]
+    # Without the merge nothing could come home; nothing has been trained either.
+    assert "merge_on_fit_end=True, or use strategy='ddp'" in results["refused"]["error"]
+    assert largest_difference(results["refused"]["state"], results["refused"]["before"]) == 0
+
+
+class Tied(nn.Module):
+    """Two blocks, of which one lends its weight to the outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3))
+        self.head = nn.Linear(4, 4)
+        self.head.weight = self.blocks[1][0].weight  # type: ignore[index, assignment]
+
+
+def block_names(model: nn.Module) -> list[str]:
+    found = blocks(model)
+    return [name for name, module in model.named_modules() if module in found]
+
+
+def test_blocks_are_the_repeated_layers_of_a_transformer() -> None:
+    small = LlamaConfig(hidden_size=16, intermediate_size=16, num_attention_heads=2, vocab_size=8, num_hidden_layers=3)
+    assert block_names(LlamaForCausalLM(small)) == [f"model.layers.{i}" for i in range(3)]
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2, enable_nested_tensor=False)
+    assert block_names(nn.Sequential(nn.Linear(8, 8), encoder)) == ["1.layers.0", "1.layers.1"]
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), []),  # layers, not blocks
+        (nn.Linear(4, 4), []),
+        (Tied(), ["blocks.0", "blocks.2"]),  # a unit of its own would have a copy of the shared weight
+    ],
+)
+def test_what_is_no_block_is_left_to_the_rest(model: nn.Module, names: list[str]) -> None:
+    assert block_names(model) == names
