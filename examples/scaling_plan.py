@@ -64,9 +64,10 @@ def layer_activations(m: Llama, tokens: int) -> int:
 
 def activations(m: Llama, tokens: int, checkpointing: bool) -> int:
     """Bytes that autograd keeps of a forward. With checkpointing a block keeps its input, and in backward one keeps all."""
+    logits = tokens * (4 * m.vocab + 8) + 12  # with the labels and the loss itself
     if checkpointing:
-        return tokens * (2 * m.hidden * m.layers + 4 * m.vocab + 4 * m.hidden + 12)
-    return m.layers * layer_activations(m, tokens) + tokens * (4 * m.vocab + 4 * m.hidden // m.heads + 8)
+        return tokens * (2 * m.hidden * m.layers + 4 * m.hidden + 4) + logits
+    return m.layers * layer_activations(m, tokens) + tokens * 4 * m.hidden // m.heads + logits
 
 
 def traffic(m: Llama) -> dict[str, int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .checkpoint_files import ENTRY as ENTRY
+from .checkpoint_files import VERSION
+from .checkpoint_files import CheckpointError as CheckpointError
+from .checkpoint_files import is_rotation_key as is_rotation_key
+from .checkpoint_files import read as read
 from .config import OFTConfig
 from .layers import kind_of, rotations_of, state_of
 from .surgery import Target, adapter_names, freeze, oft_layers, trained, walk
@@ -24,40 +28,10 @@ from .surgery.walk import fingerprint, merged_layers, same_base, some
 
 log = logging.getLogger(__name__)
 
-ENTRY = "lightning_oft"
-VERSION = 1
 _STATES = ("state_dict", "current_model_state")
 """Where a checkpoint keeps a model's tensors; the second is the current model beside an averaged one."""
 
 Content = Literal["adapter", "full", "plain", "merged"]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not fit the model: where, what, remedy. Nothing has been loaded."""
-
-
-def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """The content of a checkpoint file; nothing in it can run code.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it is no checkpoint, is damaged, or holds more than tensors and primitives.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint file")
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: holds more than tensors and plain values, or is damaged: {_first_line(error)}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path}: is no checkpoint or is damaged: {_first_line(error)}") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise CheckpointError(f"{path}: has no state_dict: it was not written by Lightning's ModelCheckpoint")
-    return checkpoint
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -114,11 +88,6 @@ def frozen_names(model: nn.Module, kept: Iterable[Tensor]) -> set[str]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not (parameter.requires_grad or is_rotation_key(name) or id(parameter) in keep)
     }
-
-
-def is_rotation_key(name: str) -> bool:
-    """Whether a state-dict name is a generator's."""
-    return ".oft_R." in f".{name}"
 
 
 def content_of(checkpoint: Mapping[str, Any]) -> Content:
@@ -198,7 +167,9 @@ def _check_rotations(theirs: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -
         )
     broken = [name for name in wanted if theirs[name].is_floating_point() and not bool(theirs[name].isfinite().all())]
     if broken:
-        raise CheckpointError(f"the checkpoint's generators {some(broken)} are NaN or infinite; use an earlier checkpoint")
+        raise CheckpointError(
+            f"the checkpoint's generators {some(broken)} are NaN or infinite; use an earlier checkpoint"
+        )
 
 
 def check_base(model: nn.Module, entry: Mapping[str, Any]) -> None:
@@ -241,15 +212,23 @@ def restore_structure(model: nn.Module, entry: Mapping[str, Any]) -> list[str]:
         CheckpointError: the model lacks a layer of the adapter.
     """
     modules = dict(walk(model))
-    for adapter, content in entry["adapters"].items():
+    for adapter, content in entry.get("adapters", {}).items():
         missing = [name for name in content["layers"] if name not in modules or kind_of(modules[name]) is None]
         if missing:
-            raise CheckpointError(f"the model has no layer {some(missing)}, which adapter {adapter!r} turns")
+            raise CheckpointError(
+                f"the model has no layer {some(missing)}, which adapter {adapter!r} turns; build the model it was trained on"
+            )
         config = OFTConfig(**content["config"])
         targets = {}
         for name, parts in content["layers"].items():
             kind = kind_of(modules[name])
             assert kind is not None
+            fan_ins = {part: place.fan_in for part, place in kind.parts(modules[name]).items()}
+            if any(part not in fan_ins or fan_ins[part] % size for part, size in parts.items()):
+                raise CheckpointError(
+                    f"{name}: has fan-in {some(map(str, fan_ins.values()))} in the model, and blocks of "
+                    f"{some(map(str, parts.values()))} in the checkpoint; build the model that the adapter was trained on"
+                )
             targets[name] = Target(modules[name], kind, tuple(parts))
         # What is trained whole is listed by name: the configuration's own names start at a root we do not know.
         rotations_only = dataclasses.replace(config, modules_to_save=None, bias="none", task_type=None)
@@ -261,6 +240,28 @@ def restore_structure(model: nn.Module, entry: Mapping[str, Any]) -> list[str]:
         known: dict[int, trained.Slot] = {id(tensor): slot for _, tensor, slot in trained.slots(model)}
         for name in content["owned"]:
             owner, _, key = name.rpartition(".")
-            trained.claim(modules[owner], key, adapter, adapter in entry["active"], known)
+            trained.claim(modules[owner], key, adapter, adapter in entry.get("active", ()), known)
     freeze(model)
-    return list(entry["adapters"])
+    return list(entry.get("adapters", {}))
+
+
+def load_state(model: nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
+    """`load_state_dict`, with what does not fit said in one line.
+
+    Raises:
+        CheckpointError: names and shapes are not those of the model.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        mine = model.state_dict()
+        lacking, unknown = [n for n in mine if n not in state], [n for n in state if n not in mine]
+        other = [n for n in mine if n in state and getattr(mine[n], "shape", 0) != getattr(state[n], "shape", 0)]
+        if not (lacking or unknown or other):
+            raise
+        what = [f"lacks {some(lacking)}"] if lacking else []
+        what += [f"has {some(unknown)}, which the model lacks"] if unknown else []
+        what += [f"has other shapes of {some(other)}"] if other else []
+        raise CheckpointError(
+            f"{path}: {' and '.join(what)}; build the model that the checkpoint was written from"
+        ) from None

@@ -15,6 +15,7 @@ FLOORS = {
     "codecs": 1,
     "surgery": 2,
     "metrics": 2,
+    "checkpoint_files": 1,
     "checkpoints": 3,
     "adapters": 3,
     "merged": 3,

@@ -79,17 +79,18 @@ class World:
         state, base = self.net.state_dict(), self.base.state_dict()
         assert [name for name in state if not is_rotation_key(name)] == list(base)
         assert not self.merged or list(state) == list(base)
-        turned = {f"{name}.{key}" for name, layer in oft_layers(self.net).items() for key, _ in layer.named_parameters()}
+        named = {**dict(self.net.named_parameters(remove_duplicate=False)), **dict(self.net.named_buffers(remove_duplicate=False))}
+        turned = {id(parameter) for layer in oft_layers(self.net).values() for parameter in layer.parameters()}
         owned = self.owned()
         for name, value in base.items():
-            if name in owned or (self.merged and name in turned) or (self.merged and self.net.words is not None and name == "words.weight"):  # type: ignore[union-attr]
+            if name in owned or (self.merged and id(named[name]) in turned):
                 continue
             if self.exact:
                 assert torch.equal(state[name], value), name
             else:
                 torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-4)
         if self.configs:
-            parameters = dict(self.net.named_parameters(remove_duplicate=False))
+            parameters = dict(self.net.named_parameters())
             assert not [n for n, p in parameters.items() if p.requires_grad and not is_rotation_key(n) and n not in owned]
         assert all(bool(tensor.isfinite().all()) for tensor in state.values())
         assert [type(module) for module in self._modules(self.net)] == [type(m) for m in self._modules(self.base)] or not self.merged

@@ -78,7 +78,7 @@ def contents_of(model: nn.Module, adapter_name: str = "default") -> Contents:
 
 def _take(model: nn.Module, adapter_name: str) -> _Taken:
     if adapter_name not in adapter_names(model):
-        raise ValueError(f"no adapter {adapter_name!r} here; there are: {', '.join(adapter_names(model)) or 'none'}")
+        raise ValueError(f"no adapter {adapter_name!r} here; there are: {', '.join(adapter_names(model)) or 'none, call inject first'}")
     layers = {name: layer for name, layer in oft_layers(model).items() if adapter_name in _state(layer).configs}
     config = _state(next(iter(layers.values()))).configs[adapter_name]
     return _Taken(adapter_name, config, layers, _saved(model, adapter_name))
@@ -143,7 +143,7 @@ def _tensors(taken: _Taken, known: Mapping[str, nn.Module]) -> dict[str, Tensor]
                 broken.append(name)
             tensors[rotation_key(name, _state(layer).kind.file_key, part)] = sign * generator
     if broken:
-        raise ValueError(f"generators of {some(broken)} are NaN or infinite; nothing was written")
+        raise ValueError(f"generators of {some(broken)} are NaN or infinite; nothing was written: load an earlier state of the adapter")
     for name, tensor in taken.saved.items():
         owner, _, key = name.rpartition(".")
         place = f"{owner}.base_layer.{key}" if owner and owner in known and key == "bias" else name

@@ -81,8 +81,10 @@ def open_adapter(directory: str | Path, adapter_name: str | None = None) -> List
     config, saved_modules, own, extra = _parse_config(raw, place / CONFIG_FILE)
     file = place / TENSOR_FILE
     if not file.is_file():
-        pickled = f"; {PICKLE_FILE} is a pickle, which may run code: convert it to safetensors with PEFT"
-        raise AdapterFileError(f"{file}: no such file{pickled if (place / PICKLE_FILE).is_file() else ''}")
+        pickled = f"{PICKLE_FILE} is a pickle, which may run code: convert it to safetensors with PEFT"
+        raise AdapterFileError(
+            f"{file}: no such file; {pickled if (place / PICKLE_FILE).is_file() else 'copy it from where the adapter was saved'}"
+        )
     _check_digest(file, own.get("sha256"))
     header = _read_header(file)
     rotations, saved, embeddings = _sort_keys(file, header)
@@ -158,8 +160,8 @@ def _locate(directory: Path, adapter_name: str | None) -> Path:
     below = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
     if adapter_name in below:
         return directory / str(adapter_name)
-    hint = f"; there are adapters in {', '.join(below)}: give one of these directories" if below else ""
-    raise AdapterFileError(f"{directory / CONFIG_FILE}: no such file, so this is no adapter directory{hint}")
+    hint = f"there are adapters in {some(below)}: give one of these directories" if below else "give the one that holds it"
+    raise AdapterFileError(f"{directory / CONFIG_FILE}: no such file, so this is no adapter directory; {hint}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -233,7 +235,7 @@ def _check_digest(file: Path, expected: str | None) -> None:
             while chunk := stream.read(2**20):
                 digest.update(chunk)
     except OSError as error:
-        raise AdapterFileError(f"{file}: cannot be read ({_line(error)})") from None
+        raise AdapterFileError(f"{file}: cannot be read ({_line(error)}); copy the file again") from None
     if digest.hexdigest() != expected:
         raise AdapterFileError(
             f"{file}: is not the file that {CONFIG_FILE} was written with: an interrupted write, or damaged since; "

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoints
-from ..adapters import contents_of, write_contents
-from ..merged import library_root, save_merged
-from ..surgery import merge, trained, unmerge
+from lightning_oft import checkpoints
+from lightning_oft.adapters import contents_of, write_contents
+from lightning_oft.merged import library_root, save_merged
+from lightning_oft.surgery import merge, trained, unmerge
+
 from .strategies import strategy_of
 
 if TYPE_CHECKING:
@@ -92,7 +93,9 @@ def _state_of_checkpoint(pl_module: nn.Module, best: str | None) -> Iterator[Non
     mine = _trained_tensors(pl_module)
     missing = [name for name in mine if name not in theirs]
     if missing:
-        raise checkpoints.CheckpointError(f"{best}: lacks {missing[0]}, which this run trained; nothing was exported")
+        raise checkpoints.CheckpointError(
+            f"{best}: lacks {missing[0]}, which this run trained; nothing was exported: set export_from='last'"
+        )
     last = {name: tensor.detach().clone() for name, tensor in mine.items()}
     try:
         _copy(mine, theirs)

@@ -9,21 +9,21 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from ..adapters import load_adapter
-from ..checkpoints import refresh_fingerprints
-from ..config import OFTConfig
-from ..surgery import adapter_names, find_targets, freeze, oft_layers, unmerge
-from ..surgery.blocks import block_sizes
-from ..surgery.frozen import release_norms
-from ..surgery.inject import inject_into
-from ..surgery.merge import merge_gathered
-from ..surgery.walk import merged_layers
+from lightning_oft.adapters import load_adapter
+from lightning_oft.checkpoints import refresh_fingerprints
+from lightning_oft.config import OFTConfig
+from lightning_oft.surgery import adapter_names, find_targets, freeze, oft_layers, unmerge
+from lightning_oft.surgery.blocks import block_sizes
+from lightning_oft.surgery.frozen import release_norms
+from lightning_oft.surgery.inject import inject_into
+from lightning_oft.surgery.merge import merge_gathered
+from lightning_oft.surgery.walk import merged_layers
+
 from . import guards, report
 from .export import export, export_merged
 from .files import write_whole
@@ -233,5 +233,3 @@ class OFTFinetuning(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_steps": None, "_holds": []}
-
-

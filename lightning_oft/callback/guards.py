@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from ..config import OFTConfig
-from ..layers import Rotation, rotations_of, state_of
-from ..surgery import oft_layers
-from ..surgery.frozen import is_quiet
-from ..surgery.walk import class_names, some, walk
+from lightning_oft.config import OFTConfig
+from lightning_oft.layers import Rotation, rotations_of, state_of
+from lightning_oft.surgery import oft_layers
+from lightning_oft.surgery.frozen import is_quiet
+from lightning_oft.surgery.walk import class_names, some, walk
 
 
 def check_options(config: dict[str, Any], **choices: str) -> None:
@@ -80,7 +80,7 @@ def check_layers(injected: list[str], present: list[str]) -> None:
             "plugin, configure_model or another callback?): replace them before OFTFinetuning's setup"
         )
     if not present:
-        raise RuntimeError("OFTFinetuning: no layer is adapted when the fit starts")
+        raise RuntimeError("OFTFinetuning: no layer is adapted when the fit starts: look at module and target_modules")
 
 
 def trainable_rotations(root: nn.Module, adapter_name: str) -> dict[str, Rotation]:
@@ -98,7 +98,9 @@ def trainable_rotations(root: nn.Module, adapter_name: str) -> dict[str, Rotatio
 
 def check_optimizers(trainer: Any, root: nn.Module, adapter_name: str) -> None:
     """Raise RuntimeError where a rotation trains in no optimizer: a list of parameters was taken before injection."""
-    held = {id(tensor) for optimizer in trainer.optimizers for group in optimizer.param_groups for tensor in group["params"]}
+    held = {
+        id(tensor) for optimizer in trainer.optimizers for group in optimizer.param_groups for tensor in group["params"]
+    }
     rotations = trainable_rotations(root, adapter_name)
     idle = [name for name, rotation in rotations.items() if id(rotation.weight) not in held]
     if idle:

@@ -7,12 +7,16 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import lightning
 import torch
 
-from .. import checkpoints
+from lightning_oft import checkpoints
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
+
+_VERSION = "pytorch-lightning_version"
+"""What Lightning requires of a checkpoint, and one that was put together by hand lacks."""
 
 T = TypeVar("T", bound="LightningModule")
 
@@ -40,16 +44,20 @@ def load_from_checkpoint(cls: type[T], path: str | Path, **kwargs: Any) -> T:
     checkpoint = checkpoints.read(path, location)
     # Lightning makes the module and calls its hooks; the tensors come when the adapters have their places.
     buffer = io.BytesIO()
-    torch.save({**checkpoint, "state_dict": {}}, buffer)
+    torch.save({_VERSION: lightning.__version__, **checkpoint, "state_dict": {}}, buffer)
     buffer.seek(0)
     with warnings.catch_warnings():
-        for message in ("Found keys that are in the model state dict but not in", "The state dict in .* contains no param"):
+        for message in (
+            "Found keys that are in the model state dict but not in",
+            "The state dict in .* contains no param",
+        ):
             warnings.filterwarnings("ignore", message=message)
         model = cls.load_from_checkpoint(buffer, map_location=location, strict=False, weights_only=True, **kwargs)
     entry = checkpoint.get(checkpoints.ENTRY)
-    if entry is not None and not entry["merged"]:
+    if entry is not None and not entry.get("merged"):
         checkpoints.restore_structure(model, entry)
         checkpoints.complete(model, checkpoint)
-    model.load_state_dict(checkpoint["state_dict"])
-    device = next((value.device for value in checkpoint["state_dict"].values()), torch.device("cpu"))
+    checkpoints.load_state(model, checkpoint["state_dict"], path)
+    tensors = (value for value in checkpoint["state_dict"].values() if isinstance(value, torch.Tensor))
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     return model.to(device).eval()

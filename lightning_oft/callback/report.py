@@ -7,10 +7,10 @@ from collections import Counter
 
 from torch import nn
 
-from .. import rotation as maths
-from ..layers import rotations_of, state_of
-from ..surgery import oft_layers
-from ..surgery.walk import merged_layers, some
+from lightning_oft import rotation as maths
+from lightning_oft.layers import rotations_of, state_of
+from lightning_oft.surgery import oft_layers
+from lightning_oft.surgery.walk import merged_layers, some
 
 
 def start_line(pl_module: nn.Module, root: nn.Module, adapter_name: str) -> str:

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from .. import checkpoints
+from lightning_oft import checkpoints
+
 from .strategies import strategy_of
 
 _RNG = "_oft_rng"
@@ -137,8 +138,12 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and bool(torch.distributed.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _is_distributed():
         return [state]
     states: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(states, state)
@@ -150,10 +155,11 @@ def restore_rng(pl_module: nn.Module) -> None:
     states = pl_module.__dict__.pop(_RNG, None)
     if states is None:
         return
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    world, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if distributed else (1, 0)
+    world, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if _is_distributed() else (1, 0)
     if len(states) != world:
-        rank_zero_info(f"OFT: the checkpoint has the random state of {len(states)} processes, this run has {world}: not restored")
+        rank_zero_info(
+            f"OFT: the checkpoint has the random state of {len(states)} processes, this run has {world}: not restored"
+        )
         return
     state = states[rank]
     torch.set_rng_state(state["torch"].cpu())

@@ -48,13 +48,16 @@ def _check(file: Path) -> None:
         raise UserError(f"{file}: no UTF-8 text at byte {error.start}; save it as UTF-8, or give the right file") from None
     try:
         # Not CSafeLoader: half a million brackets overflow its stack, and the process ends without a word (measured).
-        count = _count(yaml.compose(text, Loader=yaml.SafeLoader), {}, ())
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        count = _count(tree, {}, ())
     except yaml.YAMLError:
         return
     except RecursionError:
         raise UserError(f"{file}: nested too deeply; a configuration has a handful of levels") from None
     if count > VALUE_LIMIT:
         raise UserError(f"{file}: holds more than {VALUE_LIMIT:,} values once its aliases (*name) are written out; use fewer")
+    if isinstance(tree, yaml.MappingNode) and any(key.value == "config" for key, _ in tree.value):
+        raise UserError(f"{file}: config: a file cannot include another; give each of them with --config FILE")
 
 
 def _count(node: yaml.Node | None, known: dict[int, int], above: tuple[int, ...]) -> int:

@@ -74,7 +74,7 @@ def read(path: Path) -> tuple[str, list[Adapter]]:
     if path.is_dir():
         return _read_directory(path)
     if not path.is_file():
-        raise UserError(f"info: no file or directory {str(path)!r}")
+        raise UserError(f"info: no file or directory {str(path)!r}; give an adapter directory or a .ckpt file")
     return _read_checkpoint(path)
 
 

@@ -23,7 +23,12 @@ class InPlace:
 
 @functools.cache
 def _subclass(mixin: type, base: type) -> type[nn.Module]:
-    names = {"_oft_base": base, "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    names = {
+        "_oft_base": base,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
     return type(base.__name__, (mixin, base), names)
 
 

@@ -63,7 +63,8 @@ def rotations_of(layer: nn.Module, adapter_name: str) -> dict[str, Rotation]:
     """The rotations of one adapter of a layer by part; the part's name is empty where a layer has one rotation."""
     entry: Any = layer.oft_R[adapter_name]  # type: ignore[index]
     # A rotation may stand behind the wrapper of its own FSDP1 unit, which must be called and answers for it.
-    return dict(entry.items()) if isinstance(entry, nn.ModuleDict) else {"": entry}
+    parts: Any = entry.items() if isinstance(entry, nn.ModuleDict) else [("", entry)]
+    return dict(parts)
 
 
 def applied_rotations(layer: nn.Module, part: str) -> list[Rotation]:

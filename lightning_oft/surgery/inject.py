@@ -37,9 +37,13 @@ def inject(model: nn.Module, config: OFTConfig, adapter_name: str = "default") -
         The names of the layers adapted, relative to `model`, in the order of the model.
 
     Raises:
+        TypeError: `model` is no module or `config` no OFTConfig.
         ValueError: nothing matches, or a target cannot be adapted; names it and the remedy. The model is untouched.
         RuntimeError: the model is merged, or inside disable_adapters.
     """
+    if not isinstance(model, nn.Module) or not isinstance(config, OFTConfig):
+        given = f"{type(model).__name__}, {type(config).__name__}"
+        raise TypeError(f"inject({given}): takes a module and an OFTConfig, as in inject(model, OFTConfig(r=4))")
     targets = find_targets(model, config)
     sizes = block_sizes(targets, config)
     return inject_into(model, targets, sizes, config, adapter_name)
@@ -104,7 +108,12 @@ def unload(model: nn.Module) -> None:
 
 
 def _check_name(adapter_name: str) -> None:
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+    if (
+        not isinstance(adapter_name, str)
+        or not adapter_name
+        or "." in adapter_name
+        or hasattr(nn.ModuleDict(), adapter_name)
+    ):
         raise ValueError(
             f"adapter_name={adapter_name!r}: must be a non-empty string without dots and no name of nn.ModuleDict's own"
         )
@@ -122,7 +131,9 @@ def _check_same_config(targets: dict[str, Target], config: OFTConfig, adapter_na
 
 def _check_gradient_path(targets: dict[str, Target]) -> None:
     """A base that passes no gradient to its input would leave its rotation untrained without a word."""
-    dead = [n for n, t in targets.items() if t.kind.name == "linear" and state_of(t.module) is None and _is_dead(t.module)]
+    dead = [
+        n for n, t in targets.items() if t.kind.name == "linear" and state_of(t.module) is None and _is_dead(t.module)
+    ]
     if dead:
         raise ValueError(
             f"{some(dead)}: the output of the base layer does not require grad when its input does, so a rotation of "

@@ -131,7 +131,7 @@ def unmerge(model: nn.Module) -> list[str]:
     """
     layers = merged_layers(model)
     if not layers:
-        raise RuntimeError("nothing to unmerge: no layer of the model is merged")
+        raise RuntimeError("nothing to unmerge: no layer of the model is merged; call merge(model) first")
     changed = [name for name, layer in layers.items() if _changed_since(layer)]
     if changed:
         raise RuntimeError(
@@ -193,9 +193,13 @@ def _check_mergeable(layers: dict[str, nn.Module], gathered: Callable[[nn.Module
         if not all(_is_plain(layer, place.parameter) for place in _state(layer).kind.parts(layer).values())
     ]
     if broken:
-        raise ValueError(f"cannot merge: generators of {some(broken)} are NaN or infinite; nothing was changed")
+        raise ValueError(
+            f"cannot merge: generators of {some(broken)} are NaN or infinite; nothing was changed: load an earlier state of the adapter"
+        )
     if packed:
-        raise ValueError(f"cannot merge: the weights of {some(packed)} are quantized or packed; nothing was changed")
+        raise ValueError(
+            f"cannot merge: the weights of {some(packed)} are quantized or packed; nothing was changed: load the base without quantization to merge"
+        )
 
 
 def _is_finite(layer: nn.Module) -> bool:
@@ -227,7 +231,10 @@ def _merge_layer(layer: nn.Module, keep: bool, device: torch.device | str | None
         matrices = _matrices(layer, part, state.active, where)
         folded = _by_rows(layer, weight, matrices, state.kind.fold, where)
         if not is_sharded(weight) and not bool(folded.isfinite().all()) and bool(weight.isfinite().all()):
-            raise ValueError(f"cannot merge: the merged {parameter} overflows {weight.dtype}; nothing was changed")
+            raise ValueError(
+                f"cannot merge: the merged {parameter} overflows {weight.dtype}; nothing was changed: "
+                "load an earlier state of the adapter, or merge in float32"
+            )
         if id(weight) in shared:
             state.base[parameter] = weight
             _set_parameter(layer, parameter, nn.Parameter(folded, requires_grad=weight.requires_grad))
@@ -311,5 +318,3 @@ def _retie_configs(model: nn.Module) -> None:
     for _, module in walk(model):
         if module.__dict__.pop(_TIED, False):
             _tied_config(module).tie_word_embeddings = True
-
-

@@ -27,12 +27,12 @@ def is_part(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor; a collective call where it is sharded. For generators, never for base weights."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return, attr-defined, operator]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
 def part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, sharing its memory."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return, attr-defined, operator]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
 @torch.no_grad()
@@ -79,6 +79,7 @@ def cut_like(values: Tensor, tensor: Tensor) -> Tensor:
 
 def gather_back(model: nn.Module) -> None:
     """Return to shards what FSDP2 has gathered for a forward and kept, so that parameters are shards again."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
             module.reshard()

@@ -41,11 +41,11 @@ def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[
     known = adapter_names(model)
     for name in (*chosen, *training):
         if name not in known:
-            raise ValueError(f"no adapter {name!r} here; there are: {', '.join(known) or 'none'}")
+            raise ValueError(f"no adapter {name!r} here; there are: {', '.join(known) or 'none, call inject first'}")
     if len(set(chosen)) < len(chosen):
-        raise ValueError(f"adapters {chosen}: each can be active once")
+        raise ValueError(f"adapters {chosen}: each can be active once; name it once")
     if not set(training) <= set(chosen):
-        raise ValueError(f"trainable={training}: only active adapters train, and those are {chosen}")
+        raise ValueError(f"trainable={training}: only active adapters train, and those are {chosen}; name one of them")
     require_unmerged(model, "choose adapters")
     require_enabled(model, "choose adapters")
     clash = trained.conflict(model, chosen)
@@ -130,7 +130,9 @@ def _is_compiled(model: nn.Module) -> bool:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:
         return False
-    waiting = (module._compiled_call_impl is not None or "OptimizedModule" in class_names(module) for module in model.modules())
+    waiting = (
+        module._compiled_call_impl is not None or "OptimizedModule" in class_names(module) for module in model.modules()
+    )
     return bool(dynamo.convert_frame.input_codes.seen_ids) or any(waiting)
 
 
@@ -153,5 +155,3 @@ def project(model: nn.Module) -> None:
         for name in state.configs if state else ():
             for rotation in rotations_of(layer, name).values():
                 rotation.project()
-
-

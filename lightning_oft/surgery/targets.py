@@ -75,7 +75,9 @@ def find_targets(model: nn.Module, config: OFTConfig, strict: bool = True) -> di
         elif reason is not None:
             refused[name] = reason
         elif owner not in found or len(found[owner].parts) == 1:
-            excluded = {child.rsplit(".", 1)[-1] for child in owners if owners[child] == owner and _excluded(config, child)}
+            excluded = {
+                child.rsplit(".", 1)[-1] for child in owners if owners[child] == owner and _excluded(config, child)
+            }
             every = tuple(part for part in kind.parts(module) if part not in excluded)
             found[owner] = Target(module, kind, parts or every)
     if refused:
@@ -118,7 +120,9 @@ def _compiled(pattern: str, field: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{field}={pattern!r} is not a regular expression: {error}") from None
+        raise ValueError(
+            f"{field}={pattern!r} is not a regular expression: {error}; mend it, or give a list of names"
+        ) from None
 
 
 def _excluded(config: OFTConfig, name: str) -> bool:

@@ -54,7 +54,9 @@ def tensor_of(module: nn.Module, key: str) -> Tensor:
 
 def own_tensors(module: nn.Module) -> list[str]:
     """Names of a module's own parameters and of those buffers that are saved."""
-    buffers = [key for key, b in module._buffers.items() if b is not None and key not in module._non_persistent_buffers_set]
+    buffers = [
+        key for key, b in module._buffers.items() if b is not None and key not in module._non_persistent_buffers_set
+    ]
     return [key for key, p in module._parameters.items() if p is not None] + buffers
 
 
@@ -101,7 +103,9 @@ def switch(model: nn.Module, names: list[str], trainable: set[str]) -> None:
         owner = owned(slot, names)
         if owner != slot.live:
             put(tensor, slot, owner)
-            torch.autograd.graph.increment_version(tensor)  # a backward in flight raises instead of reading the new values
+            torch.autograd.graph.increment_version(
+                tensor
+            )  # a backward in flight raises instead of reading the new values
         if tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(owner in trainable)
             if owner not in trainable:

@@ -134,6 +134,8 @@ class Node:
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": card,
             "TP_SOCKET_IFNAME": card,
+            # Sharing it, the first agent never tells a node that comes back where it is: a minute until both fail.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
         self.agent = subprocess.Popen(
             ["ip", "netns", "exec", self.network.names[self.number], *torchrun],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...surgery.walk import class_names
-from .. import guards
+from lightning_oft.callback import guards
+from lightning_oft.surgery.walk import class_names
+
 from .base import Steps, Strategy
 from .fsdp1 import FlatShards
 from .fsdp2 import FullyShard

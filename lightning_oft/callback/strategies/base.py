@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...layers import Rotation
-from ...rotation import SERIES_TOLERANCE
-from ...surgery import project
-from ...surgery.walk import class_names
-from .. import guards
+from lightning_oft.callback import guards
+from lightning_oft.layers import Rotation
+from lightning_oft.rotation import SERIES_TOLERANCE
+from lightning_oft.surgery import project
+from lightning_oft.surgery.walk import class_names
 
 Gathered = Callable[[nn.Module], AbstractContextManager[Any]]
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ...layers import Rotation
-from ...surgery import oft_layers
-from ...surgery.walk import class_names
-from .. import guards
+from lightning_oft.callback import guards
+from lightning_oft.layers import Rotation
+from lightning_oft.surgery import oft_layers
+from lightning_oft.surgery.walk import class_names
+
 from .base import Gathered, Steps, Strategy
 
 
@@ -27,7 +28,7 @@ def _is_unit(module: nn.Module) -> bool:
 
 
 def _rotation_units(root: nn.Module) -> list[nn.Module]:
-    return [m for m in root.modules() if _is_unit(m) and isinstance(m.module, Rotation)]  # type: ignore[union-attr]
+    return [m for m in root.modules() if _is_unit(m) and isinstance(m.module, Rotation)]
 
 
 @contextlib.contextmanager
@@ -37,9 +38,7 @@ def _summon(units: list[nn.Module], writeback: bool = True) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for unit in units:
-            stack.enter_context(
-                FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback)  # type: ignore[arg-type]
-            )
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback))
         yield
 
 
@@ -109,7 +108,9 @@ class FlatShards(Strategy):
         offload = {"offload_to_cpu": trainer.strategy.root_device.type != "cpu", "rank0_only": False}
         with FullyShardedDataParallel.summon_full_params(trainer.strategy.model, writeback=False, **offload):
             return {
-                ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module"): value.detach().cpu().clone()
+                ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module"): value.detach()
+                .cpu()
+                .clone()
                 for name, value in {**dict(root.named_parameters()), **dict(root.named_buffers())}.items()
             }
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ... import checkpoints
-from ...layers import Rotation
-from ...surgery import oft_layers
-from ...surgery.sharded import gather_back
+from lightning_oft import checkpoints
+from lightning_oft.layers import Rotation
+from lightning_oft.surgery import oft_layers
+from lightning_oft.surgery.sharded import gather_back
+
 from .base import Strategy
 
 
@@ -57,7 +58,8 @@ class FullyShard(Strategy):
         """Gathered tensor by tensor, and kept on rank zero's CPU."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        return get_model_state_dict(root, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state: Any = get_model_state_dict(root, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return dict(state)
 
 
 def _only_trained(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -1,0 +1,166 @@
+"""Wrong calls and wrong configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from bad_inputs.table import Bench, Category, Mistake, config
+from lightning_oft import (
+    OFTConfig,
+    OFTFinetuning,
+    disable_adapters,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+    set_adapter,
+    unload,
+    unmerge,
+)
+
+
+def _call(name: str, make: Any, error: type[Exception], where: str, what: str, remedy: str) -> Mistake:
+    return Mistake(name, "call", make, error, where, what, remedy)
+
+
+def _config(name: str, where: str, what: str, remedy: str, **options: Any) -> Mistake:
+    category: Category = "config"
+    return Mistake(name, category, lambda bench: OFTConfig(**options), ValueError, where, what, remedy)
+
+
+def _inside(call: Any) -> Any:
+    def make(bench: Bench) -> None:
+        model = bench.adapted()
+        with disable_adapters(model):
+            call(model)
+
+    return make
+
+
+def _broken(model: nn.Module) -> None:
+    model.body.oft_R["default"].weight.data.fill_(float("nan"))  # type: ignore[union-attr, index, operator]
+
+
+def _two(bench: Bench, **options: Any) -> Any:
+    def second(model: nn.Module) -> None:
+        inject(model, config(target_modules=["layers.0"], **options), "second")
+
+    return bench.adapted(second, **options)
+
+
+def _enormous(model: Any) -> None:
+    model.half()
+    model.body.weight.data.fill_(6e4)
+    model.body.oft_R["default"].weight.data.fill_(1.0)
+
+
+def _normed() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+
+
+CALLS = [
+    _call("inject: the two arguments the wrong way round", lambda b: inject(config(), b.net()), TypeError,  # type: ignore[arg-type]
+        "inject(OFTConfig, Net)", "takes a module and an OFTConfig", "as in inject(model, OFTConfig(r=4))"),
+    _call("inject: a dictionary in the place of a configuration", lambda b: inject(b.net(), {"r": 4}), TypeError,  # type: ignore[arg-type]
+        "inject(Net, dict)", "takes a module and an OFTConfig", "as in inject(model, OFTConfig(r=4))"),
+    _call("inject: a mistyped name", lambda b: inject(b.net(), config(target_modules=["bodi"])), ValueError,
+        "target_modules=['bodi']", "matches nothing", "layers that could be adapted: body, odd, layers.0, layers.1"),
+    _call("inject: a string where a list was meant", lambda b: inject(b.net(), config(target_modules="0")), ValueError,
+        "target_modules='0'", "a string is a regular expression for the whole name", "write [0] for a list"),
+    _call("inject: everything excluded", lambda b: inject(b.net(), config(exclude_modules=["body"])), ValueError,
+        "target_modules=['body']", "matches nothing", "look at exclude_modules and layers_to_transform too"),
+    _call("inject: a layer that cannot be rotated", lambda b: inject(b.net(), config(target_modules=["norm"])), ValueError,
+        "target_modules=['norm']", "norm: a LayerNorm cannot be adapted", "only linear, Conv1D, convolution"),
+    _call("inject: a broken regular expression", lambda b: inject(b.net(), config(target_modules="(body")), ValueError,
+        "target_modules='(body'", "is not a regular expression", "mend it, or give a list of names"),
+    _call("inject: a broken pattern of layers",
+        lambda b: inject(b.net(), config(target_modules=["0"], layers_to_transform=0, layers_pattern="(")), ValueError,
+        "layers_pattern='('", "is not a regular expression", "mend it, or give a list of names"),
+    _call("inject: null targets and an unknown architecture", lambda b: inject(b.net(), config(target_modules=None)), ValueError,
+        "target_modules is null", "the model is of no known architecture", "name the modules, or use 'all-linear'"),
+    _call("inject: a module to save that is not there", lambda b: inject(b.net(), config(modules_to_save=["heads"])), ValueError,
+        "modules_to_save: heads", "matches no module", "the model's own are body, odd, layers, norm"),
+    _call("inject: a width that no block divides", lambda b: inject(b.net(), OFTConfig(oft_block_size=2, target_modules=["odd"])),
+        ValueError, "odd: fan-in 7", "leaves blocks of size 1", "add it to exclude_modules, or use a block size near a divisor of 7"),
+    _call("inject: a dot in the adapter's name", lambda b: inject(b.net(), config(), "my.adapter"), ValueError,
+        "adapter_name='my.adapter'", "must be a non-empty string", "without dots"),
+    _call("inject: the same name with another configuration", lambda b: inject(b.adapted(), config(r=2, oft_block_size=None)), ValueError,
+        "body: adapter 'default'", "already there with another configuration", "unload(model) first, or use another adapter_name"),
+    _call("inject: into a merged model", lambda b: inject(b.adapted(merge), config()), RuntimeError,
+        "body are merged", "cannot inject an adapter", "call unmerge(model) first"),
+    _call("inject: a layer whose size is not known yet", lambda b: inject(b.watch(nn.Sequential(nn.LazyLinear(8))), config(target_modules=["0"])),
+        ValueError, "target_modules=['0']", "its shape is not known yet", "run one batch through the model first"),
+    _call("inject: a parametrized weight", lambda b: inject(b.watch(_normed()), config(target_modules=["0"])), ValueError,
+        "target_modules=['0']", "its weight is parametrized", "call torch.nn.utils.parametrize.remove_parametrizations first"),
+    _call("set_adapter: a name that is not there", lambda b: set_adapter(b.adapted(), "defualt"), ValueError,
+        "no adapter 'defualt' here", "there are: ", "default"),
+    _call("set_adapter: a name twice", lambda b: set_adapter(b.adapted(), ["default", "default"]), ValueError,
+        "adapters ['default', 'default']", "each can be active once", "name it once"),
+    _call("set_adapter: training one that is not active", lambda b: set_adapter(_two(b), "default", trainable="second"), ValueError,
+        "trainable=['second']", "only active adapters train, and those are ['default']", "name one of them"),
+    _call("set_adapter: two that train one head", lambda b: set_adapter(_two(b, modules_to_save=["head"]), ["default", "second"]), ValueError,
+        "'default' and 'second'", "both train head.weight", "only one of them can be active"),
+    _call("set_adapter: on a merged model", lambda b: set_adapter(b.adapted(merge), "default"), RuntimeError,
+        "body are merged", "cannot choose adapters", "call unmerge(model) first"),
+    _call("merge: nothing to merge", lambda b: merge(b.net()), ValueError,
+        "nothing to merge", "the model has no adapter", "call inject or load_adapter first"),
+    _call("merge: twice", lambda b: merge(b.adapted(merge)), RuntimeError,
+        "body are merged", "cannot merge again", "call unmerge(model) first"),
+    _call("merge: a mistyped choice", lambda b: merge(b.adapted(), keep_base="alway"), ValueError,  # type: ignore[arg-type]
+        "keep_base='alway'", "must be", "'auto', 'always' or 'never'"),
+    _call("merge: generators that are NaN", lambda b: merge(b.adapted(_broken)), ValueError,
+        "generators of body", "are NaN or infinite; nothing was changed", "load an earlier state of the adapter"),
+    _call("merge: weights too large for their precision", lambda b: merge(b.adapted(_enormous)), ValueError,
+        "the merged weight", "overflows torch.float16; nothing was changed", "or merge in float32"),
+    _call("unmerge: a model that is not merged", lambda b: unmerge(b.adapted()), RuntimeError,
+        "nothing to unmerge", "no layer of the model is merged", "call merge(model) first"),
+    _call("unmerge: other weights since the merge",
+        lambda b: unmerge(b.adapted(lambda model: (merge(model), model.body.weight.data.zero_()))), RuntimeError,
+        "cannot unmerge body", "the weights were changed after the merge", "call unload(model) to keep them as the new base"),
+    _call("disable_adapters: on a merged model", lambda b: disable_adapters(b.adapted(merge)).__enter__(), RuntimeError,
+        "body are merged", "cannot disable adapters", "call unmerge(model) first"),
+    _call("unload: inside disable_adapters", _inside(unload), RuntimeError,
+        "cannot unload", "inside disable_adapters", "leave its context first"),
+    _call("merge: inside disable_adapters", _inside(merge), RuntimeError,
+        "cannot merge", "inside disable_adapters", "leave its context first"),
+    _call("save_adapter: a name that is not there", lambda b: save_adapter(b.adapted(), b.directory / "x", "second"), ValueError,
+        "no adapter 'second' here", "there are: ", "default"),
+    _call("save_adapter: a model without adapters", lambda b: save_adapter(b.net(), b.directory / "x"), ValueError,
+        "no adapter 'default' here", "there are: none", "call inject first"),
+    _call("save_adapter: generators that are NaN", lambda b: save_adapter(b.adapted(_broken), b.directory / "x"), ValueError,
+        "generators of body", "are NaN or infinite; nothing was written", "load an earlier state of the adapter"),
+    _call("load_adapter: into a merged model", lambda b: load_adapter(b.adapted(merge), b.adapter()), RuntimeError,
+        "body are merged", "cannot load an adapter", "call unmerge(model) first"),
+    _call("a forward without its input in front", lambda b: b.adapted().body(data=torch.zeros(8)), TypeError,
+        "Linear called with ['data']", "pass its input", "as the first argument"),
+    _call("OFTFinetuning: a mistyped option", lambda b: OFTFinetuning(block_size=8), TypeError,
+        "OFTFinetuning", "has no option 'block_size'", "did you mean 'oft_block_size'?"),
+    _call("OFTFinetuning: a mistyped choice", lambda b: OFTFinetuning(export_from="bset"), ValueError,  # type: ignore[arg-type]
+        "export_from='bset'", "must be one of", "last, best"),
+]  # fmt: skip
+
+CONFIGS = [
+    _config("blocks counted twice", "r=4 and oft_block_size=8", "exclude each other", "give one of them", r=4, oft_block_size=8),
+    _config("no blocks", "r=0 and oft_block_size=0", "give one of them", "a positive value", r=0, oft_block_size=0),
+    _config("a negative number of blocks", "r=-2", "must be positive", "or 0 to use oft_block_size", r=-2),
+    _config("blocks of one", "oft_block_size=1", "a block of size 1 cannot rotate", "use at least 2", oft_block_size=1),
+    _config("a size in quotation marks", "oft_block_size='32'", "must be", "a whole number or null", oft_block_size="32"),
+    _config("a switch that is no switch", "coft='yes'", "must be", "true or false", coft="yes"),
+    _config("a radius of zero", "eps=0", "must be", "a positive number", coft=True, eps=0),
+    _config("an angle beyond half a turn", "max_angle=200", "must be in degrees", "between 0 and 180", max_angle=200),
+    _config("dropout of everything", "module_dropout=1", "must be", "in [0, 1)", module_dropout=1),
+    _config("a series of one term", "num_cayley_neumann_terms=1", "fewer than 2 terms never leave the identity", "use an even number such as 6",
+        num_cayley_neumann_terms=1),
+    _config("a series without end", "num_cayley_neumann_terms=5000", "must be at most 1000", "set use_cayley_neumann=false",
+        num_cayley_neumann_terms=5000),
+    _config("LoRA's choice of biases", "bias='lora_only'", "must be", "'none' or 'all' or 'oft_only'", bias="lora_only"),
+    _config("no target", "target_modules", "is empty", "name the layers, or use 'all-linear'", target_modules=[]),
+    _config("a number as target", "target_modules=3", "must be", "a string or a list of strings or null", target_modules=3),
+    _config("a module to save that is no list", "modules_to_save='head'", "must be", "a list of strings or null", modules_to_save="head"),
+    _config("layer numbers beside a pattern", "layers_to_transform=[0]", "needs target_modules as a list of names",
+        "list the names, or put the indices into the regular expression", layers_to_transform=[0], target_modules="all-linear"),
+    _config("a pattern of layers without numbers", "layers_pattern='h'", "needs", "layers_to_transform", layers_pattern="h"),
+]  # fmt: skip
