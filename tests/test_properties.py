@@ -21,7 +21,18 @@ from hypothesis import strategies as st
 from random_nets import RandomNet, configs, ids, nets
 from torch import Tensor, nn
 
-from lightning_oft import disable_adapters, inject, load_adapter, merge, oft_layers, project, save_adapter, set_adapter, unload, unmerge
+from lightning_oft import (
+    disable_adapters,
+    inject,
+    load_adapter,
+    merge,
+    oft_layers,
+    project,
+    save_adapter,
+    set_adapter,
+    unload,
+    unmerge,
+)
 from lightning_oft.checkpoints import is_rotation_key
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers import Rotation, state_of

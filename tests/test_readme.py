@@ -50,15 +50,16 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """(page, words) of every `lightning-oft ...` in a fenced block, up to the end of its line or a comment."""
+    """(page, words) of every `lightning-oft ...` in a fenced block: what follows the program's name."""
     for page in PAGES:
         for language, block in FENCE.findall(read(page)):
             if language in ("bash", "sh", "console"):
                 for line in block.replace("\\\n", " ").splitlines():
                     for piece in re.split(r"&&|\|", line):
                         words = shlex.split(piece, comments=True)
-                        if words[:1] == ["lightning-oft"] and len(words) > 1:
-                            yield page, words[1:]
+                        starts = [i for i, word in enumerate(words) if word in ("lightning-oft", "lightning_oft.cli")]
+                        if starts and words[starts[0] + 1 :]:
+                            yield page, words[starts[0] + 1 :]
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_snippets_run_in_their_order(page: str, clone: Path, monkeypatch: pytest
         exec(compile(code, f"{page}, snippet {number}", "exec"), names)
 
 
-@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: value if isinstance(value, str) else " ".join(value))
+@pytest.mark.parametrize(("page", "words"), list(commands()), ids=lambda value: value if isinstance(value, str) else " ".join(value))
 def test_commands_parse(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     if words[0] in FILE_COMMANDS:

@@ -39,8 +39,10 @@ def export(trainer: Any, pl_module: nn.Module, root: nn.Module, callback: OFTFin
             write_contents(contents, written["adapter"])
         if best is not None or not callback.merge_on_fit_end:
             merge(root, keep_base="always", device=strategy_of(trainer).device(trainer))
-            written |= _write_merged(trainer, pl_module, root, callback.export_dir)
-            unmerge(root)
+            try:
+                written |= _write_merged(trainer, pl_module, root, callback.export_dir)
+            finally:
+                unmerge(root)
     trainer.strategy.barrier("export")
     return written
 

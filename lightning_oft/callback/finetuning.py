@@ -111,6 +111,7 @@ class OFTFinetuning(Callback):
         """Called when a run begins: takes an earlier merge back, and injects where the model is already built."""
         if not self.enabled:
             return
+        self._stop_watching()  # of a run that failed and whose other callbacks failed at that
         guards.check_company(trainer, self)
         if stage == "fit":
             guards.check_launcher(trainer, self)
@@ -206,13 +207,18 @@ class OFTFinetuning(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Called when a run fails or is interrupted: nothing is merged, and nothing stays registered."""
-        self._stop_watching()
-        leave(pl_module)
+        """Called when a run fails or is interrupted: nothing stays registered, and a fit merges nothing; a model that
+        was merged before a validate, test or predict is merged again."""
+        if trainer.state.fn == "fit" or trainer.world_size > 1:  # a process that failed alone must not wait for others
+            self._was_merged = False
+        self._leave(trainer, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when a run ends: a merge that setup took back is made again."""
+        self._leave(trainer, pl_module)
+
+    def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_watching()
         leave(pl_module)
         if self.enabled and self._was_merged and oft_layers(pl_module) and not merged_layers(pl_module):

@@ -5,6 +5,7 @@ lightning-oft merge | export | info             what is done to files, no Traine
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -53,7 +54,9 @@ def main(args: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     try:
         return _dispatch(arguments)
-    except SystemExit as stop:  # argparse's --help and Lightning's Ctrl-C
+    except SystemExit as stop:  # argparse's --help, Lightning's Ctrl-C, and its SIGTERM, which carries no code
+        if type(stop).__name__ == "SIGTERMException":
+            return 128 + signal.SIGTERM
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
         if os.environ.get("LIGHTNING_OFT_DEBUG", "0") not in ("", "0") or not is_user_error(error):

@@ -41,11 +41,15 @@ def _named(arguments: Sequence[str]) -> Iterator[Path]:
 
 def _check(file: Path) -> None:
     if file.stat().st_size > SIZE_LIMIT:
-        raise UserError(f"{file}: larger than {SIZE_LIMIT // 2**10} KiB, which no configuration is; give the right file")
+        raise UserError(
+            f"{file}: larger than {SIZE_LIMIT // 2**10} KiB, which no configuration is; give the right file"
+        )
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: no UTF-8 text at byte {error.start}; save it as UTF-8, or give the right file") from None
+        raise UserError(
+            f"{file}: no UTF-8 text at byte {error.start}; save it as UTF-8, or give the right file"
+        ) from None
     try:
         # Not CSafeLoader: half a million brackets overflow its stack, and the process ends without a word (measured).
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -55,7 +59,9 @@ def _check(file: Path) -> None:
     except RecursionError:
         raise UserError(f"{file}: nested too deeply; a configuration has a handful of levels") from None
     if count > VALUE_LIMIT:
-        raise UserError(f"{file}: holds more than {VALUE_LIMIT:,} values once its aliases (*name) are written out; use fewer")
+        raise UserError(
+            f"{file}: holds more than {VALUE_LIMIT:,} values once its aliases (*name) are written out; use fewer"
+        )
     if isinstance(tree, yaml.MappingNode) and any(key.value == "config" for key, _ in tree.value):
         raise UserError(f"{file}: config: a file cannot include another; give each of them with --config FILE")
 

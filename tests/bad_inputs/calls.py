@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from bad_inputs.table import Bench, Category, Mistake, config
 from torch import nn
 
-from bad_inputs.table import Bench, Category, Mistake, config
 from lightning_oft import (
     OFTConfig,
     OFTFinetuning,

@@ -49,7 +49,6 @@ YAMLS = [
     _yaml("a word for a number of epochs", "trainer.max_epochs", "three", "trainer.max_epochs", "got 'three'", "expected a whole number"),
     _yaml("a mistyped callback", "trainer.callbacks", [{"class_path": "EarlyStoping"}], "trainer.callbacks", "no class 'EarlyStoping'",
         "did you mean 'EarlyStopping'?"),
-    _yaml("averaging before the adapter", "trainer.callbacks", "EMAWeightAveraging", "trainer.callbacks", "x", "x"),
     _yaml("a mistyped model", "model.class_path", "ImageClasification", "model", "no class 'ImageClasification'", "did you mean 'ImageClassification'?"),
     _yaml("a mistyped argument of the model", "model.init_args.pretraned", "x", "model.init_args.pretraned", "unknown key", "did you mean 'pretrained'?"),
     _yaml("an argument outside init_args", "model.pretrained", "x", "model.pretrained", "unknown key", "did you mean 'init_args.pretrained'?"),

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bad_inputs.table import CONFIG, TENSORS, Bench, Mistake, fields, tensors
+from small import Small
 from torch import Tensor
 
-from bad_inputs.table import CONFIG, TENSORS, Bench, Mistake, fields, tensors
 from lightning_oft import load_adapter, load_from_checkpoint, save_adapter
 from lightning_oft.adapters import AdapterFileError
 from lightning_oft.checkpoints import CheckpointError
-from small import Small
 
 
 def _load(damage: Any = None, **sizes: int) -> Any:
@@ -69,8 +69,8 @@ def _from(*, state: dict[str, Any] | None = None, **entries: Any) -> Any:
     return lambda bench: load_from_checkpoint(Small, bench.checkpoint(state_dict=state or {}, **entries))
 
 
-def _rotation(value: float) -> dict[str, Tensor]:
-    return {"net.0.oft_R.default.weight": torch.full((2, 6), value)}
+def _rotation(value: float, layer: str = "net.0") -> dict[str, Tensor]:
+    return {f"{layer}.oft_R.default.weight": torch.full((2, 6), value)}
 
 
 def _bare(bench: Bench) -> Path:
@@ -144,7 +144,7 @@ CHECKPOINTS = [
         "the model", "has no layer body, which adapter 'default' turns", "build the model it was trained on"),
     _checkpoint("blocks that the layer does not divide into", _from(lightning_oft=_entry(layers={"net.0": {"": 5}})),
         "net.0", "has fan-in 8 in the model, and blocks of 5 in the checkpoint", "build the model that the adapter was trained on"),
-    _checkpoint("rotations that are not there", _from(lightning_oft=_entry()),
+    _checkpoint("rotations that are not there", _from(lightning_oft=_entry(), state=_rotation(0.1, "net.3")),
         "the checkpoint's adapter is another one", "it lacks net.0.oft_R.default.weight", "use the checkpoint's own target_modules"),
     _checkpoint("generators that are NaN", _from(lightning_oft=_entry(), state=_rotation(float("nan"))),
         "the checkpoint's generators net.0.oft_R.default.weight", "are NaN or infinite", "use an earlier checkpoint"),

@@ -66,7 +66,7 @@ def raising(base: type, hook: str) -> Any:
 
 def run_with(root: Path, *callbacks: Any) -> pl.Trainer:
     keeper = ModelCheckpoint(root, save_last=True, save_top_k=0)
-    return trainer(root, *callbacks, keeper, gradient_clip_val=1.0)
+    return trainer(root, *callbacks, keeper, gradient_clip_val=1.0, limit_train_batches=2, limit_val_batches=1)
 
 
 def fit(run: pl.Trainer, model: Small, ckpt: Any = None) -> None:

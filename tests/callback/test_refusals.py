@@ -19,7 +19,7 @@ class DeepSpeedStrategy:
 
     def __init__(self, stage: int) -> None:
         self.zero_stage_3 = stage == 3
-        self.launcher = None
+        self.launcher = self.checkpoint_io = None
 
 
 class _MultiProcessingLauncher:

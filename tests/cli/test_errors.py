@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_oft.cli import main
 from lightning_oft.cli.errors import UserError, is_user_error, one_line, suggestion
@@ -185,6 +186,19 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("lightning_oft.cli._dispatch", fail)
     with pytest.raises(ZeroDivisionError):
         main(["fit"])
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(SystemExit(), 0), (SystemExit(1), 1), (SystemExit("why"), 1), (SIGTERMException(), 143)],
+    ids=repr,
+)
+def test_a_stopped_run_has_an_exit_code(stop: SystemExit, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(arguments: list[str]) -> int:
+        raise stop
+
+    monkeypatch.setattr("lightning_oft.cli._dispatch", leave)
+    assert main(["fit"]) == code
 
 
 def test_one_line_is_one_line() -> None:

@@ -30,12 +30,12 @@ from torch import nn
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    __package__ = "fuzz"  # noqa: A001 - run as a script
+    __package__ = "fuzz"
 
-from fuzz.mutations import CONFIG, TENSORS, Files, mutated  # noqa: E402
+from fuzz.mutations import CONFIG, TENSORS, Files, mutated
 
-from lightning_oft import OFTConfig, inject, load_adapter, merge, oft_layers, save_adapter  # noqa: E402
-from lightning_oft.adapters import AdapterFileError  # noqa: E402
+from lightning_oft import OFTConfig, inject, load_adapter, merge, oft_layers, save_adapter
+from lightning_oft.adapters import AdapterFileError
 
 TIME_LIMIT = 10.0
 """Seconds that one case may take."""
@@ -185,7 +185,6 @@ def fuzz_adapters(count: int, seed: int, report: Report, only: int | None = None
 def fuzz_yaml(count: int, seed: int, report: Report, only: int | None = None) -> None:
     """Damage `count` configuration files and read each with the command line's parser, built once."""
     import yaml
-
     from fuzz import yaml_mutations
 
     config = yaml.safe_load(yaml_mutations.CONFIG.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from fuzz.mutations import NUMBERS, TEXTS
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -16,8 +17,6 @@ from lightning_oft import OFTFinetuning
 from lightning_oft.cli import config_files
 from lightning_oft.cli.application import Application
 from lightning_oft.cli.errors import UserError
-
-from fuzz.mutations import NUMBERS, TEXTS
 
 CONFIG = Path(__file__).parents[2] / "configs" / "vision.yaml"
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
