@@ -92,7 +92,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per GPU and step")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 32, 64])
     options = parser.parse_args()
-    names = ["base shard", "generators and gradients", "Adam", "gathered units", "activations", "sum", "received in a step"]
+    names = [
+        "base shard",
+        "generators and gradients",
+        "Adam",
+        "gathered units",
+        "activations",
+        "sum",
+        "received in a step",
+    ]
     print(f"| GPUs | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
     for gpus in options.gpus:
         print(f"| {gpus} | {' | '.join(f'{value:.2f}' for value in plan(Llama(), gpus, options.tokens))} |")

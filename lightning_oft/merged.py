@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
@@ -63,9 +64,14 @@ def save_merged(
             companion.save_pretrained(temporary)
         os.chmod(temporary, 0o777 & ~_umask())
         _replace(temporary, target)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"{directory}: the merged model cannot be written ({reason}); what was there is unchanged: free space there "
+            "or give another directory"
+        ) from None
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return target
 
 

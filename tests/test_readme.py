@@ -27,9 +27,9 @@ QUICK = {
     "LIMIT_VAL_BATCHES": "1",
     "NUM_SANITY_VAL_STEPS": "0",
     "ACCELERATOR": "cpu",
-    "ENABLE_PROGRESS_BAR": "false",
-    "ENABLE_MODEL_SUMMARY": "false",
-    "LOGGER": "false",
+    "ENABLE_PROGRESS_BAR": "False",
+    "ENABLE_MODEL_SUMMARY": "False",
+    "LOGGER": "False",
 }
 """Given to every Trainer of a snippet through Lightning's own environment variables."""
 

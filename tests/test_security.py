@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import sys
 import tracemalloc
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from bad_inputs.table import CONFIG, TENSORS, Bench, Net, fields
+from bad_inputs.table import CONFIG, TENSORS, Bench, Exit, Net, fields
 from small import Small, loader, oft, trainer
 
 from lightning_oft import OFTFinetuning, load_adapter, load_from_checkpoint
@@ -125,7 +126,7 @@ def test_a_run_does_not_execute_the_checkpoint_it_starts_from(bomb: str, tmp_pat
     path = tmp_path / "x.ckpt"
     path.write_bytes(BOMBS[bomb]())
     with pytest.raises(pickle.UnpicklingError):
-        trainer(tmp_path, oft()).fit(Small(), loader(), ckpt_path=str(path))
+        trainer(tmp_path, oft()).fit(Small(), loader(), loader(), ckpt_path=str(path))
 
 
 @pytest.mark.parametrize("maker", ["os.system", "builtins.exec", "lightning.pytorch.cli.instantiate_module2", 3, ["os.system"]])
@@ -135,13 +136,31 @@ def test_a_checkpoint_cannot_name_what_builds_it(maker: Any, tmp_path: Path) -> 
         load_from_checkpoint(Small, tmp_path / "x.ckpt")
 
 
+@pytest.mark.parametrize("command", ["merge", "fit"])
+def test_a_base_that_brings_code_is_refused_without_asking(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    names = {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"}
+    (base / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": names, "architectures": ["Model"]}))
+    (base / "evil.py").write_text(f"import os; os.environ[{RAN!r}] = '1'")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    bench = Bench(tmp_path)
+    if command == "merge":
+        arguments = ["merge", "--base", base, "--adapter", bench.adapter(), "--output", tmp_path / "out"]
+    else:
+        arguments = ["fit", "--config", bench.yaml({"model.init_args.pretrained": str(base)})]
+    with pytest.raises(Exit, match="contains") as stopped:
+        bench.command(*arguments)
+    assert stopped.value.code == 2
+
+
 def test_nothing_unpickles_without_weights_only() -> None:
     """Every torch.load of the package says weights_only=True, and nothing imports pickle to load."""
     package = Path(checkpoint_module.__file__).parent
     for file in package.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
         assert text.count("torch.load(") == text.count("weights_only=True") or "torch.load(" not in text, file
-        assert not [word for word in ("pickle.load", "eval(", " exec(", "trust_remote_code=True") if word in text.replace(".eval(", "")], file
+        assert not re.search(r"pickle\.load|(?<![\w.])(eval|exec)\(|trust_remote_code=True", text), file
 
 
 # ---- paths -----------------------------------------------------------------------------------------------------------
@@ -318,4 +337,4 @@ def test_a_pretrained_adapter_of_the_callback_is_read_by_the_same_rules(tmp_path
     (place / TENSORS).write_bytes(pickle.dumps(Bomb()))
     callback = OFTFinetuning(pretrained_adapter=str(place), target_modules=["net.0"])
     with pytest.raises(AdapterFileError):
-        trainer(tmp_path, callback).fit(Small(), loader())
+        trainer(tmp_path, callback).fit(Small(), loader(), loader())

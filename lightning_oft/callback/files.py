@@ -27,19 +27,32 @@ class WholeCheckpoints(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)  # not where a link leads: that is another checkpoint (save_last="link")
-        target.parent.mkdir(parents=True, exist_ok=True)
         # One name for each target: what a killed run left is written over by the next, and does not pile up.
         part = target.with_name(f".{target.name}.part")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as stream:
                 torch.save(checkpoint, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(part, target)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 part.unlink()
-            raise
+            reason = _os_error(error)
+            if reason is None:
+                raise
+            raise OSError(
+                f"{path}: the checkpoint cannot be written ({reason.strerror or reason}); what was there is unchanged: "
+                "free space there or give another directory"
+            ) from None
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """What the system said; torch.save hides it behind an error of its own about positions in the file."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def write_whole(trainer: Any) -> None:

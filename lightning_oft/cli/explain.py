@@ -96,7 +96,7 @@ def _config_file(complaint: Complaint) -> str | None:
     if found := re.search(r'Parser key "config": (?:File does not exist|.*not.*): \'([^\']+)\'', complaint.text):
         path = Path(found[1])
         around = path.parent.glob("*.y*ml") if path.parent.is_dir() else ()
-        return f"--config: no file {found[1]!r}{suggestion(found[1], map(str, around))}"
+        return f"--config: no file {found[1]!r}{suggestion(found[1], map(str, around)) or '; give the path of a YAML file'}"
     if re.match(r"Problems parsing config|Unexpected config", complaint.text):
         where = complaint.config_files[-1] if complaint.config_files else "--config"
         place = re.search(r"line \d+, column \d+", complaint.text)

@@ -71,7 +71,8 @@ def load_base(base: str, **options: Any) -> nn.Module:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        found = transformers.AutoConfig.from_pretrained(base)
+        # False rather than its default, which asks at the terminal whether to run the Python files beside the weights.
+        found = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
         architecture = next(iter(found.architectures or []), None)
         if architecture is None:
             raise UserError(f"merge: the config.json of {base} names no architecture, so its class is not known")

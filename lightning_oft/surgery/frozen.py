@@ -8,7 +8,7 @@ from lightning_oft.layers import state_of
 from lightning_oft.layers.in_place import InPlace, put_on, take_off
 from lightning_oft.layers.state import FROZEN
 
-from .trained import BASE, slots_of
+from .trained import BASE, slots, slots_of
 from .walk import walk
 
 _MODE = "_oft_mode"
@@ -32,12 +32,11 @@ def freeze(model: nn.Module) -> None:
 
     Idempotent; whatever was trainable is remembered for `unload`.
     """
+    # By the tensor, not by its place: a head that an adapter trains may be tied to an embedding that none does.
+    trains = {id(tensor) for _, tensor, slot in slots(model) if slot.live != BASE}
     for _, module in walk(model):
-        slots = slots_of(module)
         for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.requires_grad:
-                continue
-            if name in slots and slots[name].live != BASE:
+            if parameter is None or not parameter.requires_grad or id(parameter) in trains:
                 continue
             parameter.requires_grad_(False)
             module.__dict__.setdefault(FROZEN, set()).add(name)

@@ -237,7 +237,7 @@ def _merge_layer(layer: nn.Module, keep: bool, device: torch.device | str | None
             )
         if id(weight) in shared:
             state.base[parameter] = weight
-            _set_parameter(layer, parameter, nn.Parameter(folded, requires_grad=weight.requires_grad))
+            _set_parameter(layer, parameter, nn.Parameter(folded, requires_grad=False))
         else:
             state.base[parameter] = _kept(weight) if keep else None
             write(weight, folded)

@@ -216,7 +216,8 @@ def load_classifier(pretrained: str, num_classes: int | None = None) -> tuple[Pr
         )
     path = str(Path(pretrained).expanduser()) if looks_local else pretrained
     try:
-        config = AutoConfig.from_pretrained(path)
+        # False rather than its default, which asks at the terminal whether to run the Python files beside the weights.
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if num_classes is not None and num_classes != config.num_labels:
             config.num_labels = num_classes
         with quiet_transformers():

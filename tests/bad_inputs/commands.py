@@ -70,7 +70,7 @@ COMMANDS = [
     _command("an unknown command", "zzz", "'zzz'", "unknown command", "one of fit, validate, test, predict, merge, export, info"),
     _command("an option before the command", "--config x.yaml fit", "--config", "options come after the command", "lightning-oft fit --config"),
     _command("nothing to fit", "fit", "fit", "missing model", "--config FILE"),
-    _command("a configuration that is not there", "fit --config no/such.yaml", "--config", "no file 'no/such.yaml'", ""),
+    _command("a configuration that is not there", "fit --config no/such.yaml", "--config", "no file", "give the path of a YAML file"),
     _command("a Trainer's option without its name", "fit --max_epochs 3", "max_epochs", "unknown key", "did you mean 'trainer.max_epochs'?"),
     _command("a value without an option", "fit three", "'three'", "unexpected argument", "as in --trainer.max_epochs 3"),
     _command("info: nowhere", "info no/such/place", "'no/such/place'", "no file or directory", "give an adapter directory or a .ckpt file"),

@@ -234,7 +234,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("hook", "what"), [("on_train_epoch_start", r"last\.ckpt"), ("on_train_end", "export/adapter")], ids=["ckpt", "adapter"]
+    ("hook", "what"), [("on_train_epoch_start", r"last\.ckpt"), ("on_fit_end", "export/adapter")], ids=["ckpt", "adapter"]
 )
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, hook: str, what: str) -> None:
     base, adapter = state(Small()), {"export_dir": str(tmp_path / "export")}

@@ -32,7 +32,13 @@ ROOT = Path(__file__).parents[2]
 VIT = ROOT / "examples" / "bases" / "digits-vit"
 RECIPE = ROOT / "configs" / "recipes" / "distributed-fsdp2.yaml"
 VISION = {"target_modules": "all-linear", "bias": "none", "modules_to_save": ["classifier"], "oft_block_size": 8}
-LLAMA = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+}
 LAYERS, BLOCK, TOKENS = 3, 8, 16
 
 

@@ -73,8 +73,14 @@ def test_sbatch_starts_a_process_per_gpu(tmp_path: Path, capsys: pytest.CaptureF
     assert options["ntasks-per-node"] == options["gpus-per-node"]
     example = SBATCH.read_text().splitlines()[1].split()
     assert example[1:3] == ["sbatch", "examples/slurm/fit.sbatch"]
-    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": options["nodes"], "SLURM_NTASKS_PER_NODE": options["ntasks-per-node"]}
-    (call,) = run_with_stubs(f"cd {ROOT} && bash {SBATCH} {' '.join(example[3:])}", tmp_path, ["srun", "scontrol"], **slurm)
+    slurm = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NUM_NODES": options["nodes"],
+        "SLURM_NTASKS_PER_NODE": options["ntasks-per-node"],
+    }
+    (call,) = run_with_stubs(
+        f"cd {ROOT} && bash {SBATCH} {' '.join(example[3:])}", tmp_path, ["srun", "scontrol"], **slurm
+    )
     command = call[call.index("lightning-oft") + 1 :]
     at = command.index("--config") + 1
     run = parse([*command[:at], str(ROOT / command[at]), *command[at + 1 :]], capsys)["trainer"]
@@ -88,7 +94,9 @@ def test_sbatch_without_a_configuration_says_how_to_call_it() -> None:
     assert "usage: sbatch fit.sbatch CONFIG" in done.stderr
 
 
-def test_kubernetes_pods_have_the_names_that_the_rendezvous_uses(kinds: dict[str, Any], container: dict[str, Any]) -> None:
+def test_kubernetes_pods_have_the_names_that_the_rendezvous_uses(
+    kinds: dict[str, Any], container: dict[str, Any]
+) -> None:
     service, job = kinds["Service"], kinds["Job"]
     name, pod = job["metadata"]["name"], job["spec"]["template"]["spec"]
     assert job["apiVersion"] == "batch/v1"

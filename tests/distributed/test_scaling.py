@@ -72,7 +72,9 @@ def test_activations_are_what_autograd_saves(m: plan.Llama, tokens: int) -> None
     shallow, deep = (saved_for_backward(small_llama(model), tokens) for model in (m, deeper))
     assert deep - shallow == plan.layer_activations(m, tokens)
     assert shallow == plan.activations(m, tokens, checkpointing=False)
-    assert saved_for_backward(small_llama(m, checkpointing=True), tokens) == plan.activations(m, tokens, checkpointing=True)
+    assert saved_for_backward(small_llama(m, checkpointing=True), tokens) == plan.activations(
+        m, tokens, checkpointing=True
+    )
 
 
 @pytest.mark.distributed
@@ -85,8 +87,14 @@ def test_bytes_held_and_moved_are_the_formulas(tasks_run: Run, scenario: str) ->
     for result in results:
         assert "error" not in result[scenario], result[scenario].get("trace")
         assert result[scenario]["held"] == plan.held(SMALL, gpus=2)
-        assert result[scenario]["bytes"] == {"_allgather_base_": moved["gathered"], "_reduce_scatter_base_": moved["reduced"]}
-        assert result[scenario]["calls"] == {"_allgather_base_": moved["gathers"], "_reduce_scatter_base_": moved["reductions"]}
+        assert result[scenario]["bytes"] == {
+            "_allgather_base_": moved["gathered"],
+            "_reduce_scatter_base_": moved["reduced"],
+        }
+        assert result[scenario]["calls"] == {
+            "_allgather_base_": moved["gathers"],
+            "_reduce_scatter_base_": moved["reductions"],
+        }
 
 
 def test_plan_counts_the_parameters_of_llama_3_70b() -> None:

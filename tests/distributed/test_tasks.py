@@ -51,7 +51,9 @@ def test_every_block_is_one_unit_and_stays_one(tasks_run: Run) -> None:
 def test_fsdp2_exports_a_plain_model(tasks_run: Run) -> None:
     output, (first, _) = tasks_run
     plain = AutoModelForImageClassification.from_pretrained(output / "vision" / "export" / "merged")
-    trained = {name.removeprefix("model."): v for name, v in first["vision"]["state"].items() if name.startswith("model.")}
+    trained = {
+        name.removeprefix("model."): v for name, v in first["vision"]["state"].items() if name.startswith("model.")
+    }
     assert type(plain).__name__ == "ViTForImageClassification"
     assert largest_difference(plain.state_dict(), trained) == 0
 
