@@ -1,6 +1,6 @@
 """Add OFT to a LightningModule of your own: only the lines with `oft` are new.
 
-    python examples/callback_in_five_lines.py
+python examples/callback_in_five_lines.py
 """
 
 import lightning.pytorch as pl
@@ -20,12 +20,15 @@ class Regression(pl.LightningModule):
         self.net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """The loss of one batch."""
         return nn.functional.mse_loss(self.net(batch[0]), batch[1])
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Log the loss of one batch."""
         self.log("test/loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """All parameters; those that are frozen are passed over."""
         # No weight decay: it would pull the rotations back to the identity.
         return torch.optim.AdamW(self.parameters(), lr=0.03, weight_decay=0.0)
 
@@ -39,8 +42,7 @@ def main() -> tuple[float, float]:
     data = DataLoader(TensorDataset(known @ turn, model.net(known).detach()), batch_size=64)
 
     oft = OFTFinetuning(oft_block_size=16, use_cayley_neumann=False)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(max_epochs=15, accelerator="cpu", callbacks=[oft], **quiet)
+    trainer = pl.Trainer(max_epochs=15, accelerator="cpu", callbacks=[oft], logger=False, enable_checkpointing=False)
     before = trainer.test(model, data, verbose=False)[0]["test/loss"]
     trainer.fit(model, data)
     after = trainer.test(model, data, verbose=False)[0]["test/loss"]

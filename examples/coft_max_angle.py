@@ -1,6 +1,6 @@
 """Constrain how far a rotation may turn (COFT), in degrees, and look at what it used of that.
 
-    python examples/coft_max_angle.py
+python examples/coft_max_angle.py
 """
 
 import torch

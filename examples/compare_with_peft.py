@@ -32,6 +32,7 @@ class OneInput(nn.Module):
         self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (n, t, 32) -> the same shape."""
         attended: Tensor = self.attention(x, x, x)[0]
         return attended
 
@@ -91,10 +92,11 @@ def series() -> Row:
 
 
 def exact_map() -> Row:
-    found = []
-    for series_too in (True, False):
-        found.append(rotations(*both(nn.Sequential(nn.Linear(32, 4)), 0.02, **LAYER, use_cayley_neumann=series_too), 32))
-    return "series and exact map from one tensor: rel of R", rel(found[0][0], found[1][0]), rel(found[0][1], found[1][1])
+    (a, b), (exact_a, exact_b) = (
+        rotations(*both(nn.Sequential(nn.Linear(32, 4)), 0.02, **LAYER, use_cayley_neumann=truncated), 32)
+        for truncated in (True, False)
+    )
+    return "series and exact map from one tensor: rel of R", rel(a, exact_a), rel(b, exact_b)
 
 
 def convolution() -> Row:

@@ -1,6 +1,6 @@
 """Finetune with Lightning Fabric: inject before `fabric.setup`, merge after the loop.
 
-    python examples/fabric.py
+python examples/fabric.py
 """
 
 import torch

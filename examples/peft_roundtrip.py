@@ -1,7 +1,7 @@
 """Write an adapter here, load it with PEFT, and the other way round.
 
-    pip install '.[test]'
-    python examples/peft_roundtrip.py
+pip install '.[test]'
+python examples/peft_roundtrip.py
 """
 
 import tempfile

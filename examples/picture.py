@@ -72,7 +72,13 @@ def main(target: Path = Path(__file__).parents[1] / "docs" / "oft.png") -> None:
     added = base_oi + torch.outer(torch.tensor([-0.15, 0.25, 0.2, -0.35]), torch.tensor([-0.5, 0.87]))  # rank 1
     figure, panels = plt.subplots(1, 3, figsize=(11.5, 3.1), layout="constrained")
     draw_panel(panels[0], "pretrained", r"neurons: the rows of $W$", base_oi, base_oi)
-    draw_panel(panels[1], "OFT turns them together", r"$W R^\top$:  angles and lengths stay", base_oi, rotate_weight(base_oi, rotation_nbb))
+    draw_panel(
+        panels[1],
+        "OFT turns them together",
+        r"$W R^\top$:  angles and lengths stay",
+        base_oi,
+        rotate_weight(base_oi, rotation_nbb),
+    )
     draw_panel(panels[2], "adding moves each by itself", r"$W + u v^\top$:  angles and lengths change", base_oi, added)
     figure.savefig(target, dpi=150, metadata={"Software": None})
     plt.close(figure)

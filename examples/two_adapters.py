@@ -1,6 +1,6 @@
 """Two adapters on one frozen model, switched, combined, merged and taken out again, without Lightning.
 
-    python examples/two_adapters.py
+python examples/two_adapters.py
 """
 
 import torch

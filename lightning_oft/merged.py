@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
+from .exchange import exchange
 from .surgery import oft_layers
 from .surgery.walk import class_names, walk
 
@@ -82,9 +83,12 @@ def _umask() -> int:
 
 
 def _replace(new: Path, target: Path) -> None:
-    """Put a complete directory under its final name; the old one stands aside until it has it."""
+    """Put a complete directory under its final name; where the two cannot change places at once, the old one stands
+    aside until the new one has it."""
     if not target.exists():
         new.rename(target)
+        return
+    if exchange(new, target):
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
     os.replace(target, aside / target.name)

@@ -103,7 +103,9 @@ def test_every_idea_has_its_check() -> None:
 
 
 def test_the_documented_comparison_is_what_the_command_prints() -> None:
-    documented = table((ROOT / "docs" / "coming-from-peft.md").read_text(encoding="utf-8").split("Where the numbers differ")[1])
+    documented = table(
+        (ROOT / "docs" / "coming-from-peft.md").read_text(encoding="utf-8").split("Where the numbers differ")[1]
+    )
     pytest.importorskip("peft", "0.21.2")
     printed = [list(row) for row in load("compare_with_peft.py").main()]
     if printed[0] != documented[0]:

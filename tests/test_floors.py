@@ -11,6 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "rotation": 0,
     "config": 0,
+    "exchange": 0,
     "layers": 1,
     "codecs": 1,
     "surgery": 2,

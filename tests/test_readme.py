@@ -80,7 +80,9 @@ def test_snippets_run_in_their_order(page: str, clone: Path, monkeypatch: pytest
         exec(compile(code, f"{page}, snippet {number}", "exec"), names)
 
 
-@pytest.mark.parametrize(("page", "words"), list(commands()), ids=lambda value: value if isinstance(value, str) else " ".join(value))
+@pytest.mark.parametrize(
+    ("page", "words"), list(commands()), ids=lambda value: value if isinstance(value, str) else " ".join(value)
+)
 def test_commands_parse(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     if words[0] in FILE_COMMANDS:
@@ -112,7 +114,9 @@ def test_paths_exist(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_links_into_a_page_find_their_heading(page: str) -> None:
     text = FENCE.sub("", read(page))
-    heads = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+    heads = {
+        re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    }
     assert [link for link in re.findall(r"\]\(#([^)]+)\)", text) if link not in heads] == []
 
 
@@ -132,7 +136,9 @@ def test_options_of_the_callback_exist(page: str) -> None:
 
 def test_the_table_of_fields_is_complete_and_right() -> None:
     peft = pytest.importorskip("peft")
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|", read("docs/coming-from-peft.md").split("## Fields")[1], re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.+?) \| (.+?) \|", read("docs/coming-from-peft.md").split("## Fields")[1], re.MULTILINE
+    )
     theirs, ours = peft.OFTConfig(), OFTConfig()
     assert [name for name, _, _ in rows] == [field.name for field in dataclasses.fields(OFTConfig)]
     for name, at_peft, here in rows:

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import struct
 import sys
 import tracemalloc
@@ -52,28 +53,16 @@ def test_the_bomb_of_these_tests_goes_off() -> None:
 
 @contextmanager
 def at_most(mib: float) -> Iterator[None]:
-    """Fail where more memory was allocated, by Python or by torch, at any one time."""
-    limit = _cpu_limit(mib)
-    tracemalloc.start()
-    try:
-        with limit:
-            yield
-        assert tracemalloc.get_traced_memory()[1] < mib * MIB
-    finally:
-        tracemalloc.stop()
-
-
-@contextmanager
-def _cpu_limit(mib: float) -> Iterator[None]:
-    """torch's tensors are outside tracemalloc: the address space of the process may grow by this and 256 MiB more."""
-    import resource
-
+    """Fail where Python allocates more at any one time, and where torch, outside tracemalloc, takes 256 MiB beyond it."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + int((mib + 256) * MIB), before[1]))
+    tracemalloc.start()
     try:
         yield
+        assert tracemalloc.get_traced_memory()[1] < mib * MIB
     finally:
+        tracemalloc.stop()
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 

@@ -14,6 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import peft
@@ -78,7 +79,7 @@ def training(models: dict[str, Model], tokens: Tensor, rounds: int) -> Times:
     for name, model in models.items():
         trainable = [p for p in model.train().parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, 1e-4) if trainable else None
-        actions[name] = lambda model=model, optimizer=optimizer: step(model, optimizer)  # type: ignore[misc]
+        actions[name] = partial(step, model, optimizer)
     return interleaved(actions, rounds)
 
 
@@ -92,7 +93,8 @@ def generating(models: dict[str, Model], rounds: int, count: int = 16) -> Times:
             output = model(input_ids=token, past_key_values=cache, use_cache=True)
             cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
 
-    found = interleaved({n: lambda model=m.eval(): generate(model) for n, m in models.items()}, rounds)  # type: ignore[misc]
+    evaluated = {name: model.eval() for name, model in models.items()}
+    found = interleaved({name: partial(generate, model) for name, model in evaluated.items()}, rounds)
     return {name: seconds / count for name, seconds in found.items()}
 
 
@@ -128,7 +130,8 @@ def saved_bytes(model: Model, tokens: Tensor) -> float:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Times]:
     """Print the table; returns its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"width": 512, "layers": 4, "tokens": 256, "rounds": 7, "block-size": 32, "threads": 1}.items():
+    sizes = {"width": 512, "layers": 4, "tokens": 256, "rounds": 7, "block-size": 32, "threads": 1}
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args(arguments)
     before = torch.get_num_threads()

@@ -15,8 +15,13 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import nn
 
+from lightning_oft.exchange import exchange
+
 from .contents import Contents, contents_of
 from .format import CONFIG_FILE, OWN_KEY, TENSOR_FILE, AdapterFileError
+
+_SCRATCH = ".adapter-"
+"""How the names of unfinished directories begin."""
 
 
 def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> Path:
@@ -72,7 +77,7 @@ def _encode(contents: Contents) -> dict[str, bytes]:
 @contextlib.contextmanager
 def _scratch(parent: Path, files: dict[str, bytes]) -> Iterator[Path]:
     """A directory with the files, on disk and not only in its cache; it goes, however this ends."""
-    scratch = parent / f".adapter-{secrets.token_hex(8)}"
+    scratch = parent / f"{_SCRATCH}{secrets.token_hex(8)}"
     try:
         scratch.mkdir()
         for name, content in files.items():
@@ -94,10 +99,22 @@ def _create(place: Path, files: dict[str, bytes]) -> None:
 
 
 def _replace(place: Path, files: dict[str, bytes]) -> None:
+    """Put the new directory in the place of the old one at once; one by one the files where that cannot be."""
+    kept = [name for name in os.listdir(place) if name not in files and not name.startswith(_SCRATCH)]
+    if not kept:
+        with contextlib.suppress(OSError), _scratch(place.parent, files) as scratch:
+            shutil.copymode(place, scratch)
+            if exchange(scratch, place):
+                _sync(place.parent)
+                return
+    _replace_files(place, files)
+
+
+def _replace_files(place: Path, files: dict[str, bytes]) -> None:
     """Take the old configuration and tensors away, put the new tensors in place, then the new configuration.
 
     A kill in between leaves no configuration, which every reader refuses; an error puts the old ones back. The files
-    wait inside the directory, which may be a mount point.
+    wait inside the directory, which may be a mount point, or hold other files too.
     """
     with _scratch(place, files) as scratch:
         aside = scratch / "old"

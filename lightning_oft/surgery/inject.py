@@ -64,6 +64,7 @@ def inject_into(
     _check_same_config(targets, config, adapter_name)
     _check_gradient_path(targets)
     saved = _saved_modules(model, config, strict)
+    _check_not_trained_too(targets, saved)
     elsewhere = []
     for name, target in targets.items():
         state = _adapt(target, sizes[name], config, adapter_name)
@@ -127,6 +128,21 @@ def _check_same_config(targets: dict[str, Target], config: OFTConfig, adapter_na
                 f"{name or 'the model itself'}: adapter {adapter_name!r} is already there with another configuration; "
                 "unload(model) first, or use another adapter_name"
             )
+
+
+def _check_not_trained_too(targets: dict[str, Target], saved: dict[str, nn.Module]) -> None:
+    """A rotated weight that is tied to a trained one would train too, and no adapter file could say so."""
+    trained_by = {
+        id(parameter): name for name, module in saved.items() for _, parameter in module.named_parameters(remove_duplicate=False)
+    }
+    for name, target in targets.items():
+        for part in target.parts:
+            owner = trained_by.get(id(_parameter(target.module, target.kind.parts(target.module)[part].parameter)))
+            if owner is not None:
+                raise ValueError(
+                    f"{name or 'the model itself'}: its weight is also that of {owner} (they are tied), which modules_to_save "
+                    "trains whole; leave one of the two out"
+                )
 
 
 def _check_gradient_path(targets: dict[str, Target]) -> None:

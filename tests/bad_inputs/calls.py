@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from bad_inputs.table import Bench, Category, Mistake, config
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from small import Small, loader, oft, trainer
 from torch import nn
 
 from lightning_oft import (
@@ -61,6 +63,39 @@ def _normed() -> nn.Module:
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
 
 
+def _tied() -> nn.Module:
+    model = nn.ModuleDict({"words": nn.Embedding(11, 8), "head": nn.Linear(8, 11)})
+    model["head"].weight = model["words"].weight
+    return model
+
+
+class _Early(Small):
+    """Takes its list of parameters before the callback injects any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = list(self.parameters())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.early, 0.1)
+
+
+class _Unused(Small):
+    """Has a layer that its forward leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(8, 8)
+
+
+def _fit(task: type[Small], **options: Any) -> Any:
+    return lambda bench: trainer(bench.directory, oft(**options)).fit(task(), loader(), loader())
+
+
+def _averaged(bench: Bench) -> None:
+    trainer(bench.directory, EMAWeightAveraging(), oft()).fit(Small(), loader(), loader())
+
+
 CALLS = [
     _call("inject: the two arguments the wrong way round", lambda b: inject(config(), b.net()), TypeError,  # type: ignore[arg-type]
         "inject(OFTConfig, Net)", "takes a module and an OFTConfig", "as in inject(model, OFTConfig(r=4))"),
@@ -95,6 +130,9 @@ CALLS = [
         ValueError, "target_modules=['0']", "its shape is not known yet", "run one batch through the model first"),
     _call("inject: a parametrized weight", lambda b: inject(b.watch(_normed()), config(target_modules=["0"])), ValueError,
         "target_modules=['0']", "its weight is parametrized", "call torch.nn.utils.parametrize.remove_parametrizations first"),
+    _call("inject: an embedding that is tied to a head that trains",
+        lambda b: inject(b.watch(_tied()), config(target_modules=["words"], modules_to_save=["head"])), ValueError,
+        "words", "its weight is also that of head (they are tied)", "leave one of the two out"),
     _call("set_adapter: a name that is not there", lambda b: set_adapter(b.adapted(), "defualt"), ValueError,
         "no adapter 'defualt' here", "there are: ", "default"),
     _call("set_adapter: a name twice", lambda b: set_adapter(b.adapted(), ["default", "default"]), ValueError,
@@ -140,6 +178,14 @@ CALLS = [
         "OFTFinetuning", "has no option 'block_size'", "did you mean 'oft_block_size'?"),
     _call("OFTFinetuning: a mistyped choice", lambda b: OFTFinetuning(export_from="bset"), ValueError,  # type: ignore[arg-type]
         "export_from='bset'", "must be one of", "last, best"),
+    _call("OFTFinetuning: a part that is not there", _fit(Small, module="nett"), ValueError,
+        "oft.module='nett'", "the LightningModule has no such part", "did you mean 'net'?"),
+    _call("OFTFinetuning: behind a callback that averages weights", _averaged, ValueError,
+        "EMAWeightAveraging", "stands before OFTFinetuning in Trainer(callbacks=...)", "put OFTFinetuning first"),
+    _call("OFTFinetuning: an optimizer over a list from before", _fit(_Early), RuntimeError,
+        "the rotations of net.0, net.3", "are in no optimizer and would never train", "build the optimizer in configure_optimizers"),
+    _call("OFTFinetuning: a layer that the loss does not reach", _fit(_Unused, target_modules=["net.0", "spare"]), RuntimeError,
+        "the rotations of spare", "got no gradient", "add them to exclude_modules"),
 ]  # fmt: skip
 
 CONFIGS = [

@@ -30,6 +30,11 @@ def _command(name: str, arguments: str, where: str, what: str, remedy: str) -> M
     return Mistake(name, "command", make, 2, where, what, remedy)
 
 
+def _taken(bench: Bench) -> None:
+    bench.text("something", "")
+    bench.command("merge", "--base", "x", "--adapter", "y", "--output", bench.directory)
+
+
 YAMLS = [
     _yaml("a field of another library's", "oft.coft_epsilon", 1e-4, "oft.coft_epsilon", "unknown key", "did you mean 'oft.coft' or 'oft.eps'?"),
     _yaml("a mistyped field", "oft.target_module", "all-linear", "oft.target_module", "unknown key", "did you mean 'oft.target_modules'?"),
@@ -78,6 +83,5 @@ COMMANDS = [
     _command("export: a checkpoint that is not there", "export --checkpoint no.ckpt --output DIR/x", "no.ckpt", "no such checkpoint file",
         "give one that ModelCheckpoint wrote"),
     _command("merge: no base", "merge --adapter x --output y", "merge", "the following arguments are required", "--base"),
-    _command("merge: a directory that is taken", "merge --base x --adapter y --output DIR/..", "merge", "is there already and not empty",
-        "--overwrite replaces it"),
+    Mistake("merge: a directory that is taken", "command", _taken, 2, "merge", "is there already and not empty", "--overwrite replaces it"),
 ]  # fmt: skip
