@@ -3,6 +3,8 @@
 python examples/coft_max_angle.py
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -23,7 +25,8 @@ def largest_turn(max_angle: float | None) -> tuple[float, float]:
         loss.backward()
         optimizer.step()
         project(model)  # what OFTFinetuning does after every optimizer step
-    rotations = [layer.oft_R["default"] for layer in oft_layers(model).values()]  # type: ignore[index, operator]
+    layers: Any = oft_layers(model)
+    rotations = [layer.oft_R["default"] for layer in layers.values()]
     with torch.no_grad():
         return loss.item(), max(float(rotation_angle(r.matrix()).max()) for r in rotations)
 

@@ -42,7 +42,12 @@ class Holder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+        sizes: dict[str, Any] = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        }
         self.model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=64))
 
 
@@ -138,7 +143,7 @@ def dropout() -> Row:
     theirs, ours = both(nn.Sequential(nn.Linear(64, 8)), 0.05, **LAYER, module_dropout=0.5)
     x = torch.randn(5, 64)
     changes = [max(rel(model(x), model(x)) for _ in range(8)) for model in (theirs.train(), ours.train())]
-    return "module_dropout=0.5: rel of two training passes", *changes
+    return "module_dropout=0.5: rel of two training passes", changes[0], changes[1]
 
 
 def batch_norm() -> Row:
@@ -148,7 +153,7 @@ def batch_norm() -> Row:
     for model in (theirs.train(), ours.train()):
         model(x)
         drift.append(max(float(b.abs().max()) for name, b in model.named_buffers() if "running_mean" in name))
-    return "BatchNorm of the frozen base: drift of its mean in one pass", *drift
+    return "BatchNorm of the frozen base: drift of its mean in one pass", drift[0], drift[1]
 
 
 def encoder_layer() -> Row:
@@ -158,11 +163,11 @@ def encoder_layer() -> Row:
         expected = base.eval()(x)
         models = both(base, 0.05, target_modules=["linear1", "linear2"], oft_block_size=32)
         changes = [rel(model.eval()(x), expected) for model in models]
-    return "nn.TransformerEncoderLayer in eval: rel of adapted to base", *changes
+    return "nn.TransformerEncoderLayer in eval: rel of adapted to base", changes[0], changes[1]
 
 
 def attention() -> Row:
-    adapt = {"target_modules": ["attention"], "oft_block_size": 32}
+    adapt: dict[str, Any] = {"target_modules": ["attention"], "oft_block_size": 32}
     theirs = outcome(lambda: peft.get_peft_model(OneInput(), peft.OFTConfig(**adapt)))
     return "nn.MultiheadAttention as a target", theirs, outcome(lambda: inject(OneInput(), OFTConfig(**adapt)))
 
@@ -178,7 +183,7 @@ def conv1d() -> Row:
     def base() -> GPT2Model:
         return GPT2Model(GPT2Config(n_embd=32, n_layer=1, n_head=2))
 
-    adapt = {"target_modules": ["c_attn"], "oft_block_size": 32}
+    adapt: dict[str, Any] = {"target_modules": ["c_attn"], "oft_block_size": 32}
     theirs = outcome(lambda: peft.get_peft_model(base(), peft.OFTConfig(**adapt)))
     return "transformers' Conv1D (GPT-2)", theirs, outcome(lambda: inject(base(), OFTConfig(**adapt)))
 
@@ -200,8 +205,10 @@ def all_linear() -> Row:
     ours = Holder()
     theirs = peft.get_peft_model(Holder(), peft.OFTConfig(target_modules="all-linear", oft_block_size=32))
     inject(ours, OFTConfig(target_modules="all-linear", oft_block_size=32))
-    has_head = [any("lm_head" in name for name, _ in generators(model)) for model in (theirs, ours)]
-    return "all-linear on a module that holds a causal LM", *("with lm_head" if it else "without" for it in has_head)
+    said = [
+        "with lm_head" if any("lm_head" in name for name, _ in generators(m)) else "without" for m in (theirs, ours)
+    ]
+    return "all-linear on a module that holds a causal LM", said[0], said[1]
 
 
 def layers_and_pattern() -> Row:

@@ -17,11 +17,13 @@ from lightning_oft import OFTConfig, inject, load_adapter, save_adapter
 TOKENS = torch.arange(12).view(1, 12)
 
 
-def base() -> LlamaForCausalLM:
+def base() -> nn.Module:
     """A small causal language model; the same one every time."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=32)).eval()
+    sizes = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=32
+    )
+    return LlamaForCausalLM(sizes).eval()
 
 
 @torch.no_grad()

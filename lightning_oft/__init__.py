@@ -11,16 +11,11 @@ if TYPE_CHECKING:
     from lightning_oft.adapters import load_adapter, save_adapter
     from lightning_oft.callback import OFTFinetuning, load_from_checkpoint
     from lightning_oft.config import OFTConfig
-    from lightning_oft.surgery import (
-        disable_adapters,
-        inject,
-        merge,
-        oft_layers,
-        project,
-        set_adapter,
-        unload,
-        unmerge,
-    )
+    from lightning_oft.surgery import disable_adapters, oft_layers, project, set_adapter
+
+    # From where they are written: `lightning_oft.surgery.inject` names a module as well as a function.
+    from lightning_oft.surgery.inject import inject, unload
+    from lightning_oft.surgery.merge import merge, unmerge
 
 __version__ = "0.1.0"
 

@@ -24,7 +24,7 @@ from .config import OFTConfig
 from .layers import kind_of, rotations_of, state_of
 from .surgery import Target, adapter_names, freeze, oft_layers, trained, walk
 from .surgery.inject import inject_into
-from .surgery.walk import fingerprint, merged_layers, same_base, some
+from .surgery.walk import fingerprint, library_root, merged_layers, same_base, some
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +38,25 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """The structure of a model's adapters, enough to inject them again: primitives only."""
     adapters: dict[str, Any] = {}
     for adapter in adapter_names(model):
-        layers, fingerprints, config = {}, {}, None
+        layers, kinds, fingerprints, config = {}, {}, {}, None
         for name, layer in oft_layers(model).items():
             state = state_of(layer)
             if state is None or adapter not in state.configs:
                 continue
             config = state.configs[adapter]
             layers[name] = {part: rotation.block_size for part, rotation in rotations_of(layer, adapter).items()}
+            kinds[name] = state.kind.name
             fingerprints[name] = state.fingerprint
         owned = [name for name, _, slot in trained.slots(model) if adapter in slot.owners]
         fields = dataclasses.asdict(config) if config is not None else {}
-        adapters[adapter] = {"config": fields, "layers": layers, "fingerprints": fingerprints, "owned": owned}
+        adapters[adapter] = {
+            "config": fields,
+            "root": library_root(model, [*layers, *owned])[0],
+            "layers": layers,
+            "kinds": kinds,
+            "fingerprints": fingerprints,
+            "owned": owned,
+        }
     states = [state for layer in oft_layers(model).values() if (state := state_of(layer)) is not None]
     active = list(dict.fromkeys(name for state in states for name in state.active))
     return {"version": VERSION, "adapters": adapters, "active": active, "merged": bool(merged_layers(model))}
@@ -72,6 +80,7 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
         for name, _, slot in trained.slots(model)
     }
     entry["waiting"] = {name: values for name, values in waiting.items() if values}
+    entry["unfrozen"] = _unfrozen_names(model)
     checkpoint[ENTRY] = {**checkpoint.get(ENTRY, {}), **entry}
     if entry["adapter_only"]:
         dropped = frozen_names(model, kept)
@@ -88,6 +97,13 @@ def frozen_names(model: nn.Module, kept: Iterable[Tensor]) -> set[str]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not (parameter.requires_grad or is_rotation_key(name) or id(parameter) in keep)
     }
+
+
+def _unfrozen_names(model: nn.Module) -> list[str]:
+    """Parameters of the base that train although no adapter owns them: another callback has unfrozen them."""
+    owned = {id(tensor) for _, tensor, slot in trained.slots(model) if slot.owners}
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, p in named if p.requires_grad and not is_rotation_key(name) and id(p) not in owned]
 
 
 def content_of(checkpoint: Mapping[str, Any]) -> Content:

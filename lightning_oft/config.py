@@ -65,7 +65,9 @@ class OFTConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         if self.r and self.oft_block_size:
-            raise ValueError(f"r={self.r} and oft_block_size={self.oft_block_size} exclude each other: give one of them")
+            raise ValueError(
+                f"r={self.r} and oft_block_size={self.oft_block_size} exclude each other: give one of them"
+            )
         if self.oft_block_size is None:
             object.__setattr__(self, "oft_block_size", 0 if self.r else 32)
         if self.r == 0 and self.oft_block_size == 0:

@@ -14,22 +14,14 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from .exchange import exchange
-from .surgery import oft_layers
-from .surgery.walk import class_names, walk
-
-_LIBRARY_MODELS = {"PreTrainedModel", "ModelMixin"}
+from .surgery import oft_layers, trained
+from .surgery.walk import LIBRARY_MODELS, class_names, library_root
 
 
-def library_root(model: nn.Module) -> tuple[str, nn.Module]:
-    """(name, module) of the topmost transformers or diffusers model that contains every adapted layer, else the model.
-
-    Files written from there have the keys that those libraries know.
-    """
-    adapted = {id(layer) for layer in oft_layers(model).values()}
-    for name, module in walk(model):
-        if class_names(module) & _LIBRARY_MODELS and adapted <= {id(below) for below in module.modules()}:
-            return name, module
-    return "", model
+def root_of(model: nn.Module) -> nn.Module:
+    """The model that is written: the transformers or diffusers model that holds everything an adapter trained."""
+    names = [*oft_layers(model), *(name for name, _, slot in trained.slots(model) if slot.owners)]
+    return library_root(model, names)[1]
 
 
 def save_merged(
@@ -45,17 +37,17 @@ def save_merged(
         model: a merged model, or a LightningModule around one.
         directory: where to write.
         companions: processors and tokenizers, written beside the model by their `save_pretrained`.
-        state: the whole tensors of `library_root(model)` by name, where the model holds only parts of them.
+        state: the whole tensors of `root_of(model)` by name, where the model holds only parts of them.
 
     Raises:
         OSError: the directory cannot be written; what was there is untouched.
     """
-    _, root = library_root(model)
+    root = root_of(model)
     target = Path(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        if class_names(root) & _LIBRARY_MODELS:
+        if class_names(root) & LIBRARY_MODELS:
             root.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))  # type: ignore[operator]
         elif state is not None:
             save_file(state, str(temporary / "model.safetensors"), metadata={"format": "pt"})

@@ -50,14 +50,11 @@ class _Cayley(torch.autograd.Function):
     """One solve forward, three products backward: (I - Q)^-1 = (I + R)/2, so nothing but R is kept."""
 
     @staticmethod
-    def forward(q_nbb: Tensor) -> Tensor:
+    def forward(ctx: Any, q_nbb: Tensor) -> Tensor:
         eye = torch.eye(q_nbb.shape[-1], dtype=q_nbb.dtype, device=q_nbb.device)
         solved: Tensor = torch.linalg.solve(eye - q_nbb, eye + q_nbb)
+        ctx.save_for_backward(solved)
         return solved
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -138,13 +135,11 @@ class _Rotate(torch.autograd.Function):
     """x . blockdiag(R) that keeps x and R for backward and nothing else; differentiable twice."""
 
     @staticmethod
-    def forward(x_ti: Tensor, r_nbb: Tensor) -> Tensor:
+    def forward(ctx: Any, x_ti: Tensor, r_nbb: Tensor) -> Tensor:
+        # With a separate setup_context torch binds the arguments by signature, at more cost than a small product.
+        ctx.save_for_backward(x_ti, r_nbb)
         with without_autocast(x_ti.device):
             return _blocks_last(x_ti, r_nbb)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -170,7 +165,11 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     fan_in = x.shape[-1] if x.dim() else 0
     if (fan_in != n * b) if n > 1 else (fan_in == 0 or fan_in % b != 0):
         raise ValueError(f"cannot rotate an input of shape {tuple(x.shape)}: its last dimension must be {n * b}")
-    return _Rotate.apply(x.reshape(-1, fan_in), rotation).view(x.shape)  # type: ignore[no-any-return, no-untyped-call]
+    flat = x.reshape(-1, fan_in)
+    if torch.is_grad_enabled() and (x.requires_grad or rotation.requires_grad):
+        return _Rotate.apply(flat, rotation).view(x.shape)  # type: ignore[no-any-return, no-untyped-call]
+    with without_autocast(x.device):
+        return _blocks_last(flat, rotation).view(x.shape)
 
 
 def rotate_weight(weight: Tensor, rotation: Tensor) -> Tensor:

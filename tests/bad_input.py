@@ -8,12 +8,13 @@ page to each other.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ _HEAD = """\
 
 Every message says where, what, and the remedy, in one line; no call below changes the model that it was given. On the
 command line a mistake is one line on standard error and exit code 2. `...` stands for a directory, `(...)` for what
-another library says.
+another library says or names.
 
 This page is written by `python tests/bad_input.py > docs/bad-input.md` from the table that the tests run.
 """
@@ -56,9 +57,14 @@ class Outcome(NamedTuple):
 @contextmanager
 def _elsewhere(directory: Path) -> Iterator[None]:
     """Where nothing that a mistake writes is in the way, and its warnings are not the subject."""
-    with chdir(directory), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    before = Path.cwd()
+    os.chdir(directory)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.chdir(before)
 
 
 def outcome(mistake: Mistake, directory: Path) -> Outcome:
@@ -80,7 +86,7 @@ def outcome(mistake: Mistake, directory: Path) -> Outcome:
 def shown(mistake: Mistake, message: str, directory: Path) -> str:
     """A message as the page shows it: without the directory, and without what differs between other libraries' versions."""
     text = re.sub(rf"{re.escape(str(directory))}(?=/|\b)", "...", message)
-    return re.sub(r" \(.*\)(?=;)", " (...)", text) if mistake.varies else text
+    return re.sub(r"(?<= )\(.*\)(?=;)|(?<=could be adapted: ).*", "(...)", text) if mistake.varies else text
 
 
 def row(mistake: Mistake, message: str) -> str:

@@ -33,9 +33,14 @@ def build(options: argparse.Namespace, dtype: torch.dtype = torch.float32) -> di
     """The same base without an adapter and with each of three; small random adapters stand for trained ones."""
     torch.manual_seed(0)
     heads = max(options.width // 64, 1)
-    sizes = {"hidden_size": options.width, "intermediate_size": 2 * options.width, "num_hidden_layers": options.layers}
+    sizes: dict[str, Any] = {
+        "hidden_size": options.width,
+        "intermediate_size": 2 * options.width,
+        "num_hidden_layers": options.layers,
+    }
     config = LlamaConfig(**sizes, num_attention_heads=heads, num_key_value_heads=heads, vocab_size=512)
-    base = LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    base: Any = LlamaForCausalLM(config)
+    base.to(dtype).requires_grad_(False)
     # Something below must ask for a gradient, or nothing would be computed backwards.
     base.get_input_embeddings().register_forward_hook(_ask_for_gradient)
     models: dict[str, Model] = {BASE: base, OURS: copy.deepcopy(base)}

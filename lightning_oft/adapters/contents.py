@@ -17,7 +17,7 @@ from lightning_oft.layers import LayerState, rotations_of, state_of
 from lightning_oft.surgery import adapter_names, oft_layers, trained, walk
 from lightning_oft.surgery.sharded import whole
 from lightning_oft.surgery.targets import matches, saved_names
-from lightning_oft.surgery.walk import class_names, some
+from lightning_oft.surgery.walk import library_root, some
 
 from .format import (
     OWN_FIELDS,
@@ -66,7 +66,7 @@ def contents_of(model: nn.Module, adapter_name: str = "default") -> Contents:
         ValueError: there is no such adapter, or a generator is not finite; names it.
     """
     taken = _take(model, adapter_name)
-    root_name, root = _root_of(model, [*taken.layers, *taken.saved])
+    root_name, root = library_root(model, [*taken.layers, *taken.saved])
     log.info("adapter %r: names start at %s (%s)", adapter_name, root_name or "the model", type(root).__name__)
     taken = _rooted(taken, root_name)
     known = {name: layer for name, layer in taken.layers.items() if _peft_knows(layer)}
@@ -78,7 +78,9 @@ def contents_of(model: nn.Module, adapter_name: str = "default") -> Contents:
 
 def _take(model: nn.Module, adapter_name: str) -> _Taken:
     if adapter_name not in adapter_names(model):
-        raise ValueError(f"no adapter {adapter_name!r} here; there are: {', '.join(adapter_names(model)) or 'none, call inject first'}")
+        raise ValueError(
+            f"no adapter {adapter_name!r} here; there are: {', '.join(adapter_names(model)) or 'none, call inject first'}"
+        )
     layers = {name: layer for name, layer in oft_layers(model).items() if adapter_name in _state(layer).configs}
     config = _state(next(iter(layers.values()))).configs[adapter_name]
     return _Taken(adapter_name, config, layers, _saved(model, adapter_name))
@@ -99,16 +101,6 @@ def _state(layer: nn.Module) -> LayerState:
     state = state_of(layer)
     assert state is not None
     return state
-
-
-def _root_of(model: nn.Module, names: list[str]) -> tuple[str, nn.Module]:
-    """The topmost transformers or diffusers model that holds all the names, else the model itself."""
-    top = next(walk(model))[1]
-    for name, module in walk(model):
-        inside = all(other == name or other.startswith(f"{name}.") for other in names) if name else True
-        if inside and class_names(module) & {"PreTrainedModel", "ModelMixin"}:
-            return name, module
-    return "", top
 
 
 def _rooted(taken: _Taken, root: str) -> _Taken:
@@ -143,7 +135,9 @@ def _tensors(taken: _Taken, known: Mapping[str, nn.Module]) -> dict[str, Tensor]
                 broken.append(name)
             tensors[rotation_key(name, _state(layer).kind.file_key, part)] = sign * generator
     if broken:
-        raise ValueError(f"generators of {some(broken)} are NaN or infinite; nothing was written: load an earlier state of the adapter")
+        raise ValueError(
+            f"generators of {some(broken)} are NaN or infinite; nothing was written: load an earlier state of the adapter"
+        )
     for name, tensor in taken.saved.items():
         owner, _, key = name.rpartition(".")
         place = f"{owner}.base_layer.{key}" if owner and owner in known and key == "bias" else name

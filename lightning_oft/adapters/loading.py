@@ -59,7 +59,9 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
         changed = check_fingerprint(where.root, contents.fingerprint)
         if changed:
             warnings.warn(
-                printable(f"{contents.directory}: was trained on another base, {some(changed)} differ; load the one it was trained on"),
+                printable(
+                    f"{contents.directory}: was trained on another base, {some(changed)} differ; load the one it was trained on"
+                ),
                 stacklevel=2,
             )
     if not present:

@@ -95,7 +95,9 @@ def open_adapter(directory: str | Path, adapter_name: str | None = None) -> List
             f"{file}: all its blocks are of size 1, which rotate nothing; train with a larger block size"
         )
     if dead:
-        warnings.warn(printable(f"{file}: {some(dead)} have blocks of size 1, which rotate nothing; left out"), stacklevel=4)
+        warnings.warn(
+            printable(f"{file}: {some(dead)} have blocks of size 1, which rotate nothing; left out"), stacklevel=4
+        )
     return Listing(
         directory=place,
         config=config,
@@ -123,9 +125,7 @@ def read_values(listing: Listing) -> AdapterFile:
         raise AdapterFileError(f"{file}: cannot be read ({_line(error)}); copy the file again") from None
     broken = [name for name, generator in rotations.items() if not bool(generator.isfinite().all())]
     if broken:
-        raise AdapterFileError(
-            f"{file}: generators of {some(broken)} are NaN or infinite; train the adapter again"
-        )
+        raise AdapterFileError(f"{file}: generators of {some(broken)} are NaN or infinite; train the adapter again")
     return AdapterFile(
         directory=listing.directory,
         config=config,
@@ -160,7 +160,9 @@ def _locate(directory: Path, adapter_name: str | None) -> Path:
     below = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
     if adapter_name in below:
         return directory / str(adapter_name)
-    hint = f"there are adapters in {some(below)}: give one of these directories" if below else "give the one that holds it"
+    hint = (
+        f"there are adapters in {some(below)}: give one of these directories" if below else "give the one that holds it"
+    )
     raise AdapterFileError(f"{directory / CONFIG_FILE}: no such file, so this is no adapter directory; {hint}")
 
 
@@ -253,7 +255,9 @@ def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise AdapterFileError(f"{file}: not a whole safetensors file ({_line(error)}); copy the file again") from None
     for key, (dtype, shape) in header.items():
         if len(key) > _KEY_LIMIT:
-            raise AdapterFileError(f"{file}: {key[:40]}... is no name of a tensor ({len(key)} characters); copy the file again")
+            raise AdapterFileError(
+                f"{file}: {key[:40]}... is no name of a tensor ({len(key)} characters); copy the file again"
+            )
         if dtype not in _BYTES:
             raise AdapterFileError(f"{file}: {key} is of dtype {dtype}, which is not read; save it as float32")
         if _BYTES[dtype] * math.prod(shape) > file.stat().st_size:

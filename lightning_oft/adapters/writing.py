@@ -101,7 +101,7 @@ def _create(place: Path, files: dict[str, bytes]) -> None:
 def _replace(place: Path, files: dict[str, bytes]) -> None:
     """Put the new directory in the place of the old one at once; one by one the files where that cannot be."""
     kept = [name for name in os.listdir(place) if name not in files and not name.startswith(_SCRATCH)]
-    if not kept:
+    if not kept and os.access(place, os.W_OK):
         with contextlib.suppress(OSError), _scratch(place.parent, files) as scratch:
             shutil.copymode(place, scratch)
             if exchange(scratch, place):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_oft import checkpoints
 from lightning_oft.adapters import contents_of, write_contents
-from lightning_oft.merged import library_root, save_merged
+from lightning_oft.merged import root_of, save_merged
 from lightning_oft.surgery import merge, trained, unmerge
 
 from .strategies import strategy_of
@@ -58,7 +58,7 @@ def export_merged(trainer: Any, pl_module: nn.Module, root: nn.Module, callback:
 
 def _write_merged(trainer: Any, pl_module: nn.Module, root: nn.Module, directory: str) -> dict[str, str]:
     place = str(Path(directory) / "merged")
-    state = strategy_of(trainer).whole_state(trainer, library_root(root)[1])
+    state = strategy_of(trainer).whole_state(trainer, root_of(root))
     if trainer.is_global_zero:
         save_merged(root, place, companions=_companions(trainer, pl_module), state=state)
     return {"merged model": place}

@@ -25,6 +25,7 @@ from lightning_oft.surgery.merge import merge_gathered
 from lightning_oft.surgery.walk import merged_layers
 
 from . import guards, report
+from .averages import spare_the_base
 from .export import export, export_merged
 from .files import write_whole
 from .shadow import (
@@ -32,7 +33,7 @@ from .shadow import (
     keep_checkpoint_hooks,
     leave,
     new_base,
-    restore_rng,
+    resume,
     writes_adapter_only,
 )
 from .strategies import strategy_of
@@ -97,6 +98,7 @@ class OFTFinetuning(Callback):
         self.export_from = export_from
         self._layers: list[str] = []
         self._was_merged = False
+        self._trained: list[nn.Parameter] = []
         self._steps: Any = None
         self._holds: list[Any] = []
 
@@ -124,10 +126,16 @@ class OFTFinetuning(Callback):
         self._inject(pl_module, built=False)
         after_configure_model(pl_module, self._injected)
         keep_checkpoint_hooks(pl_module)
+        self._trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
 
     def _injected(self, pl_module: nn.Module) -> None:
-        """Inject into what the module's own setup and configure_model have built since."""
+        """Inject into what the module's own setup and configure_model have built since, and into nothing but that: what
+        another callback's setup has frozen or thawed since ours is as we left it."""
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        self._trained = []
         self._inject(pl_module, built=True)
+        guards.quiet_eval_warning(pl_module)
 
     def _inject(self, pl_module: nn.Module, built: bool) -> None:
         root = guards.submodule(pl_module, self.module, required=built)
@@ -166,8 +174,8 @@ class OFTFinetuning(Callback):
         guards.check_optimizers(trainer, root, self.adapter_name)
         self._steps = strategy_of(trainer).watch_steps(trainer, root, self.adapter_name)
         strategy_of(trainer).project(trainer, root)
-        restore_rng(pl_module)
-        guards.quiet_eval_warning(pl_module)
+        spare_the_base(trainer, pl_module)
+        resume(pl_module)
         rank_zero_info(report.start_line(pl_module, root, self.adapter_name))
         report.warn_about_constraint(root, self.adapter_name)
         for logger in trainer.loggers:
@@ -203,7 +211,7 @@ class OFTFinetuning(Callback):
         if new_base(pl_module):
             refresh_fingerprints(pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start is over by then
-            restore_rng(pl_module)
+            resume(pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -238,4 +246,4 @@ class OFTFinetuning(Callback):
         self._holds = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_steps": None, "_holds": []}
+        return {**self.__dict__, "_steps": None, "_holds": [], "_trained": []}

@@ -21,6 +21,7 @@ from lightning_oft import checkpoints
 from .strategies import strategy_of
 
 _RNG = "_oft_rng"
+_UNFROZEN = "_oft_unfrozen"
 
 
 def after_configure_model(pl_module: nn.Module, then: Callable[[nn.Module], None]) -> None:
@@ -53,6 +54,8 @@ def keep_checkpoint_hooks(pl_module: nn.Module) -> None:
     The module's own hooks are the ones that Lightning calls last when it saves (after weight averaging, and also with
     save_weights_only), and first when it loads, before a tensor is touched.
     """
+    for waiting in (_RNG, _UNFROZEN):  # of an earlier run, which nobody resumed
+        pl_module.__dict__.pop(waiting, None)
     for hook in (on_save_checkpoint, on_load_checkpoint):
         pl_module.__dict__[hook.__name__] = types.MethodType(hook, pl_module)
 
@@ -105,9 +108,10 @@ def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
             f"OFT: the checkpoint is {kind}: it becomes the base, {kept}, and the optimizer state and epoch count of "
             "that run are left behind"
         )
-    rng = checkpoint.get(checkpoints.ENTRY, {}).get("rng")
-    if rng is not None:
-        self.__dict__[_RNG] = rng
+    entry = checkpoint.get(checkpoints.ENTRY, {})
+    for key, waiting in (("rng", _RNG), ("unfrozen", _UNFROZEN)):
+        if isinstance(entry.get(key), list):
+            self.__dict__[waiting] = entry[key]
     self.__dict__["_oft_new_base"] = content in ("plain", "merged")
     _own(self, "on_load_checkpoint")(checkpoint)
 
@@ -150,7 +154,20 @@ def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:
     return states
 
 
-def restore_rng(pl_module: nn.Module) -> None:
+def resume(pl_module: nn.Module) -> None:
+    """Go on from the checkpoint that was loaded for this fit: what trained trains again, with the next random numbers.
+
+    Lightning's BackboneFinetuning freezes in every setup and unfreezes at one epoch only, so that after a resume behind
+    that epoch its backbone would rest (https://github.com/Lightning-AI/pytorch-lightning/issues/21901).
+    """
+    parameters = dict(pl_module.named_parameters(remove_duplicate=False))
+    for name in pl_module.__dict__.pop(_UNFROZEN, []):
+        if name in parameters:
+            parameters[name].requires_grad_(True)
+    _restore_rng(pl_module)
+
+
+def _restore_rng(pl_module: nn.Module) -> None:
     """Continue the random numbers of the checkpoint that was loaded for this fit; on as many processes as wrote it."""
     states = pl_module.__dict__.pop(_RNG, None)
     if states is None:

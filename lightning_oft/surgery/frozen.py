@@ -74,6 +74,12 @@ def is_quiet(model: nn.Module) -> bool:
     return bool(resting) and all(isinstance(module, _FrozenNorm) for module in resting)
 
 
+def is_resting_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm whose statistics are those of the frozen base."""
+    slot = slots_of(module).get("running_mean")
+    return isinstance(module, _FrozenNorm) and (slot is None or slot.live == BASE)
+
+
 def thaw(model: nn.Module) -> None:
     """Undo freeze."""
     for _, module in walk(model):

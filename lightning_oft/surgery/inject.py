@@ -133,7 +133,9 @@ def _check_same_config(targets: dict[str, Target], config: OFTConfig, adapter_na
 def _check_not_trained_too(targets: dict[str, Target], saved: dict[str, nn.Module]) -> None:
     """A rotated weight that is tied to a trained one would train too, and no adapter file could say so."""
     trained_by = {
-        id(parameter): name for name, module in saved.items() for _, parameter in module.named_parameters(remove_duplicate=False)
+        id(parameter): name
+        for name, module in saved.items()
+        for _, parameter in module.named_parameters(remove_duplicate=False)
     }
     for name, target in targets.items():
         for part in target.parts:

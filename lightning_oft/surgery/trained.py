@@ -69,7 +69,7 @@ def claim(module: nn.Module, key: str, adapter_name: str, active: bool, known: d
     found = module.__dict__.setdefault(_ATTRIBUTE, {})
     if key not in found:
         found[key] = known.setdefault(id(tensor), Slot(live=BASE))
-        if tensor.requires_grad:  # as `freeze` would note it: `unload` returns to that
+        if tensor.requires_grad and not found[key].owners:  # as `freeze` would note it: `unload` returns to that
             module.__dict__.setdefault(FROZEN, set()).add(key)
     slot = found[key]
     if adapter_name in slot.owners:

@@ -82,6 +82,22 @@ def require_enabled(model: nn.Module, action: str) -> None:
         raise RuntimeError(f"cannot {action} inside disable_adapters: leave its context first")
 
 
+LIBRARY_MODELS = {"PreTrainedModel", "ModelMixin"}
+"""Base classes of transformers' and diffusers' models."""
+
+
+def library_root(model: nn.Module, names: Iterable[str]) -> tuple[str, nn.Module]:
+    """(name, module) of the topmost transformers or diffusers model that holds all these layers and tensors, else the
+    model itself. Files written from there have the keys that those libraries know."""
+    names = list(names)
+    top = next(walk(model))[1]
+    for name, module in walk(model):
+        inside = all(other == name or other.startswith(f"{name}.") for other in names) if name else True
+        if inside and class_names(module) & LIBRARY_MODELS:
+            return name, module
+    return "", top
+
+
 def some(names: Iterable[str], limit: int = 4) -> str:
     """The first few names in a readable line: `a, b, c, d and 12 more`."""
     listed = [name or "the model itself" for name in names]

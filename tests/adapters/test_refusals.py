@@ -115,7 +115,7 @@ def _flip(content: bytes) -> bytes:
 
 UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no_config": (lambda d: (d / CONFIG).unlink(), "no such file, so this is no adapter directory"),
-    "no_tensors": (lambda d: (d / TENSORS).unlink(), "no such file$"),
+    "no_tensors": (lambda d: (d / TENSORS).unlink(), "no such file; copy it from where"),
     "pickle": (_pickle_only, "adapter_model.bin is a pickle, which may run code"),
     "json_empty": (_bytes(CONFIG, lambda _: b""), "not a readable JSON file"),
     "json_cut": (_bytes(CONFIG, lambda content: content[:200]), "not a readable JSON file"),

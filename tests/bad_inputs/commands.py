@@ -9,11 +9,11 @@ from bad_inputs.table import Bench, Mistake
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
 
 
-def _yaml(name: str, key: str, value: Any, where: str, what: str, remedy: str) -> Mistake:
+def _yaml(name: str, key: str, value: Any, where: str, what: str, remedy: str, varies: bool = False) -> Mistake:
     def make(bench: Bench) -> None:
         bench.command("fit", "--config", bench.yaml({key: value}))
 
-    return Mistake(name, "YAML", make, 2, where, what, remedy)
+    return Mistake(name, "YAML", make, 2, where, what, remedy, varies)
 
 
 def _text(name: str, content: str | bytes, where: str, what: str, remedy: str) -> Mistake:
@@ -46,7 +46,7 @@ YAMLS = [
     _yaml("two sizes", "oft.r", 4, "r=4 and oft_block_size=16", "exclude each other", "give one of them"),
     _yaml("a value for a block", "oft", 3, "oft", "got 3", "expected a mapping of options"),
     _yaml("a target that is not there", "oft.target_modules", ["attn"], "target_modules=['attn']", "matches nothing",
-        "layers that could be adapted: "),
+        "layers that could be adapted: ", varies=True),
     _yaml("a part that is not there", "oft.module", "modle", "oft.module='modle'", "has no such part", "did you mean 'model'?"),
     _yaml("an adapter that is not there", "oft.pretrained_adapter", "runs/adaptor", "runs/adaptor", "no such directory",
         "give the one that holds adapter_config.json"),

@@ -24,7 +24,7 @@ def test_damaged_configurations_are_read_or_refused_in_one_line() -> None:
     report = readers.Report()
     readers.fuzz_yaml(30, 1, report)
     assert report.findings == []
-    assert min(report.outcomes["refused"], report.outcomes["read"]) > 2
+    assert min(report.outcomes["refused"], report.outcomes["read"]) > 0
 
 
 def test_undamaged_directories_load(kinds: list[mutations.Files], tmp_path: readers.Path) -> None:
