@@ -46,7 +46,7 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         ) from None
     except Exception as error:  # a damaged pickle raises anything
         raise CheckpointError(
-            f"{path}: is no checkpoint, or is damaged ({_first_line(error)}); copy it again"
+            f"{path}: is no checkpoint or is damaged ({_first_line(error)}); copy it again"
         ) from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise CheckpointError(f"{path}: has no state_dict; give a file that Lightning's ModelCheckpoint wrote")

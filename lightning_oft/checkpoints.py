@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,9 +27,6 @@ from .surgery.inject import inject_into
 from .surgery.walk import fingerprint, library_root, merged_layers, same_base, some
 
 log = logging.getLogger(__name__)
-
-_STATES = ("state_dict", "current_model_state")
-"""Where a checkpoint keeps a model's tensors; the second is the current model beside an averaged one."""
 
 Content = Literal["adapter", "full", "plain", "merged"]
 
@@ -84,9 +81,17 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
     checkpoint[ENTRY] = {**checkpoint.get(ENTRY, {}), **entry}
     if entry["adapter_only"]:
         dropped = frozen_names(model, kept)
-        for key in _STATES:
-            if key in checkpoint:
-                checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name not in dropped}
+        for holder, key in _states(checkpoint):
+            holder[key] = {name: value for name, value in holder[key].items() if name not in dropped}
+
+
+def _states(checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a checkpoint keeps a model's tensors: the model, the current one beside EMA's average, and SWA's average."""
+    yield from ((checkpoint, key) for key in ("state_dict", "current_model_state") if key in checkpoint)
+    callbacks = checkpoint.get("callbacks")
+    for state in callbacks.values() if isinstance(callbacks, dict) else ():
+        if isinstance(state, dict) and isinstance(state.get("average_model_state"), dict):
+            yield state, "average_model_state"
 
 
 def frozen_names(model: nn.Module, kept: Iterable[Tensor]) -> set[str]:
@@ -139,9 +144,8 @@ def complete(model: nn.Module, checkpoint: dict[str, Any]) -> Content:
             fill = {name: current[name] for name in frozen_names(model, ()) if name in current}
             fill = {name: value for name, value in fill.items() if not is_rotation_key(name)}
         _restore_waiting(model, checkpoint.get(ENTRY, {}))
-    for key in _STATES:
-        if key in checkpoint:
-            checkpoint[key] = {**fill, **checkpoint[key]}
+    for holder, key in _states(checkpoint):
+        holder[key] = {**fill, **holder[key]}
     return content
 
 

@@ -41,9 +41,7 @@ def inject(model: nn.Module, config: OFTConfig, adapter_name: str = "default") -
         ValueError: nothing matches, or a target cannot be adapted; names it and the remedy. The model is untouched.
         RuntimeError: the model is merged, or inside disable_adapters.
     """
-    if not isinstance(model, nn.Module) or not isinstance(config, OFTConfig):
-        given = f"{type(model).__name__}, {type(config).__name__}"
-        raise TypeError(f"inject({given}): takes a module and an OFTConfig, as in inject(model, OFTConfig(r=4))")
+    _check_arguments(model, config)
     targets = find_targets(model, config)
     sizes = block_sizes(targets, config)
     return inject_into(model, targets, sizes, config, adapter_name)
@@ -106,6 +104,12 @@ def unload(model: nn.Module) -> None:
     thaw(model)
     guard_nested_tensors(model)
     forget_compiled()
+
+
+def _check_arguments(model: Any, config: Any) -> None:
+    if not isinstance(model, nn.Module) or not isinstance(config, OFTConfig):
+        given = f"{type(model).__name__}, {type(config).__name__}"
+        raise TypeError(f"inject({given}): takes a module and an OFTConfig, as in inject(model, OFTConfig(r=4))")
 
 
 def _check_name(adapter_name: str) -> None:

@@ -69,6 +69,8 @@ YAMLS = [
     _text("no mapping", "words", "config.yaml", "not a mapping", "of keys to values"),
     _text("no text", b"oft: \xff\xfe", "config.yaml", "no UTF-8 text at byte 5", "save it as UTF-8"),
     _text("aliases of aliases", BOMB, "config.yaml", "more than 100,000 values once its aliases", "use fewer"),
+    _text("brackets without end", "a: " + "[" * 20_000, "config.yaml", "nested too deeply", "a configuration has a handful of levels"),
+    _text("a weight file in its place", "#" * 300_000, "config.yaml", "larger than 256 KiB", "give the right file"),
 ]  # fmt: skip
 COMMANDS = [
     _command("a mistyped command", "fitt --config x.yaml", "'fitt'", "unknown command", "did you mean 'fit'?"),

@@ -157,6 +157,23 @@ def test_swa_merges_the_mean_of_its_epochs(tmp_path: Path) -> None:
     assert list(state(model)) == list(state(Bare()))
 
 
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_swa_resumes_and_its_checkpoint_is_an_adapter(tmp_path: Path, epoch: int) -> None:
+    def fit_swa(root: Path, ckpt: Any = None, seed: int = 0) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        model, keeper = Bare(), ModelCheckpoint(root, save_top_k=-1, filename="{epoch}")
+        average = StochasticWeightAveraging(1e-2, swa_epoch_start=2)
+        trainer(root, oft(), average, keeper, max_epochs=4).fit(model, loader(), ckpt_path=ckpt)
+        return state(model)
+
+    straight = fit_swa(tmp_path)
+    place = str(tmp_path / f"epoch={epoch}.ckpt")
+    saved = torch.load(place, weights_only=True)
+    assert set(saved["state_dict"]) == ADAPTER
+    assert set(saved["callbacks"]["StochasticWeightAveraging"]["average_model_state"]) == ADAPTER
+    assert difference(fit_swa(tmp_path / "resumed", place, 99), straight) == 0.0
+
+
 def test_swa_would_reset_the_frozen_statistics_and_is_refused(tmp_path: Path) -> None:
     model, before = Small(), state(Small())
     with pytest.raises(ValueError, match=r"net\.4.*EMAWeightAveraging") as error:

@@ -64,7 +64,8 @@ def test_a_link_is_replaced_and_not_what_it_leads_to(tmp_path: Path) -> None:
     way.save_checkpoint({"a": 1}, tmp_path / "best.ckpt")
     (tmp_path / "last.ckpt").symlink_to("best.ckpt")
     way.save_checkpoint({"a": 2}, tmp_path / "last.ckpt")
-    assert torch.load(tmp_path / "best.ckpt") == {"a": 1} and torch.load(tmp_path / "last.ckpt") == {"a": 2}
+    assert torch.load(tmp_path / "best.ckpt") == {"a": 1}
+    assert torch.load(tmp_path / "last.ckpt") == {"a": 2}
 
 
 def test_last_as_a_link_resumes(tmp_path: Path) -> None:

@@ -167,5 +167,7 @@ def test_the_other_namespace_takes_the_callback_as_it_is(tmp_path: Path) -> None
     found = run.validate(model, loader(False), ckpt_path="best", verbose=False)[0]["val"]
     assert found == float(keeper.best_model_score)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert saved["lightning_oft"]["adapter_only"] and "net.0.weight" not in saved["state_dict"]
-    assert not list(tmp_path.glob(".*.part")) and FEATURES == saved["state_dict"]["net.0.oft_R.default.weight"].shape[0] * 4
+    assert saved["lightning_oft"]["adapter_only"]
+    assert "net.0.weight" not in saved["state_dict"]
+    assert not list(tmp_path.glob(".*.part"))
+    assert saved["state_dict"]["net.0.oft_R.default.weight"].shape[0] * 4 == FEATURES

@@ -129,6 +129,7 @@ def test_kubernetes_command_is_one_that_runs(
     assert f"{container['workingDir']}/{Path(run['default_root_dir']).parent}" in shared
 
 
+@pytest.mark.nightly
 @pytest.mark.distributed
 @pytest.mark.subprocess
 @pytest.mark.slow
