@@ -94,7 +94,20 @@ def nets(draw: st.DrawFn) -> RandomNet:
     net.train()(ids())
     if draw(st.booleans()):
         net.head.requires_grad_(False)
+    if draw(st.booleans()):  # somebody's hooks, which change what layers take and give
+        net.words.register_forward_hook(_shift_output)
+        for module in net.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(_shift_input)
     return net.train(draw(st.booleans()))
+
+
+def _shift_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0] + 0.1, *args[1:])
+
+
+def _shift_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output + 0.1
 
 
 def ids(seed: int = 0) -> Tensor:

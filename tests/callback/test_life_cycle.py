@@ -82,7 +82,8 @@ def test_batch_norm_of_the_base_stays_in_eval_and_lightning_does_not_warn(tmp_pa
             seen.append(pl_module.net[4].training)
 
     trainer(tmp_path, oft(), Look()).fit(Small(), loader())
-    assert seen and not any(seen)
+    assert seen
+    assert not any(seen)
 
 
 def test_a_second_fit_continues_from_the_first(tmp_path: Path) -> None:
@@ -104,7 +105,9 @@ def test_start_and_end_say_what_happened_in_one_line_each(tmp_path: Path, caplog
         trainer(tmp_path, oft(max_angle=20.0)).fit(Small(), loader())
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("OFT")]
     assert len(lines) == 2
-    assert "2 layers" in lines[0] and "block size 4" in lines[0] and "20 degrees" in lines[0]
+    assert "2 layers" in lines[0]
+    assert "block size 4" in lines[0]
+    assert "20 degrees" in lines[0]
     assert "70 of 518" in lines[0]
     assert "merged into 2 layers" in lines[1]
 
@@ -156,7 +159,8 @@ def test_merged_models_copy_pickle_and_predict(tmp_path: Path) -> None:
 def test_the_callback_pickles_and_copies() -> None:
     callback = oft(max_angle=10.0)
     for twin in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
-        assert twin.config == callback.config and twin.state_key == callback.state_key
+        assert twin.config == callback.config
+        assert twin.state_key == callback.state_key
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true", "16-mixed"])

@@ -107,7 +107,8 @@ def test_a_resumed_run_restores_everything_and_ends_the_same(
     for rank in two:
         saved = _good(rank[f"save:{strategy}:{kind}"])
         resumed = _good(rank[f"resume:{strategy}:{kind}"])
-        assert saved["seen"] and _difference(saved["seen"], resumed["seen"]) == 0.0
+        assert saved["seen"]
+        assert _difference(saved["seen"], resumed["seen"]) == 0.0
         assert _difference(saved["state"], resumed["state"]) == 0.0
 
 

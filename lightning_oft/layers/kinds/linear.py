@@ -83,7 +83,8 @@ class Embedding(Kind):
 
     @override
     def attach(self, layer: nn.Module) -> None:
-        add_hook(layer._forward_hooks, layer.register_forward_hook, _rotate_output)
+        # First of all: a hook that was there before sees the vectors that a merged layer would give it.
+        add_hook(layer._forward_hooks, layer.register_forward_hook, _rotate_output, prepend=True)
 
     @override
     def detach(self, layer: nn.Module) -> None:
