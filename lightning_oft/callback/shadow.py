@@ -137,13 +137,13 @@ def rng_state() -> dict[str, Any]:
     if numpy is not None:
         name, keys, position, has_gauss, cached = numpy.random.get_state()
         state["numpy"] = [name, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
 
 def _is_distributed() -> bool:
-    return torch.distributed.is_available() and bool(torch.distributed.is_initialized())  # type: ignore[no-untyped-call]
+    return torch.distributed.is_available() and bool(torch.distributed.is_initialized())
 
 
 def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:
