@@ -45,9 +45,7 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
             "save it without objects of your own"
         ) from None
     except Exception as error:  # a damaged pickle raises anything
-        raise CheckpointError(
-            f"{path}: is no checkpoint or is damaged ({_first_line(error)}); copy it again"
-        ) from None
+        raise CheckpointError(f"{path}: is no checkpoint or is damaged ({_first_line(error)}); copy it again") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise CheckpointError(f"{path}: has no state_dict; give a file that Lightning's ModelCheckpoint wrote")
     _check_entry(path, checkpoint)

@@ -99,7 +99,9 @@ def page(rows: dict[str, list[str]]) -> str:
     """The whole page from its rows by category."""
     parts = [_HEAD]
     for category, title in _TITLES.items():
-        parts.append(f"## {title}\n\n| mistake | error | message |\n| --- | --- | --- |\n" + "\n".join(rows[category]) + "\n")
+        parts.append(
+            f"## {title}\n\n| mistake | error | message |\n| --- | --- | --- |\n" + "\n".join(rows[category]) + "\n"
+        )
     return "\n".join(parts)
 
 

@@ -12,7 +12,18 @@ from transformers.pytorch_utils import Conv1D
 from lightning_oft import OFTConfig
 
 WIDTH, WORDS = 8, 11
-BLOCKS = ("linear", "conv", "grouped conv", "transposed conv", "attention", "batch norm", "layer norm", "Conv1D", "conv2d", "again")
+BLOCKS = (
+    "linear",
+    "conv",
+    "grouped conv",
+    "transposed conv",
+    "attention",
+    "batch norm",
+    "layer norm",
+    "Conv1D",
+    "conv2d",
+    "again",
+)
 
 
 class Channels(nn.Module):
@@ -121,7 +132,11 @@ NAMES = ["words", "head", "mha", "mha.out_proj", "layer", "blocks.0", "blocks.1"
 @st.composite
 def configs(draw: st.DrawFn) -> OFTConfig:
     """A valid configuration; what it selects may still not be there."""
-    size = draw(st.sampled_from([{"oft_block_size": 2}, {"oft_block_size": 4}, {"oft_block_size": 32}, {"r": 1}, {"r": 2}, {"r": 3}]))
+    size = draw(
+        st.sampled_from(
+            [{"oft_block_size": 2}, {"oft_block_size": 4}, {"oft_block_size": 32}, {"r": 1}, {"r": 2}, {"r": 3}]
+        )
+    )
     targets = st.one_of(
         st.just("all-linear"),
         st.just(r".*(words|head|mha|layer|blocks\.\d)"),
@@ -139,6 +154,16 @@ def configs(draw: st.DrawFn) -> OFTConfig:
         "block_share": draw(st.booleans()),
         "module_dropout": draw(st.sampled_from([0.0, 0.0, 0.5])),
         "init_weights": draw(st.sampled_from([True, True, False])),
-        **draw(st.sampled_from([{}, {}, {"coft": True, "eps": 1e-3}, {"max_angle": 10.0}, {"coft": True, "coft_radius": "peft", "eps": 0.1}])),
+        **draw(
+            st.sampled_from(
+                [
+                    {},
+                    {},
+                    {"coft": True, "eps": 1e-3},
+                    {"max_angle": 10.0},
+                    {"coft": True, "coft_radius": "peft", "eps": 0.1},
+                ]
+            )
+        ),
     }
     return OFTConfig(**size, **options)

@@ -44,7 +44,9 @@ _PROFILES: dict[str, dict[str, Any]] = {
     "nightly": {"max_examples": 500, "print_blob": True},
 }
 _CHOSEN = settings(
-    deadline=None, suppress_health_check=list(HealthCheck), **_PROFILES[os.environ.get("LIGHTNING_OFT_EXAMPLES", "ordinary")]
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    **_PROFILES[os.environ.get("LIGHTNING_OFT_EXAMPLES", "ordinary")],
 )
 pytestmark = [
     pytest.mark.filterwarnings("ignore:adapter .* is not active"),
@@ -82,7 +84,10 @@ class World:
     def owned(self) -> set[str]:
         """Names of the tensors that have another owner than the base now, by all their names."""
         live = {id(tensor) for _, tensor, slot in trained.slots(self.net) if slot.live != trained.BASE}
-        state = {**dict(self.net.named_parameters(remove_duplicate=False)), **dict(self.net.named_buffers(remove_duplicate=False))}
+        state = {
+            **dict(self.net.named_parameters(remove_duplicate=False)),
+            **dict(self.net.named_buffers(remove_duplicate=False)),
+        }
         return {name for name, tensor in state.items() if id(tensor) in live}
 
     def check(self) -> None:
@@ -90,7 +95,10 @@ class World:
         state, base = self.net.state_dict(), self.base.state_dict()
         assert [name for name in state if not is_rotation_key(name)] == list(base)
         assert not self.merged or list(state) == list(base)
-        named = {**dict(self.net.named_parameters(remove_duplicate=False)), **dict(self.net.named_buffers(remove_duplicate=False))}
+        named = {
+            **dict(self.net.named_parameters(remove_duplicate=False)),
+            **dict(self.net.named_buffers(remove_duplicate=False)),
+        }
         turned = {id(parameter) for layer in oft_layers(self.net).values() for parameter in layer.parameters()}
         owned = self.owned()
         for name, value in base.items():
@@ -102,9 +110,13 @@ class World:
                 torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-4)
         if self.configs:
             parameters = dict(self.net.named_parameters())
-            assert not [n for n, p in parameters.items() if p.requires_grad and not is_rotation_key(n) and n not in owned]
+            assert not [
+                n for n, p in parameters.items() if p.requires_grad and not is_rotation_key(n) and n not in owned
+            ]
         assert all(bool(tensor.isfinite().all()) for tensor in state.values())
-        assert [type(module) for module in self._modules(self.net)] == [type(m) for m in self._modules(self.base)] or not self.merged
+        assert [type(module) for module in self._modules(self.net)] == [
+            type(m) for m in self._modules(self.base)
+        ] or not self.merged
 
     @staticmethod
     def _modules(net: nn.Module) -> Iterator[nn.Module]:

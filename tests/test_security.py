@@ -87,7 +87,9 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
 @pytest.mark.parametrize("name", [TENSORS, "adapter_model.bin", CONFIG])
-def test_a_pickle_in_an_adapter_directory_is_never_executed(name: str, bomb: Callable[[], bytes], tmp_path: Path) -> None:
+def test_a_pickle_in_an_adapter_directory_is_never_executed(
+    name: str, bomb: Callable[[], bytes], tmp_path: Path
+) -> None:
     place = Bench(tmp_path).adapter(fields())
     if name == "adapter_model.bin":
         (place / TENSORS).unlink()
@@ -118,7 +120,9 @@ def test_a_run_does_not_execute_the_checkpoint_it_starts_from(bomb: str, tmp_pat
         trainer(tmp_path, oft()).fit(Small(), loader(), loader(), ckpt_path=str(path))
 
 
-@pytest.mark.parametrize("maker", ["os.system", "builtins.exec", "lightning.pytorch.cli.instantiate_module2", 3, ["os.system"]])
+@pytest.mark.parametrize(
+    "maker", ["os.system", "builtins.exec", "lightning.pytorch.cli.instantiate_module2", 3, ["os.system"]]
+)
 def test_a_checkpoint_cannot_name_what_builds_it(maker: Any, tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "hyper_parameters": {"_instantiator": maker, "lr": 0.1}}, tmp_path / "x.ckpt")
     with pytest.raises(CheckpointError, match="which is not Lightning's own"):
@@ -126,7 +130,9 @@ def test_a_checkpoint_cannot_name_what_builds_it(maker: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("command", ["merge", "fit"])
-def test_a_base_that_brings_code_is_refused_without_asking(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_brings_code_is_refused_without_asking(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = tmp_path / "base"
     base.mkdir()
     names = {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"}
@@ -184,7 +190,9 @@ class _Opened:
 @pytest.mark.parametrize("path", OUTSIDE)
 def test_a_path_in_a_configuration_is_never_followed(path: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("{}")
-    named = dict.fromkeys(("base_model_name_or_path", "revision", "auto_mapping", "layers_pattern", "task_type", "corda_config"), path)
+    named = dict.fromkeys(
+        ("base_model_name_or_path", "revision", "auto_mapping", "layers_pattern", "task_type", "corda_config"), path
+    )
     lists = {"target_modules": [path], "exclude_modules": [path], "layers_to_transform": [0]}
     place = Bench(tmp_path).adapter(fields(**named, **lists))
     model = Net()
@@ -255,7 +263,9 @@ def _header(**entries: Any) -> bytes:
 
 def _declared(shape: list[int], dtype: str = "F32") -> bytes:
     count = 4 * shape[0] * shape[1]
-    return _header(**{"base_model.model.body.oft_R.weight": {"dtype": dtype, "shape": shape, "data_offsets": [0, count]}})
+    return _header(
+        **{"base_model.model.body.oft_R.weight": {"dtype": dtype, "shape": shape, "data_offsets": [0, count]}}
+    )
 
 
 GIGANTIC = {
@@ -264,7 +274,9 @@ GIGANTIC = {
     "a header of exabytes": struct.pack("<Q", 2**60) + b"{}",
     "a header of 99 MB that is not there": struct.pack("<Q", 99_000_000) + b"{}",
     "blocks without entries": _declared([2**40, 0]),
-    "a name of ten million characters": _header(**{"oft_R." * 1_600_000: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}),
+    "a name of ten million characters": _header(
+        **{"oft_R." * 1_600_000: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
+    ),
 }
 
 
@@ -306,7 +318,13 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
     """An expanded tensor is large without memory; what copies it would not be."""
     rotation = torch.zeros(1).expand(2**20, 2**20)
     adapter = {"config": {"r": 2}, "layers": {"net.0": {"": 4}}, "fingerprints": {}, "owned": []}
-    entry = {"version": 1, "adapters": {"default": adapter}, "active": ["default"], "merged": False, "adapter_only": True}
+    entry = {
+        "version": 1,
+        "adapters": {"default": adapter},
+        "active": ["default"],
+        "merged": False,
+        "adapter_only": True,
+    }
     torch.save({"state_dict": {"net.0.oft_R.default.weight": rotation}, "lightning_oft": entry}, tmp_path / "x.ckpt")
     with at_most(16), pytest.raises(CheckpointError):
         load_from_checkpoint(Small, tmp_path / "x.ckpt")

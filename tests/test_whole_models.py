@@ -19,7 +19,13 @@ from lightning_oft.layers import rotations_of
 pytestmark = pytest.mark.filterwarnings("ignore:block sizes adjusted")
 
 NO_DROPOUT: dict[str, Any] = {"attention_dropout": 0.0, "dropout": 0.0, "activation_dropout": 0.0}
-TEXT: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
+TEXT: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 32,
+}
 VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGES = (2, 3, 16, 16)
 
@@ -69,8 +75,19 @@ def _clip() -> nn.Module:
 
 
 def _whisper() -> nn.Module:
-    layers: dict[str, Any] = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    sizes: dict[str, Any] = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": 32, "num_mel_bins": 4}
+    layers: dict[str, Any] = {
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
+    sizes: dict[str, Any] = {
+        "d_model": 16,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "vocab_size": 32,
+        "num_mel_bins": 4,
+    }
     tokens: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     positions: dict[str, Any] = {"max_source_positions": 10, "max_target_positions": 8}
     config = transformers.WhisperConfig(**layers, **sizes, **tokens, **positions, **NO_DROPOUT)

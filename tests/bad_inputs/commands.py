@@ -6,7 +6,9 @@ from typing import Any
 
 from bad_inputs.table import Bench, Mistake
 
-BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
+)
 
 
 def _yaml(name: str, key: str, value: Any, where: str, what: str, remedy: str, varies: bool = False) -> Mistake:

@@ -25,7 +25,9 @@ def _file(name: str, make: Any, where: str, what: str, remedy: str, varies: bool
     return Mistake(name, "file", make, AdapterFileError, where, what, remedy, varies)
 
 
-def _checkpoint(name: str, make: Any, where: str, what: str, remedy: str, varies: bool = False, error: Any = CheckpointError) -> Mistake:
+def _checkpoint(
+    name: str, make: Any, where: str, what: str, remedy: str, varies: bool = False, error: Any = CheckpointError
+) -> Mistake:
     return Mistake(name, "checkpoint", make, error, where, what, remedy, varies)
 
 

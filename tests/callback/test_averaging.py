@@ -144,7 +144,9 @@ class Starts(pl.Callback):
 def test_swa_merges_the_mean_of_its_epochs(tmp_path: Path) -> None:
     torch.manual_seed(0)
     starts, model = Starts(), Bare()
-    trainer(tmp_path, oft(), StochasticWeightAveraging(1e-2, swa_epoch_start=2), starts, max_epochs=4).fit(model, loader())
+    trainer(tmp_path, oft(), StochasticWeightAveraging(1e-2, swa_epoch_start=2), starts, max_epochs=4).fit(
+        model, loader()
+    )
     mean = {name: sum(epoch[name] for epoch in starts.values[1:]) / 3 for name in starts.values[0]}  # type: ignore[misc]
     twin = Bare()
     run = trainer(tmp_path, oft(merge_on_fit_end=False), max_epochs=0)

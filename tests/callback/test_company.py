@@ -212,7 +212,9 @@ def test_the_summary_counts_what_trains(tmp_path: Path) -> None:
     trainer(tmp_path, Summary(), oft(), enable_model_summary=True).fit(Small(), loader())
     plain = sum(parameter.numel() for parameter in Small().parameters())
     rotations = 8 // 4 * 6 + 16 // 4 * 6
-    assert seen == [(plain + rotations + 2 * 16 + 2, rotations + 2 * 16 + 2)] or seen == [(plain + rotations, rotations + 34)]
+    assert seen == [(plain + rotations + 2 * 16 + 2, rotations + 2 * 16 + 2)] or seen == [
+        (plain + rotations, rotations + 34)
+    ]
 
 
 def test_the_learning_rates_are_monitored(tmp_path: Path) -> None:
@@ -226,7 +228,9 @@ def test_the_top_k_are_kept_and_each_gives_its_own_number(tmp_path: Path) -> Non
     assert len(keeper.best_k_models) == 2
     for path, score in keeper.best_k_models.items():
         assert run.validate(model, loader(False), ckpt_path=path, verbose=False)[0]["val"] == float(score)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*(Path(p).name for p in keeper.best_k_models), "last.ckpt"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*(Path(p).name for p in keeper.best_k_models), "last.ckpt"]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
@@ -249,7 +253,9 @@ def test_a_checkpoint_of_an_exception_is_the_state_it_was_raised_in(tmp_path: Pa
     assert saved["lightning_oft"]["adapter_only"]
     assert not saved["lightning_oft"]["merged"]
     other = Small()
-    trainer(tmp_path, oft(), Look(), max_epochs=4).fit(other, loader(), loader(False), ckpt_path=str(tmp_path / "late.ckpt"))
+    trainer(tmp_path, oft(), Look(), max_epochs=4).fit(
+        other, loader(), loader(False), ckpt_path=str(tmp_path / "late.ckpt")
+    )
     assert merged_layers(other) == oft_layers(other) != {}
 
 
@@ -259,6 +265,8 @@ def test_another_trainer_resumes(tmp_path: Path) -> None:
     fit(tmp_path, row, 2)
     options: dict[str, Any] = {"gradient_clip_val": 1e9, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
     other = Small()
-    run = trainer(tmp_path / "other", ModelSummary(), oft(), Timer(), max_epochs=4, enable_model_summary=True, **options)
+    run = trainer(
+        tmp_path / "other", ModelSummary(), oft(), Timer(), max_epochs=4, enable_model_summary=True, **options
+    )
     run.fit(other, loader(), loader(False), ckpt_path=str(tmp_path / "last.ckpt"))
     assert difference(state(other), state(straight)) == 0.0

@@ -240,7 +240,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("hook", "what"), [("on_train_epoch_start", r"last\.ckpt"), ("on_fit_end", "export/adapter")], ids=["ckpt", "adapter"]
+    ("hook", "what"),
+    [("on_train_epoch_start", r"last\.ckpt"), ("on_fit_end", "export/adapter")],
+    ids=["ckpt", "adapter"],
 )
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, hook: str, what: str) -> None:
     base, adapter = state(Small()), {"export_dir": str(tmp_path / "export")}
@@ -253,7 +255,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, hook: str, what: str)
     if hook == "on_train_epoch_start":
         assert files(tmp_path) == before
     else:
-        assert {k: v for k, v in files(tmp_path).items() if "export" in k} == {k: v for k, v in before.items() if "export" in k}
+        assert {k: v for k, v in files(tmp_path).items() if "export" in k} == {
+            k: v for k, v in before.items() if "export" in k
+        }
     assert_whole(run, model, base)
     assert not merged_layers(model)
     again = trainer(tmp_path, oft(**adapter), max_epochs=3)
@@ -293,7 +297,9 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
         yield place
         place.chmod(0o700)
         return
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(place)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(place)], capture_output=True, check=False
+    ).returncode:
         pytest.skip("root writes everywhere, and cannot mount here")
     yield place
     subprocess.run(["umount", str(place)], check=True)

@@ -211,7 +211,9 @@ def test_two_callbacks_adapt_two_parts(tmp_path: Path) -> None:
 
 
 def test_module_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"oft.module='nett': the LightningModule has no such part; did you mean 'net'"):
+    with pytest.raises(
+        ValueError, match=r"oft.module='nett': the LightningModule has no such part; did you mean 'net'"
+    ):
         trainer(tmp_path, oft(module="nett")).fit(Small(), loader())
 
 

@@ -154,7 +154,9 @@ def test_the_other_namespace_takes_the_callback_as_it_is(tmp_path: Path) -> None
         torch.manual_seed(seed)
         keeper = ptl.callbacks.ModelCheckpoint(root, monitor="val", save_last=True)
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-        run = ptl.Trainer(max_epochs=epochs, callbacks=[oft(max_angle=20.0), keeper], default_root_dir=str(root), **quiet)
+        run = ptl.Trainer(
+            max_epochs=epochs, callbacks=[oft(max_angle=20.0), keeper], default_root_dir=str(root), **quiet
+        )
         model = Other()
         run.fit(model, loader(), loader(False), ckpt_path=ckpt)
         return run, model, keeper

@@ -123,9 +123,7 @@ def test_a_solution_in_the_ball_is_found_and_one_outside_ends_on_the_sphere(
 ) -> None:
     model = Teacher(size)
     data = torch.utils.data.TensorDataset(torch.randn(1024, 64))
-    callback = OFTFinetuning(
-        oft_block_size=64, coft=True, eps=1e-3, use_cayley_neumann=False, merge_on_fit_end=False
-    )
+    callback = OFTFinetuning(oft_block_size=64, coft=True, eps=1e-3, use_cayley_neumann=False, merge_on_fit_end=False)
     run = trainer(tmp_path, callback, max_epochs=5)
     first = float(nn.functional.mse_loss(model.layer.weight.detach(), model.target))  # type: ignore[arg-type]
     run.fit(model, torch.utils.data.DataLoader(data, 16))

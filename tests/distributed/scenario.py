@@ -30,7 +30,9 @@ class Block(nn.Module):
 class Model(pl.LightningModule):
     """Two blocks and a head, sharded by the user in configure_model as `shard` says; built there too where `late`."""
 
-    def __init__(self, shard: str = "none", optimizer: str = "trainable", mp_bf16: bool = False, late: bool = False) -> None:
+    def __init__(
+        self, shard: str = "none", optimizer: str = "trainable", mp_bf16: bool = False, late: bool = False
+    ) -> None:
         super().__init__()
         self.shard, self.optimizer_name, self.mp_bf16 = shard, optimizer, mp_bf16
         if not late:
@@ -94,7 +96,9 @@ def callback(**options: Any) -> OFTFinetuning:
     return OFTFinetuning(**{**defaults, **options})
 
 
-def trainer(strategy: Any, root: str, devices: int = 1, callbacks: list[Any] | None = None, **options: Any) -> pl.Trainer:
+def trainer(
+    strategy: Any, root: str, devices: int = 1, callbacks: list[Any] | None = None, **options: Any
+) -> pl.Trainer:
     """Ten optimizer steps in two epochs, with accumulation and clipping."""
     defaults: dict[str, Any] = {
         "max_steps": STEPS,

@@ -66,7 +66,12 @@ def strategy(name: str) -> Any:
 def model_for(name: str) -> Model:
     kind, *options = name.split("-")
     shard = options[0] if kind == "fsdp2" else "none"
-    return Model(shard=shard, optimizer="all" if "all" in options else "trainable", mp_bf16="bf16" in options, late="late" in options)
+    return Model(
+        shard=shard,
+        optimizer="all" if "all" in options else "trainable",
+        mp_bf16="bf16" in options,
+        late="late" in options,
+    )
 
 
 class Look(pl.Callback):

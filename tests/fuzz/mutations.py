@@ -27,8 +27,37 @@ NUMBERS = [
     0, 1, -1, 2, 3, 4, 31, 2**31, 2**32, 2**53 + 1, 2**63, 2**64, -(2**63), 10**30, 10**400, -(10**400), 0.5, -0.0, 1e308,
     5e-324, float("nan"), float("inf"), -float("inf"),
 ]  # fmt: skip
-DTYPES = ["BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64", "F8_E4M3", "C64", "f32", "", "F4"]
-FIELDS = ["peft_type", "r", "oft_block_size", "peft_version", "use_cayley_neumann", "coft", "eps", "target_modules", "lightning_oft"]
+DTYPES = [
+    "BOOL",
+    "U8",
+    "I8",
+    "I16",
+    "U16",
+    "F16",
+    "BF16",
+    "I32",
+    "U32",
+    "F32",
+    "F64",
+    "I64",
+    "U64",
+    "F8_E4M3",
+    "C64",
+    "f32",
+    "",
+    "F4",
+]
+FIELDS = [
+    "peft_type",
+    "r",
+    "oft_block_size",
+    "peft_version",
+    "use_cayley_neumann",
+    "coft",
+    "eps",
+    "target_modules",
+    "lightning_oft",
+]
 
 
 def value(rng: random.Random, depth: int = 0) -> Any:
@@ -104,7 +133,18 @@ def swap_files(files: Files, rng: random.Random) -> None:
 
 def replace_file(files: Files, rng: random.Random) -> None:
     files[_some_file(files, rng)] = rng.choice(
-        [b"", b"\0" * 64, b"\xff" * 64, b"[]", b"{}", b"null", b"[" * 100_000, b'{"a":' * 50_000, b"\x80\x04K\x01.", b"PK\x03\x04"]
+        [
+            b"",
+            b"\0" * 64,
+            b"\xff" * 64,
+            b"[]",
+            b"{}",
+            b"null",
+            b"[" * 100_000,
+            b'{"a":' * 50_000,
+            b"\x80\x04K\x01.",
+            b"PK\x03\x04",
+        ]
         + [struct.pack("<Q", n) for n in (0, 2, 2**32, 2**63, 2**64 - 1)]
         + [rng.randbytes(rng.choice([1, 8, 9, 500])), b"version https://git-lfs.github.com/spec/v1\n"]
     )

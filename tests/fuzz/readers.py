@@ -111,7 +111,13 @@ def originals() -> list[Files]:
         made = [
             _saved(Path(root) / "plain", modules_to_save=["head", "norm"]),
             _saved(Path(root) / "every", target_modules=every, bias="all"),
-            _saved(Path(root) / "exact", use_cayley_neumann=False, coft=True, target_modules=every, modules_to_save=["head"]),
+            _saved(
+                Path(root) / "exact",
+                use_cayley_neumann=False,
+                coft=True,
+                target_modules=every,
+                modules_to_save=["head"],
+            ),
             _saved(Path(root) / "shared", block_share=True, bias="oft_only", max_angle=10.0),
         ]
     theirs = made[0][CONFIG].decode().partition('"lightning_oft"')[0].rstrip().rstrip(",") + "}"

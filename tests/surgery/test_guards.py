@@ -51,7 +51,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         _parametrized_projection,
         "layer: of its out_proj, its weight is parametrized: call .*remove_parametrizations first",
     ),
-    "weight_norm": (_weight_normed, "layer: its weight is recomputed at every forward: call .*remove_weight_norm first"),
+    "weight_norm": (
+        _weight_normed,
+        "layer: its weight is recomputed at every forward: call .*remove_weight_norm first",
+    ),
     "spectral_norm": (
         lambda: spectral_norm(nn.Linear(8, 8)),
         "layer: its weight is recomputed at every forward: call .*remove_spectral_norm or prune.remove first",
@@ -130,7 +133,9 @@ def test_nothing_matched_names_what_could_be() -> None:
 def test_modules_to_save_that_match_nothing_are_named_with_what_is_there() -> None:
     model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
     before = _fingerprint(model)
-    with pytest.raises(ValueError, match="modules_to_save: classifier matches no module; the model's own are body, head"):
+    with pytest.raises(
+        ValueError, match="modules_to_save: classifier matches no module; the model's own are body, head"
+    ):
         inject(model, config(target_modules=["body"], modules_to_save=["head", "classifier"]))
     assert _fingerprint(model) == before
 

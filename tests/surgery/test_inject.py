@@ -319,7 +319,12 @@ def randomize_each(model: nn.Module) -> None:
 
 
 def test_tied_modules_to_save_are_trained_and_switched_as_one() -> None:
-    options: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    options: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options, vocab_size=32, tie_word_embeddings=True))
     ids = torch.randint(0, 32, (2, 5))
     base = model.eval()(ids).logits

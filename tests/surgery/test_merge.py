@@ -94,7 +94,9 @@ def test_a_merge_that_overflows_half_precision_is_refused_and_nothing_changes() 
     randomize(model, 0.5)
     model[1].weight.data.fill_(65000.0)  # type: ignore[operator]
     before = _weights(model)
-    with pytest.raises(ValueError, match=r"cannot merge: the merged weight overflows torch.float16; nothing was changed"):
+    with pytest.raises(
+        ValueError, match=r"cannot merge: the merged weight overflows torch.float16; nothing was changed"
+    ):
         merge(model)
     assert _same(model, before)
 
@@ -177,7 +179,9 @@ def test_changed_weights_are_not_thrown_away(change: str, keep_base: Any) -> Non
         model(x).square().sum().backward()
         optimizer.step()
     before, output = _weights(model), model(x)
-    with pytest.raises(RuntimeError, match=r"cannot unmerge (1|0, 1).*: the weights were changed after the merge.*unload"):
+    with pytest.raises(
+        RuntimeError, match=r"cannot unmerge (1|0, 1).*: the weights were changed after the merge.*unload"
+    ):
         unmerge(model)
     assert _same(model, before)
     unload(model)
@@ -275,7 +279,9 @@ def test_trained_biases_and_modules_stay_in_a_merged_model() -> None:
         (lambda: nn.Conv3d(4, 6, 3), (2, 4, 5, 5, 5), torch.channels_last_3d),
     ],
 )
-def test_channels_last_stays_channels_last(layer: Any, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+def test_channels_last_stays_channels_last(
+    layer: Any, shape: tuple[int, ...], memory_format: torch.memory_format
+) -> None:
     model: Any = nn.Sequential(layer())
     model.to(memory_format=memory_format)
     x = torch.randn(shape).to(memory_format=memory_format)
@@ -326,7 +332,12 @@ def test_a_pointwise_transposed_convolution_merges_too(groups: int) -> None:
 
 
 def _tied() -> Any:
-    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**sizes, vocab_size=32, tie_word_embeddings=True)
     ).eval()

@@ -43,7 +43,12 @@ def _three(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def _tiny_llama(**options: Any) -> Any:
-    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=32, **options)).eval()
 
 

@@ -22,7 +22,13 @@ from lightning_oft import OFTConfig
 from lightning_oft.surgery import find_targets
 from lightning_oft.surgery.blocks import nearest_divisor
 
-TINY: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 32}
+TINY: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 32,
+}
 
 
 def _llama() -> nn.Module:
@@ -109,7 +115,9 @@ def test_selects_what_peft_selects(name: str, options: dict[str, Any]) -> None:
 
 
 def test_gpt2_has_conv1d_layers_which_peft_refuses() -> None:
-    layers = [f"transformer.h.{i}.{part}" for i in (0, 1) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    layers = [
+        f"transformer.h.{i}.{part}" for i in (0, 1) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
     assert _found(_model("gpt2")) == layers
     assert _found(_model("gpt2"), target_modules=None) == [key for key in layers if key.endswith("c_attn")]
 
@@ -288,7 +296,10 @@ def test_a_layer_under_two_names_is_selected_once() -> None:
             r"target_modules=\['query'\] matches nothing; layers that could be adapted: model.embed_tokens, "
             r"model.layers.0.self_attn.q_proj, .* and 12 more",
         ),
-        ({"target_modules": "q_proj"}, r"matches nothing.*a string is a regular expression .*write \[q_proj\] for a list"),
+        (
+            {"target_modules": "q_proj"},
+            r"matches nothing.*a string is a regular expression .*write \[q_proj\] for a list",
+        ),
         ({"target_modules": ["q_proj"], "layers_to_transform": 9}, "look at exclude_modules and layers_to_transform"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "matches nothing.*look at exclude_modules"),
         ({"target_modules": ["mlp"]}, "model.layers.0.mlp: a LlamaMLP cannot be adapted .only linear, Conv1D"),
