@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,44 @@ def _replace(new: Path, target: Path) -> None:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+class Companions:
+    """The tokenizer and image processor files beside a base model, copied as they are.
+
+    Args:
+        base: a folder, or a hub id.
+    """
+
+    PATTERNS = (
+        "*token*",
+        "vocab*",
+        "merges.txt",
+        "*.model",
+        "*processor_config.json",
+        "chat_template*",
+        "generation_config.json",
+    )
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Copy them, from the folder or from the hub's cache; what is there already stays. A hub that does not answer
+        is a warning: the model is worth more than its companions."""
+        folder = Path(self.base)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            try:
+                folder = Path(snapshot_download(self.base, allow_patterns=list(self.PATTERNS)))
+            except Exception as error:
+                warnings.warn(
+                    f"{self.base}: its tokenizer and image processor were not copied to {directory} "
+                    f"({type(error).__name__}): save them there with their own save_pretrained",
+                    stacklevel=2,
+                )
+                return
+        for file in {file for pattern in self.PATTERNS for file in folder.glob(pattern) if file.is_file()}:
+            if not (Path(directory) / file.name).exists():
+                shutil.copyfile(file, Path(directory) / file.name)

@@ -123,7 +123,8 @@ class OFTFinetuning(Callback):
         self._was_merged = bool(merged_layers(pl_module))
         if self._was_merged:
             unmerge(pl_module)
-        self._inject(pl_module, built=False)
+        if strategy_of(trainer).injects_early(trainer):
+            self._inject(pl_module, built=False)
         after_configure_model(pl_module, self._injected)
         keep_checkpoint_hooks(pl_module)
         self._trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
@@ -171,7 +172,7 @@ class OFTFinetuning(Callback):
             return
         root = self.root(pl_module)
         guards.check_layers(self._layers, self._own_layers(root))
-        guards.check_optimizers(trainer, root, self.adapter_name)
+        guards.check_optimizers(strategy_of(trainer).held(trainer), root, self.adapter_name)
         self._steps = strategy_of(trainer).watch_steps(trainer, root, self.adapter_name)
         strategy_of(trainer).project(trainer, root)
         spare_the_base(trainer, pl_module)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers import Rotation, rotations_of, state_of
@@ -96,13 +97,12 @@ def trainable_rotations(root: nn.Module, adapter_name: str) -> dict[str, Rotatio
     return found
 
 
-def check_optimizers(trainer: Any, root: nn.Module, adapter_name: str) -> None:
-    """Raise RuntimeError where a rotation trains in no optimizer: a list of parameters was taken before injection."""
-    held = {
-        id(tensor) for optimizer in trainer.optimizers for group in optimizer.param_groups for tensor in group["params"]
-    }
+def check_optimizers(held: Iterable[Tensor], root: nn.Module, adapter_name: str) -> None:
+    """Raise RuntimeError where a rotation is not among what optimizers hold: a list of parameters was taken before
+    injection, and the rotation would never train."""
+    ids = {id(tensor) for tensor in held}
     rotations = trainable_rotations(root, adapter_name)
-    idle = [name for name, rotation in rotations.items() if id(rotation.weight) not in held]
+    idle = [name for name, rotation in rotations.items() if id(rotation.weight) not in ids]
     if idle:
         raise RuntimeError(
             f"the rotations of {some(idle)} are in no optimizer and would never train: build the optimizer in "
@@ -114,7 +114,13 @@ def check_gradients(rotations: dict[str, Rotation]) -> None:
     """Raise RuntimeError where a rotation got no gradient from the backward that preceded the first step."""
     weights = {name: rotation.weight for name, rotation in rotations.items()}
     # An FSDP1 process that holds nothing of a rotation gets no gradient for it.
-    idle = [name for name, weight in weights.items() if weight.requires_grad and weight.grad is None and weight.numel()]
+    refuse_idle(
+        [name for name, weight in weights.items() if weight.requires_grad and weight.grad is None and weight.numel()]
+    )
+
+
+def refuse_idle(idle: list[str]) -> None:
+    """Raise RuntimeError for rotations without gradient, if there are any."""
     if idle:
         raise RuntimeError(
             f"the rotations of {some(idle)} got no gradient: their layers are not called through their forward, or "
@@ -126,8 +132,3 @@ def quiet_eval_warning(pl_module: nn.Module) -> None:
     """Lightning warns of modules in eval at the start of training; where those are our frozen norms, they should be."""
     if is_quiet(pl_module):
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
-
-
-def is_deepspeed(trainer: Any) -> bool:
-    """Whether DeepSpeed runs the training."""
-    return "DeepSpeedStrategy" in class_names(trainer.strategy)

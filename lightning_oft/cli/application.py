@@ -15,6 +15,7 @@ from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, instantiate_class
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
@@ -163,6 +164,11 @@ class Application(LightningCLI):
         export_dir = self._get(self.config, "oft").get("export_dir")
         if export_dir is not None:
             self._say(*how_to_load(Path(export_dir)))
+
+    def after_predict(self) -> None:
+        """Predictions that nobody takes are gone: say so."""
+        if not any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            self._say("predict: nothing was written; a BasePredictionWriter in trainer.callbacks gets the predictions")
 
     def _say(self, *lines: str) -> None:
         if self.trainer.is_global_zero:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from lightning_oft.adapters import load_adapter, read_adapter
 from lightning_oft.cli.auto import loader_of
 from lightning_oft.cli.errors import OneLineParser, UserError, one_line
 from lightning_oft.cli.export import write_adapter
-from lightning_oft.merged import save_merged
+from lightning_oft.merged import Companions, save_merged
 from lightning_oft.surgery import merge, oft_layers, unload
 
 DESCRIPTION = """\
@@ -103,31 +102,3 @@ def _other_labels(model: nn.Module, saved: Mapping[str, Tensor]) -> int | None:
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     heads = [t.shape[0] for name, t in saved.items() if name in own and own[name].shape[0] == labels != t.shape[0]]
     return heads[0] if heads else None
-
-
-class Companions:
-    """The tokenizer and image processor files beside a base model, copied as they are."""
-
-    PATTERNS = (
-        "*token*",
-        "vocab*",
-        "merges.txt",
-        "*.model",
-        "*processor_config.json",
-        "chat_template*",
-        "generation_config.json",
-    )
-
-    def __init__(self, base: str) -> None:
-        self.base = base
-
-    def save_pretrained(self, directory: Path) -> None:
-        """Copy them, from the folder or from the hub's cache."""
-        folder = Path(self.base)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(self.base, allow_patterns=list(self.PATTERNS)))
-        for file in {file for pattern in self.PATTERNS for file in folder.glob(pattern) if file.is_file()}:
-            if not (directory / file.name).exists():
-                shutil.copyfile(file, directory / file.name)

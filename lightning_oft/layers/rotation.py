@@ -18,6 +18,9 @@ from typing_extensions import override
 from lightning_oft import rotation as maths
 from lightning_oft.config import OFTConfig
 
+from . import parallel
+from .parallel import Cut
+
 
 class _Cached(NamedTuple):
     """A rotation computed without gradient and what it was computed from."""
@@ -100,11 +103,14 @@ class Rotation(nn.Module):
         else:
             nn.init.normal_(self.weight, std=0.1)
 
-    def matrix(self) -> Tensor:
-        """The rotation R, (n, b, b) float32, or (1, b, b) where one block is shared; differentiable."""
-        generator = self.weight
+    def matrix(self, cut: Cut | None = None) -> Tensor:
+        """The rotation R, (n, b, b) float32, or (1, b, b) where one block is shared; differentiable. With `cut`, the
+        blocks of this process."""
+        generator: Tensor = self.weight
         if hasattr(generator, "full_tensor"):  # a DTensor that nobody gathered: called outside its FSDP2 unit
             generator = generator.full_tensor()
+        if cut is not None:
+            generator = cut.generators(generator)
         with _full_float32(generator.device):
             q_nbb = maths.skew(generator.float(), self.block_size)
             if self.terms is None:
@@ -112,16 +118,24 @@ class Rotation(nn.Module):
             return maths.cayley_neumann(q_nbb, self.terms, self.halve_last)
 
     def forward(self, x: Tensor, transpose: bool = False) -> Tensor:
-        """x . blockdiag(R), or with R^T where `transpose`. (..., n*b) -> (..., n*b), dtype and device of x."""
-        r_nbb = self._matrix_in(x.dtype)
+        """x . blockdiag(R), or with R^T where `transpose`. (..., n*b) -> (..., n*b), dtype and device of x; a DTensor
+        stays spread as it is."""
+        if hasattr(x, "to_local"):
+            return parallel.rotate(self, x, transpose)
+        return self.rotate(x, transpose)
+
+    def rotate(self, x: Tensor, transpose: bool = False, cut: Cut | None = None) -> Tensor:
+        """The same of what this process holds of x."""
+        r_nbb = self._matrix_in(x.dtype, cut)
         return maths.rotate(x, r_nbb.mT if transpose else r_nbb)
 
-    def _matrix_in(self, dtype: torch.dtype) -> Tensor:
+    def _matrix_in(self, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            return self._cached(dtype)
-        r_nbb = self.matrix()
+            return self._cached(dtype) if cut is None else cut.of(self._cached(dtype))
+        r_nbb = self.matrix(cut)
         if self.training and self.dropout > 0:
             kept = torch.rand(self.blocks, 1, 1, dtype=torch.float32, device=r_nbb.device) >= self.dropout
+            kept = kept if cut is None else cut.of(kept)
             r_nbb = torch.where(kept, r_nbb, torch.eye(self.block_size, dtype=r_nbb.dtype, device=r_nbb.device))
         return r_nbb.to(dtype)
 

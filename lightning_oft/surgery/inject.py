@@ -16,6 +16,7 @@ from . import trained
 from .blocks import block_sizes
 from .frozen import freeze, guard_nested_tensors, thaw
 from .merge import hide_rotations
+from .sharded import part as part_of
 from .targets import Target, find_targets, matches, saved_names
 from .walk import fingerprint, forget_compiled, oft_layers, require_enabled, require_unmerged, some, walk
 
@@ -166,7 +167,7 @@ def _check_gradient_path(targets: dict[str, Target]) -> None:
 
 def _is_dead(layer: Any) -> bool:
     weight = getattr(layer, "weight", None)
-    if type(layer) is nn.Linear and type(weight) is nn.Parameter and type(weight.data) is Tensor:
+    if type(layer) is nn.Linear and isinstance(weight, Tensor) and type(part_of(weight.data)) is Tensor:
         return False
     floating = isinstance(weight, Tensor) and weight.is_floating_point()
     device = next((p.device for p in layer.parameters(recurse=False)), None)

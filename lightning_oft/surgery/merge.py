@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ from .frozen import guard_nested_tensors, hold_norms, release_norms
 from .sharded import by_rows, is_part, is_sharded, whole, write
 from .sharded import part as part_of
 from .switch import remember_choice, set_adapter
+from .ties import retie_configs, untie_configs
 from .walk import (
-    class_names,
     fingerprint,
     forget_compiled,
     merged_layers,
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 
 KEEP_LIMIT = 8 * 2**30
 """Bytes of base weights per process up to which keep_base="auto" keeps them."""
+
+PIECE = 2**24
+"""Entries of a weight that are folded at a time: an embedding of gigabytes needs no float32 copy of all of it."""
 
 KeepBase = Literal["auto", "always", "never"]
 
@@ -101,7 +105,8 @@ def merge_gathered(
                 _unmerge_layer(layer)
         restore()
         raise
-    _untie_configs(model, layers)
+    tied = [n for n, layer in layers.items() if any(isinstance(b, nn.Parameter) for b in _state(layer).base.values())]
+    untie_configs(model, tied)
     release_norms(model)
     guard_nested_tensors(model)
     forget_compiled()
@@ -140,7 +145,7 @@ def unmerge(model: nn.Module) -> list[str]:
         )
     for layer in layers.values():
         _unmerge_layer(layer)
-    _retie_configs(model)
+    retie_configs(model)
     hold_norms(model)
     guard_nested_tensors(model)
     forget_compiled()
@@ -250,8 +255,23 @@ def _by_rows(
     layer: nn.Module, weight: Tensor, matrices: list[Tensor], change: Callable[..., Tensor], where: torch.device
 ) -> Tensor:
     """What this process holds of the weight, folded or unfolded, where the weight is."""
-    kind = _state(layer).kind
-    return by_rows(weight, kind.row_dim, lambda rows: change(layer, rows.to(where), matrices)).to(weight.device)
+
+    row_dim = _state(layer).kind.row_dim
+
+    def changed(rows: Tensor, columns: slice) -> Tensor:
+        own = [_within(matrix, columns) for matrix in matrices]
+        count = max(1, PIECE * rows.shape[row_dim] // max(1, rows.numel()))
+        pieces = [change(layer, piece.to(where), own).to(weight.device) for piece in rows.split(count, row_dim)]  # type: ignore[no-untyped-call]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, row_dim)
+
+    return by_rows(weight, row_dim, math.lcm(*(matrix.shape[-1] for matrix in matrices)), changed)
+
+
+def _within(matrix: Tensor, columns: slice) -> Tensor:
+    """The blocks of a rotation, (n or 1, b, b), that turn these columns."""
+    if columns == slice(None) or matrix.shape[0] == 1:
+        return matrix
+    return matrix[columns.start // matrix.shape[-1] : columns.stop // matrix.shape[-1]]
 
 
 def _kept(weight: Tensor) -> Tensor:
@@ -291,30 +311,3 @@ def _changed_since(layer: nn.Module) -> bool:
     state = _state(layer)
     now = {parameter: fingerprint(weight) for _, parameter, weight in _weights(layer)}
     return not all(same_base(now[key], was) for key, was in state.merged_fingerprints.items())
-
-
-_TIED = "_oft_tied"
-
-
-def _tied_config(module: nn.Module) -> Any:
-    config = getattr(module, "config", None)
-    return config if "PreTrainedModel" in class_names(module) and hasattr(config, "tie_word_embeddings") else None
-
-
-def _untie_configs(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """A merged weight is tied no longer, and a transformers model must say so or its reload would tie it again."""
-    untied = [n for n, layer in layers.items() if any(isinstance(b, nn.Parameter) for b in _state(layer).base.values())]
-    if not untied:
-        return
-    log.warning("merge: %s shared a weight with another module; it has a copy of its own now", some(untied))
-    for _, module in walk(model):
-        config = _tied_config(module)
-        if config is not None and config.tie_word_embeddings:
-            config.tie_word_embeddings = False
-            module.__dict__[_TIED] = True
-
-
-def _retie_configs(model: nn.Module) -> None:
-    for _, module in walk(model):
-        if module.__dict__.pop(_TIED, False):
-            _tied_config(module).tie_word_embeddings = True

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from transformers.utils import logging as transformers_logging
 from typing_extensions import override
 
+from lightning_oft.merged import Companions
 from lightning_oft.tasks.optimization import configure
 from lightning_oft.tasks.sharding import shard_blocks
 
@@ -67,6 +68,8 @@ class ImageClassification(LightningModule):
             raise ValueError(f"label_smoothing={label_smoothing}: must lie in [0, 1)")
         self.model, self.head_names, self.has_new_head = load_classifier(pretrained, num_classes)
         """The transformers model; the modules whose shape depends on the number of classes; whether they are untrained."""
+        self.image_processor = Companions(pretrained)
+        """Written beside the merged model, so that pipelines find it."""
         self.num_classes = int(self.model.config.num_labels or 0)
         if class_weights is not None and len(class_weights) != self.num_classes:
             raise ValueError(f"class_weights has {len(class_weights)} values; the model has {self.num_classes} classes")

@@ -38,6 +38,7 @@ class Plain(LightningModule):
         pass
 
 
+BASE = Path(__file__).parents[2] / "examples" / "bases" / "digits-vit"
 PLAIN = {"class_path": f"{__name__}.Plain"}
 
 
@@ -63,8 +64,18 @@ def test_fit_writes_an_adapter_checkpoint_the_export_and_its_configuration(fitte
     assert all(".oft_R." in name for name in checkpoint["state_dict"])
     assert any(tensor.abs().sum() > 0 for tensor in checkpoint["state_dict"].values())
     assert {path.name for path in (fitted.directory / "export").iterdir()} == {"adapter", "merged"}
+    beside = fitted.directory / "export" / "merged" / "preprocessor_config.json"
+    assert beside.read_bytes() == (BASE / "preprocessor_config.json").read_bytes()
     saved = yaml.safe_load((fitted.directory / "config.yaml").read_text(encoding="utf-8"))
     assert saved["oft"]["oft_block_size"] == 16
+
+
+def test_predict_says_that_nothing_takes_the_predictions(
+    config_file: Write, fitted: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config_file({"trainer.limit_predict_batches": 1})
+    assert main(["predict", "--config", file, "--ckpt_path", str(fitted.checkpoint)]) == 0
+    assert "nothing was written" in capsys.readouterr().out
 
 
 def test_a_second_fit_may_write_where_the_first_did(config_file: Write) -> None:

@@ -7,7 +7,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from transformers.pytorch_utils import Conv1D
 
 from lightning_oft import OFTFinetuning
 
@@ -15,12 +24,13 @@ FEATURES, BATCH, STEPS = 12, 8, 10
 
 
 class Block(nn.Module):
-    """A residual block: the unit in which a user shards."""
+    """A residual block: the unit in which a user shards. transformers' Conv1D stores its weight the other way round."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = 24, conv1d: bool = False) -> None:
         super().__init__()
-        self.up = nn.Linear(FEATURES, 24)
-        self.down = nn.Linear(24, FEATURES)
+        linear = (lambda fan_in, fan_out: Conv1D(fan_out, fan_in)) if conv1d else nn.Linear
+        self.up = linear(FEATURES, hidden)
+        self.down = linear(hidden, FEATURES)
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = x + self.down(torch.tanh(self.up(x)))
@@ -28,19 +38,24 @@ class Block(nn.Module):
 
 
 class Model(pl.LightningModule):
-    """Two blocks and a head, sharded by the user in configure_model as `shard` says; built there too where `late`."""
+    """Two blocks and a head, cut by the user in configure_model as `shard` says; built there too where `late`."""
 
     def __init__(
-        self, shard: str = "none", optimizer: str = "trainable", mp_bf16: bool = False, late: bool = False
+        self,
+        shard: str = "none",
+        optimizer: str = "trainable",
+        mp_bf16: bool = False,
+        late: bool = False,
+        **block: Any,
     ) -> None:
         super().__init__()
-        self.shard, self.optimizer_name, self.mp_bf16 = shard, optimizer, mp_bf16
+        self.shard, self.optimizer_name, self.mp_bf16, self.block = shard, optimizer, mp_bf16, block
         if not late:
             self.build()
 
     def build(self) -> None:
         torch.manual_seed(3)
-        self.blocks = nn.Sequential(Block(), Block())
+        self.blocks = nn.Sequential(Block(**self.block), Block(**self.block))
         self.head = nn.Linear(FEATURES, 2)
 
     def configure_model(self) -> None:
@@ -52,6 +67,11 @@ class Model(pl.LightningModule):
             self.build()  # built and sharded before anything could be injected
         self._sharded = True
         mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        if self.shard in ("tp", "sequence"):
+            if self.device_mesh["tensor_parallel"].size() > 1:  # type: ignore[index]
+                self.split(self.device_mesh["tensor_parallel"], self.shard == "sequence")  # type: ignore[index]
+            if mesh.size() == 1:
+                return
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if self.mp_bf16 else MixedPrecisionPolicy()
         for block in self.blocks:
             if self.shard == "layer":
@@ -59,6 +79,23 @@ class Model(pl.LightningModule):
                 fully_shard(block.down, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(self.head, mesh=mesh, mp_policy=policy)
+
+    def split(self, mesh: Any, sequence: bool) -> None:
+        """Tensor parallel: `up` by columns, `down` by rows; between blocks whole, or cut by rows of the batch."""
+        between = Shard(0) if sequence else Replicate()
+        plan: dict[str, Any] = {
+            "up": ColwiseParallel(input_layouts=between),
+            "down": RowwiseParallel(output_layouts=between),
+        }
+        for block in self.blocks:
+            parallelize_module(block, mesh, plan)
+        if sequence:
+            inside = PrepareModuleInput(
+                input_layouts=Replicate(), desired_input_layouts=Shard(0), use_local_output=True
+            )
+            parallelize_module(self.blocks, mesh, inside)
+            outside = PrepareModuleOutput(output_layouts=Shard(0), desired_output_layouts=Replicate())
+            parallelize_module(self.blocks, mesh, outside)
 
     def loss(self, batch: list[Tensor]) -> Tensor:
         return nn.functional.mse_loss(self.head(self.blocks(batch[0])).float(), batch[1])
@@ -85,7 +122,7 @@ def data(world: int, rank: int) -> DataLoader[Any]:
     return DataLoader(dataset, BATCH // world, sampler=sampler)
 
 
-def callback(**options: Any) -> OFTFinetuning:
+def callback(cls: type[OFTFinetuning] = OFTFinetuning, **options: Any) -> Any:
     """COFT, so that the projection has something to do on every step."""
     defaults: dict[str, Any] = {
         "oft_block_size": 4,
@@ -93,7 +130,7 @@ def callback(**options: Any) -> OFTFinetuning:
         "max_angle": 3.0,
         "bias": "oft_only",
     }
-    return OFTFinetuning(**{**defaults, **options})
+    return cls(**{**defaults, **options})
 
 
 def trainer(

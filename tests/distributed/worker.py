@@ -3,11 +3,14 @@
 torchrun --nproc_per_node 2 tests/distributed/worker.py OUTPUT SCENARIO...
 
 A scenario is `fit:STRATEGY`, `save:STRATEGY:KIND` (ten steps, checkpoint after five) or `resume:STRATEGY:KIND`
-(from that checkpoint to ten), where KIND is `adapter` or `full`.
+(from that checkpoint to ten), where KIND is `adapter` or `full`; `bytes:STRATEGY` counts the memory of a fit and of its
+merge, `layers` cuts single layers, and `refusals` tries what tensor parallelism does not take.
 """
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import sys
 import traceback
@@ -19,12 +22,18 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from live_bytes import LiveBytes
 from scenario import Model, callback, data, trainer
-from strategies import CPUFSDP
+from strategies import CPUFSDP, CPUDeepSpeed
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel.style import ParallelStyle
 
-from lightning_oft import oft_layers
+from lightning_oft import OFTConfig, OFTFinetuning, inject, merge, oft_layers, unmerge
 from lightning_oft.callback.strategies.fsdp1 import FlatShards
+from lightning_oft.layers import Rotation
 from lightning_oft.surgery.sharded import gather_back
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -55,9 +64,12 @@ def strategy(name: str) -> Any:
         return DDPStrategy(process_group_backend="gloo", **DDP["".join(options)])
     if kind == "fsdp1":
         return CPUFSDP(state_dict_type="sharded")  # full optimizer state crashes torch on a CPU
+    if kind.startswith("deepspeed"):
+        return CPUDeepSpeed(int(kind[-1]))
+    parts = min(2, WORLD) if kind == "tp" else 1
     return ModelParallelStrategy(
-        data_parallel_size=WORLD,
-        tensor_parallel_size=1,
+        data_parallel_size=WORLD // parts,
+        tensor_parallel_size=parts,
         process_group_backend="gloo",
         save_distributed_checkpoint="distributed" in options,
     )
@@ -65,9 +77,13 @@ def strategy(name: str) -> Any:
 
 def model_for(name: str) -> Model:
     kind, *options = name.split("-")
-    shard = options[0] if kind == "fsdp2" else "none"
+    # Lightning resumes only what has DTensors, so what was cut by layers goes on in units of FSDP2 on one process.
+    cut = "block" if WORLD == 1 else "sequence" if "sequence" in options else "tp"
+    shard = {"fsdp2": options[0] if options else "", "tp": cut}.get(kind, "none")
     return Model(
         shard=shard,
+        conv1d="conv1d" in options,
+        hidden=512 if "wide" in options else 24,
         optimizer="all" if "all" in options else "trainable",
         mp_bf16="bf16" in options,
         late="late" in options,
@@ -99,7 +115,13 @@ class Look(pl.Callback):
 
 
 def run(scenario: str, output: Path) -> dict[str, Any]:
+    if scenario == "layers":
+        return dict(cut_layers())
+    if scenario == "refusals":
+        return dict(refusals(output))
     action, name, *rest = scenario.split(":")
+    if action == "bytes":
+        return dict(count_bytes(name, output))
     kind = rest[0] if rest else "adapter"
     place = output / f"{name}-{kind}"
     static = "static" in name or "bucket" in name  # torch fails an assertion where a static graph meets no_sync
@@ -107,16 +129,141 @@ def run(scenario: str, output: Path) -> dict[str, Any]:
     if name.startswith("fsdp1"):  # Lightning clips FSDP1 gradients by value only
         options |= {"gradient_clip_algorithm": "value", "gradient_clip_val": 0.01}
     look = Look({"save": "saved", "resume": "loaded"}.get(action, ""))
-    callbacks: list[Any] = [callback(save_adapter_only=kind == "adapter"), look]
+    adapter: dict[str, Any] = {"save_adapter_only": kind == "adapter"}
+    split = name.startswith("tp")
+    if split:  # biases are cut where rotations are whole, which torch cannot clip together
+        adapter["bias"] = "none"
+    parts, part = (WORLD // min(2, WORLD), RANK // 2) if split else (WORLD, RANK)
+    # DeepSpeed's optimizer state is of flat parts, which no parameter's name stands for.
+    callbacks: list[Any] = [callback(**adapter), *([] if name.startswith("deepspeed") else [look])]
     if action == "save":
         callbacks.append(ModelCheckpoint(place, filename="{epoch}", save_top_k=-1))
         options["enable_checkpointing"] = True
     model = model_for(name)
     run_ = trainer(strategy(name), str(place), devices=WORLD, callbacks=callbacks, **options)
     checkpoint = str(place / "epoch=0.ckpt") if action == "resume" else None
-    run_.fit(model, data(WORLD, RANK), data(WORLD, RANK), ckpt_path=checkpoint)
+    run_.fit(model, data(parts, part), data(parts, part), ckpt_path=checkpoint)
     dtypes = {str(layer.oft_R["default"].weight.dtype) for layer in oft_layers(model).values()}  # type: ignore[index, operator, union-attr]
     return {"state": whole_state(model, run_), "steps": run_.global_step, "seen": look.seen, "dtypes": dtypes}
+
+
+class Counted(OFTFinetuning):
+    """The callback, with the bytes of its training and of its merge counted; DTensors show what a process holds."""
+
+    counts: dict[str, int]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.live = LiveBytes(pl_module.parameters())
+        self.live.__enter__()
+
+    def _merge(self, trainer: Any, root: nn.Module) -> None:
+        trained = self.live.peak
+        gc.collect()  # what the trainer's cycles still hold is not the merge's
+        before = self.live.restart()
+        super()._merge(trainer, root)
+        self.live.__exit__(None, None, None)
+        self.counts = {
+            "train": trained,
+            "before": before,
+            "merge": self.live.peak,
+            "largest": self.live.largest,
+        }
+
+
+def count_bytes(name: str, output: Path) -> dict[str, int]:
+    """Bytes on this process, beside those of the largest base weight and of the largest layer's generators."""
+    model = model_for(name)
+    oft = callback(Counted, keep_base="never", bias="none")
+    largest = max(parameter.nbytes for parameter in model.blocks.parameters())
+    trainer(strategy(name), str(output), devices=WORLD, callbacks=[oft]).fit(model, data(WORLD, RANK))
+    generators = max(4 * rotation.weight.numel() for rotation in rotations(model))
+    return {**oft.counts, "weight": largest, "generators": generators}
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "a cut through a block": {"oft_block_size": 8},
+    "dropped blocks": {"module_dropout": 0.1},
+    "a norm of biases and rotations": {"bias": "oft_only"},
+}
+
+
+def refusals(output: Path) -> dict[str, str]:
+    """What tensor parallelism refuses, and what it says."""
+    said = {}
+    for what, options in REFUSED.items():
+        oft = callback(**{"bias": "none", "max_angle": None, **options})
+        try:
+            trainer(strategy("tp"), str(output), devices=WORLD, callbacks=[oft]).fit(model_for("tp"), data(1, 0))
+        except ValueError as error:
+            said[what] = str(error)
+    return said
+
+
+def rotations(model: nn.Module) -> list[Rotation]:
+    found = [oft_layers(model)[name].oft_R["default"] for name in oft_layers(model)]  # type: ignore[index, operator]
+    return list(found)
+
+
+def cut_layers() -> dict[str, float]:
+    """Layers that tensor parallelism has cut, compared with whole ones: the largest differences, relative."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tensor_parallel",))
+    seen: dict[str, float] = {}
+
+    def compare(what: str, one: Any, other: Any) -> None:
+        one, other = whole(one), whole(other)
+        seen[what] = float((one - other).abs().max() / one.abs().max())
+
+    for case, (make, style, config) in CUTS.items():
+        torch.manual_seed(0)
+        plain = nn.Sequential(make())
+        cut = copy.deepcopy(plain)
+        parallelize_module(cut, mesh, {"0": style})
+        inputs = torch.randint(0, 10, (6,)) if isinstance(plain[0], nn.Embedding) else torch.randn(6, 8)
+        for model in (plain, cut):
+            inject(model, OFTConfig(target_modules=["0"], **config))
+            generators = rotations(model)[0].weight
+            with torch.no_grad():
+                generators.copy_(torch.linspace(-0.3, 0.3, generators.numel()).view_as(generators))
+        outputs = [model(inputs) for model in (plain, cut)]
+        compare(f"{case}: forward", *outputs)
+        target = torch.randn_like(outputs[0])
+        for output in outputs:
+            (output * target).sum().backward()
+        compare(f"{case}: gradient", *(rotations(model)[0].weight.grad for model in (plain, cut)))
+        with torch.no_grad():
+            compare(f"{case}: without gradient", outputs[0], cut.eval()(inputs))
+        for step in (lambda model: merge(model, keep_base="never"), unmerge):
+            for model in (plain, cut):
+                step(model)
+            compare(f"{case}: {getattr(step, '__name__', 'merged')}", plain[0].weight, cut[0].weight)
+    return seen
+
+
+class Rows(ParallelStyle):
+    """A whole weight, and rows of the input cut over processes: what sequence parallelism does to a norm."""
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        def enter(_: Any, args: Any, mesh: Any) -> Any:
+            return (distribute_tensor(args[0], mesh, [Shard(0)]),)
+
+        def leave(_: Any, output: Any, mesh: Any) -> Any:
+            return output.full_tensor()
+
+        return distribute_module(module, device_mesh, None, enter, leave)
+
+
+BLOCKS = {"oft_block_size": 4}
+SHARED = {"oft_block_size": 4, "block_share": True}
+CUTS: dict[str, Any] = {
+    "columns": (lambda: nn.Linear(8, 6), ColwiseParallel(output_layouts=Replicate()), BLOCKS),
+    "rows": (lambda: nn.Linear(8, 6), RowwiseParallel(input_layouts=Replicate()), BLOCKS),
+    "rows, shared": (lambda: nn.Linear(8, 6), RowwiseParallel(input_layouts=Replicate()), SHARED),
+    "batch": (lambda: nn.Linear(8, 6), Rows(), BLOCKS),
+    "embedding by rows": (lambda: nn.Embedding(10, 8), RowwiseParallel(input_layouts=Replicate()), BLOCKS),
+    "embedding by columns": (lambda: nn.Embedding(10, 8), ColwiseParallel(output_layouts=Replicate()), BLOCKS),
+}
 
 
 def main() -> None:

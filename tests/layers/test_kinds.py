@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 import warnings
 
@@ -80,6 +81,19 @@ def test_unmerge_without_a_kept_base_is_close(case: Case) -> None:
     assert relative(model(*inputs), adapted) < 1e-5
     for name, tensor in base.items():
         assert relative(model.state_dict()[name], tensor + 0) < 1e-5 or torch.equal(model.state_dict()[name], tensor)
+
+
+@cases
+def test_a_large_weight_is_folded_piece_by_piece(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = _model(case)
+    inject(model, config())
+    randomize(model)
+    adapted = model(*inputs)
+    monkeypatch.setattr(importlib.import_module("lightning_oft.surgery.merge"), "PIECE", 20)
+    merge(model, keep_base="never")
+    assert relative(model(*inputs), adapted) < 1e-5
+    unmerge(model)
+    assert relative(model(*inputs), adapted) < 1e-5
 
 
 @cases

@@ -30,12 +30,12 @@ class Steps:
     optimization, gradient scalers that skip, and LBFGS (measured).
     """
 
-    def __init__(self, trainer: Any, rotations: dict[str, Rotation]) -> None:
+    def __init__(self, optimizers: list[Any], rotations: dict[str, Rotation]) -> None:
         self._handles = []
         self._rotations = rotations
         self._warned = False
         self._count = 0
-        for optimizer in trainer.optimizers:
+        for optimizer in optimizers:
             held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
             own = {name: rotation for name, rotation in rotations.items() if id(rotation.weight) in held}
             raw = getattr(optimizer, "optimizer", optimizer)
@@ -49,13 +49,17 @@ class Steps:
             if not checked:
                 guards.check_gradients(own)
                 checked = True
-            for rotation in own.values():
-                self.project(rotation)
-            self._count += 1
-            if self._count % _WATCH_EVERY == 0:
-                self.check_series()
+            self.stepped(own)
 
         return after_step
+
+    def stepped(self, own: dict[str, Rotation]) -> None:
+        """After a real step: pull back what was trained, and look at the series now and then."""
+        for rotation in own.values():
+            self.project(rotation)
+        self._count += 1
+        if self._count % _WATCH_EVERY == 0:
+            self.check_series()
 
     def project(self, rotation: Rotation) -> None:
         """Pull one rotation back into its ball."""
@@ -94,12 +98,21 @@ class Strategy:
         if "BitsandbytesPrecision" in class_names(plugin):
             plugin.convert_module(pl_module)
 
+    def injects_early(self, trainer: Any) -> bool:
+        """Whether rotations may be put into what is built before configure_model."""
+        return True
+
     def after_inject(self, trainer: Any, root: nn.Module) -> None:
         """Give new rotations the place that the strategy wants them to have."""
 
+    def held(self, trainer: Any) -> list[Tensor]:
+        """The parameters that the optimizers train."""
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        return [tensor for group in groups for tensor in group["params"]]
+
     def watch_steps(self, trainer: Any, root: nn.Module, adapter_name: str) -> Steps:
         """Act after every real step from now on."""
-        return Steps(trainer, guards.trainable_rotations(root, adapter_name))
+        return Steps(trainer.optimizers, guards.trainable_rotations(root, adapter_name))
 
     def device(self, trainer: Any) -> torch.device | None:
         """Where to merge: Lightning has moved the model to the CPU by the end of a fit."""

@@ -68,7 +68,7 @@ class FlatShards(Strategy):
 
     @override
     def watch_steps(self, trainer: Any, root: nn.Module, adapter_name: str) -> Steps:
-        return _Steps(trainer, guards.trainable_rotations(root, adapter_name))
+        return _Steps(trainer.optimizers, guards.trainable_rotations(root, adapter_name))
 
     @override
     def device(self, trainer: Any) -> torch.device | None:

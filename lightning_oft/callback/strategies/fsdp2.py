@@ -1,4 +1,4 @@
-"""FSDP2 (ModelParallelStrategy): every parameter is a DTensor, sharded by the user in configure_model."""
+"""FSDP2 and tensor parallel (ModelParallelStrategy): parameters are DTensors, cut by the user in configure_model."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_oft import checkpoints
-from lightning_oft.layers import Rotation
+from lightning_oft.layers import Rotation, rotations_of, state_of
+from lightning_oft.layers.parallel import cut_inside, divides
 from lightning_oft.surgery import oft_layers
-from lightning_oft.surgery.sharded import gather_back
+from lightning_oft.surgery.sharded import gather_back, is_sharded
 
-from .base import Strategy
+from .base import Steps, Strategy
 
 
 class FullyShard(Strategy):
     """FSDP2 (ModelParallelStrategy): a process holds some rows of each parameter, and some blocks of each rotation."""
+
+    @override
+    def injects_early(self, trainer: Any) -> bool:
+        """torch's parallelize_module splits a layer with all that is below it, and stumbles over rotations."""
+        return bool(trainer.strategy.device_mesh["tensor_parallel"].size() == 1)
 
     @override
     def after_inject(self, trainer: Any, root: nn.Module) -> None:
@@ -28,6 +34,8 @@ class FullyShard(Strategy):
         """
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
+        if trainer.strategy.device_mesh["tensor_parallel"].size() > 1:
+            _agree(root, trainer.strategy.device_mesh["tensor_parallel"])
         mesh = trainer.strategy.device_mesh["data_parallel"]
         if mesh.size() == 1:
             return
@@ -35,6 +43,11 @@ class FullyShard(Strategy):
             for rotation in layer.oft_R.modules():  # type: ignore[union-attr]
                 if isinstance(rotation, Rotation) and not isinstance(rotation, FSDPModule):
                     fully_shard(rotation, mesh=mesh)
+
+    @override
+    def watch_steps(self, trainer: Any, root: nn.Module, adapter_name: str) -> Steps:
+        _check_clipping(trainer)
+        return super().watch_steps(trainer, root, adapter_name)
 
     @override
     def device(self, trainer: Any) -> torch.device | None:
@@ -62,7 +75,59 @@ class FullyShard(Strategy):
         return dict(state)
 
 
+def _check_clipping(trainer: Any) -> None:
+    """Raise ValueError where torch cannot clip all gradients together."""
+    if not trainer.gradient_clip_val:
+        return
+    by_value = trainer.gradient_clip_algorithm == "value"
+    for optimizer in trainer.optimizers:
+        trained = [tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.requires_grad]
+        meshes = {getattr(tensor, "device_mesh", None) for tensor in trained}
+        if len(meshes) > 1 and (not by_value or None in meshes):
+            ways = "" if by_value or None in meshes else "set gradient_clip_algorithm='value', or "
+            raise ValueError(
+                f"gradient_clip_val={trainer.gradient_clip_val}: torch cannot clip together what is split over "
+                "different processes, and the trained parameters are (rotations, biases, modules_to_save): "
+                f"{ways}train only what is split in one way (bias='none'), or do not clip"
+            )
+
+
 def _only_trained(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """Take out of a state dict what an adapter-only checkpoint leaves out."""
     for name in checkpoints.frozen_names(module, ()):
         state_dict.pop(prefix + name, None)
+
+
+def _agree(root: nn.Module, mesh: Any) -> None:
+    """Make sure that all processes of a tensor-parallel group train the same rotations.
+
+    Raises:
+        ValueError: a cut goes through a block, or blocks drop out at random; names the layer.
+    """
+    for name, layer in oft_layers(root).items():
+        state = state_of(layer)
+        assert state is not None
+        for adapter_name in state.configs:
+            for part, rotation in rotations_of(layer, adapter_name).items():
+                weight = layer.get_parameter(state.kind.parts(layer)[part].parameter)
+                parts = _cuts_of_fan_in(weight, state.kind.row_dim, mesh)
+                if not divides(rotation.block_size, parts, rotation.fan_in):
+                    raise ValueError(f"{name}: {cut_inside(rotation.fan_in, parts, rotation.block_size)}")
+                if rotation.dropout > 0:
+                    raise ValueError(
+                        f"{name}: module_dropout={rotation.dropout} with tensor_parallel_size={mesh.size()} would drop "
+                        "other blocks on every process: set module_dropout=0"
+                    )
+                if not rotation.identity_init and not is_sharded(rotation.weight):
+                    torch.distributed.broadcast(rotation.weight.detach(), group=mesh.get_group(), group_src=0)
+
+
+def _cuts_of_fan_in(weight: Tensor, row_dim: int, mesh: Any) -> int:
+    """Into how many parts tensor parallelism cuts the dimension that is rotated."""
+    if not is_sharded(weight):
+        return 1
+    tensor: Any = weight
+    places = dict(zip(tensor.device_mesh.mesh_dim_names or (), tensor.placements, strict=False))
+    place = places.get(mesh.mesh_dim_names[0])
+    along_rows = place is None or place.is_replicate() or place.dim == row_dim
+    return 1 if along_rows else int(mesh.size())
