@@ -148,9 +148,9 @@ class Rotation(nn.Module):
         weight = self.weight.detach()
         if hasattr(weight, "to_local"):
             return self.matrix().to(dtype)
-        on_cpu = weight.device.type == "cpu"
+        compares = _is_on_host(weight)
         key: tuple[Any, ...] = (dtype, weight.device)
-        if not on_cpu:
+        if not compares:
             _Steps.watch()
             version = 0 if weight.is_inference() else weight._version
             key = (*key, id(self.weight), weight.data_ptr(), version, _Steps.count)
@@ -164,7 +164,7 @@ class Rotation(nn.Module):
         ):
             return cache.rotation
         rotation = self.matrix().to(dtype)
-        self._cache = _Cached(key, weight.clone() if on_cpu else None, rotation)
+        self._cache = _Cached(key, weight.clone() if compares else None, rotation)
         return rotation
 
     @override
@@ -219,6 +219,11 @@ class Rotation(nn.Module):
         series = "exact" if self.terms is None else f"{self.terms} terms"
         shared = ", shared" if self.weight.shape[0] < self.blocks else ""
         return f"{self.fan_in}, {self.blocks} blocks of {self.block_size}, {series}{shared}"
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    """Whether comparing the tensor waits for no device."""
+    return tensor.device.type == "cpu"
 
 
 def _radius(config: OFTConfig, block_size: int, stored: int) -> float | None:

@@ -236,6 +236,59 @@ def test_no_edit_leaves_a_stale_matrix(edit: Callable[[Rotation], Any]) -> None:
     torch.testing.assert_close(after, _expected(rotation, x))
 
 
+UNSEEN = {"data", "numpy", "one_entry"}
+"""What nothing but a comparison sees: writing past autograd, with no step of an optimizer."""
+
+
+@pytest.mark.parametrize(
+    "edit", [edit for name, edit in EDITS.items() if name not in UNSEEN], ids=EDITS.keys() - UNSEEN
+)
+def test_an_accelerator_tells_edits_without_comparing(
+    edit: Callable[[Rotation], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_oft.layers.rotation._is_on_host", lambda _: False)
+    test_no_edit_leaves_a_stale_matrix(edit)
+
+
+@pytest.mark.parametrize("compares", [True, False], ids=["host", "accelerator"])
+def test_optimizers_that_write_past_autograd_leave_no_stale_matrix(
+    compares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8-bit optimizers: kernels of their own that know addresses only, and `_version` stays (bitsandbytes, measured)."""
+    monkeypatch.setattr("lightning_oft.layers.rotation._is_on_host", lambda _: compares)
+
+    class ByAddress(torch.optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {})
+
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.detach().numpy()[:] += 0.1
+
+    rotation, x = _rotation().eval(), torch.randn(5, 12)
+    optimizer = ByAddress(rotation.parameters())
+    with torch.no_grad():
+        before, version = rotation(x), rotation.weight._version
+        optimizer.step()
+        assert rotation.weight._version == version
+        assert not torch.equal(rotation(x), before)
+        torch.testing.assert_close(rotation(x), _expected(rotation, x))
+
+
+def test_bitsandbytes_leaves_no_stale_matrix() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    rotation, x = _rotation(blocks=32, b=64, std=0.05).eval(), torch.randn(5, 2048)
+    optimizer = bitsandbytes.optim.AdamW8bit(rotation.parameters(), lr=0.1)
+    with torch.no_grad():
+        before = rotation(x)
+    rotation(x).square().sum().add(rotation.weight.sum()).backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert not torch.equal(rotation(x), before)
+        torch.testing.assert_close(rotation(x), _expected(rotation, x))
+
+
 def test_the_matrix_is_computed_once_where_nothing_changes_and_afresh_where_gradients_flow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
