@@ -56,6 +56,10 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 
 def write_whole(trainer: Any) -> None:
-    """Replace the Trainer's default way of writing checkpoints; one that the user chose stays."""
-    if type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO":
-        trainer.strategy.checkpoint_io = WholeCheckpoints()
+    """Replace the Trainer's default way of writing checkpoints, within wrappers such as AsyncCheckpointIO too; one that
+    the user chose stays."""
+    holder, writer = trainer.strategy, trainer.strategy.checkpoint_io
+    while hasattr(writer, "_checkpoint_io"):
+        holder, writer = writer, writer._checkpoint_io
+    if type(writer).__name__ == "TorchCheckpointIO":
+        holder._checkpoint_io = WholeCheckpoints()

@@ -33,6 +33,23 @@ def test_only_the_default_way_is_replaced(tmp_path: Path, plugins: list[Any], ex
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["lightning_oft"]["adapter_only"]
 
 
+def test_checkpoints_written_in_the_background_are_whole_and_resume(tmp_path: Path) -> None:
+    states = []
+    for plugins in ([], [AsyncCheckpointIO()]):
+        place = tmp_path / str(len(plugins))
+        every = ModelCheckpoint(place, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+        run = trainer(place, oft(), every, plugins=plugins, max_epochs=2)
+        run.fit(Small(), loader())
+        inner = getattr(run.strategy.checkpoint_io, "_checkpoint_io", run.strategy.checkpoint_io)
+        assert type(inner) is WholeCheckpoints
+        model = Small()
+        trainer(place, oft(), every, plugins=plugins, max_epochs=2).fit(
+            model, loader(), ckpt_path=str(place / "epoch=0.ckpt")
+        )
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_without_oft_lightning_writes_as_ever(tmp_path: Path) -> None:
     run = trainer(tmp_path, oft(enabled=False), ModelCheckpoint(tmp_path, save_last=True))
     run.fit(Small(), loader())
