@@ -11,6 +11,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
+from lightning_oft.checkpoint_files import CheckpointError
+
 
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes a checkpoint beside its final name and renames it when it is complete and on the disk.
@@ -46,6 +48,17 @@ class WholeCheckpoints(TorchCheckpointIO):
                 f"{path}: the checkpoint cannot be written ({reason.strerror or reason}); what was there is unchanged: "
                 "free space there or give another directory"
             ) from None
+
+    @override
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Called for every checkpoint that is resumed or tested."""
+        if "://" not in str(path) and Path(path).is_dir():
+            raise CheckpointError(
+                f"{path}: is a folder, which only the strategy that wrote it can read, though on any number of processes: "
+                "resume it under that strategy (ModelParallelStrategy, where it has .distcp files)"
+            )
+        loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        return loaded
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

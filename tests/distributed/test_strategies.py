@@ -32,6 +32,15 @@ CELLS = [
     for kind in ("adapter", "full")
 ]
 
+CROSSED = {
+    "resume:ddp:adapter:fsdp2-block": None,
+    "resume:fsdp2-block-distributed:adapter:fsdp2-block": None,
+    "resume:fsdp2-block:adapter:fsdp2-block-distributed": None,
+    "resume:ddp:adapter:fsdp2-block-distributed": "is a folder, which only the strategy that wrote it can read",
+    "resume:fsdp2-block:adapter:ddp": "was written under another strategy, whose optimizer state",
+}
+"""Checkpoints of one strategy under another: exact, or refused."""
+
 BYTES = ["fsdp2-block-wide", "fsdp2-layer-wide", "fsdp2-block-wide-conv1d"]
 
 WAYS = {
@@ -66,7 +75,9 @@ def two(folder: Path) -> list[dict[str, Any]]:
     cells = [f"{action}:{strategy}:{kind}" for strategy, kind in CELLS for action in ("save", "resume")]
     sharded = ["save:fsdp1:adapter", "resume:fsdp1:adapter"]
     counts = [f"bytes:{name}" for name in BYTES]
-    return _launch(2, folder, [*(f"fit:{name}" for name in FITS), *cells, *sharded, *counts, "layers", "refusals"])
+    return _launch(
+        2, folder, [*(f"fit:{name}" for name in FITS), *cells, *sharded, *counts, *CROSSED, "layers", "refusals"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +149,20 @@ def test_resumed_on_one_process(two: list[dict[str, Any]], one: dict[str, Any], 
     resumed = _good(one[f"resume:{strategy}:{kind}"])
     assert _difference(saved["seen"], resumed["seen"]) == 0.0
     assert _difference(saved["state"], resumed["state"]) < 1e-6
+
+
+@pytest.mark.parametrize("scenario", CROSSED)
+def test_a_checkpoint_of_another_strategy_is_exact_or_refused(two: list[dict[str, Any]], scenario: str) -> None:
+    source = scenario.rpartition(":")[2]
+    for rank in two:
+        saved, resumed = _good(rank[f"save:{source}:adapter"]), rank[scenario]
+        refusal = CROSSED[scenario]
+        if refusal is None:
+            assert _difference(saved["seen"], _good(resumed)["seen"]) == 0.0
+            assert _difference(saved["state"], resumed["state"]) < 1e-6
+        else:
+            assert refusal in resumed["error"]
+            assert "\n" not in resumed["error"]
 
 
 def test_adapter_only_checkpoints_leave_the_base_out(two: Any, folder: Path) -> None:

@@ -3,7 +3,8 @@
 torchrun --nproc_per_node 2 tests/distributed/worker.py OUTPUT SCENARIO...
 
 A scenario is `fit:STRATEGY`, `save:STRATEGY:KIND` (ten steps, checkpoint after five) or `resume:STRATEGY:KIND`
-(from that checkpoint to ten), where KIND is `adapter` or `full`; `bytes:STRATEGY` counts the memory of a fit and of its
+(from that checkpoint to ten; `resume:STRATEGY:KIND:OTHER` from another strategy's), where KIND is `adapter` or `full`;
+`bytes:STRATEGY` counts the memory of a fit and of its
 merge, `layers` cuts single layers, and `refusals` tries what tensor parallelism does not take.
 """
 
@@ -141,7 +142,8 @@ def run(scenario: str, output: Path) -> dict[str, Any]:
         options["enable_checkpointing"] = True
     model = model_for(name)
     run_ = trainer(strategy(name), str(place), devices=WORLD, callbacks=callbacks, **options)
-    checkpoint = str(place / "epoch=0.ckpt") if action == "resume" else None
+    source = output / f"{rest[1]}-{kind}" if len(rest) > 1 else place
+    checkpoint = str(source / "epoch=0.ckpt") if action == "resume" else None
     run_.fit(model, data(parts, part), data(parts, part), ckpt_path=checkpoint)
     dtypes = {str(layer.oft_R["default"].weight.dtype) for layer in oft_layers(model).values()}  # type: ignore[index, operator, union-attr]
     return {"state": whole_state(model, run_), "steps": run_.global_step, "seen": look.seen, "dtypes": dtypes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_oft import checkpoints
+from lightning_oft.checkpoint_files import CheckpointError, read
 from lightning_oft.layers import Rotation, rotations_of, state_of
 from lightning_oft.layers.parallel import cut_inside, divides
 from lightning_oft.surgery import oft_layers
@@ -57,10 +59,11 @@ class FullyShard(Strategy):
     @override
     def hold_checkpoints(self, pl_module: Any, adapter_only: bool) -> list[Any]:
         """FSDP2 loads whatever the module's state_dict names, before any hook: so it names the adapter only."""
+        checks = _ResumeChecks(pl_module.trainer)
         if not adapter_only:
-            return []
+            return [checks]
         pl_module.strict_loading = False  # the base is missing from the file; `check_loaded` is strict about the rest
-        return [pl_module.register_state_dict_post_hook(_only_trained)]
+        return [checks, pl_module.register_state_dict_post_hook(_only_trained)]
 
     @override
     def settle(self, pl_module: nn.Module) -> None:
@@ -90,6 +93,40 @@ def _check_clipping(trainer: Any) -> None:
                 "different processes, and the trained parameters are (rotations, biases, modules_to_save): "
                 f"{ways}train only what is split in one way (bias='none'), or do not clip"
             )
+
+
+class _ResumeChecks:
+    """Looks at a checkpoint before the strategy loads it: Lightning would number the optimizer's parameters wrongly.
+
+    Another strategy's optimizer state counts the parameters that train; Lightning takes the numbers for those of all
+    parameters, frozen ones too, and fails on a shape or, where shapes agree, gives moments to the wrong parameter. Files
+    of this strategy count all parameters.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self._strategy = trainer, trainer.strategy
+        self._strategy.load_checkpoint = self._load
+
+    def _load(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._trainer.state.fn == "fit" and Path(path).is_file():
+            self._check(path)
+        return type(self._strategy).load_checkpoint(self._strategy, path, *args, **kwargs)
+
+    def _check(self, path: Any) -> None:
+        places = {id(p): place for place, p in enumerate(self._trainer.lightning_module.parameters())}
+        theirs = read(path).get("optimizer_states", [])
+        for state, optimizer in zip(theirs, self._trainer.optimizers, strict=False):
+            numbers = {key for group in state["param_groups"] for key in group["params"]}
+            mine = {places.get(id(p)) for group in optimizer.param_groups for p in group["params"]}
+            if all(isinstance(number, int) for number in numbers) and numbers != mine:
+                raise CheckpointError(
+                    f"{path}: was written under another strategy, whose optimizer state Lightning cannot give to "
+                    "sharded parameters: resume it under that strategy, or start a new run from its adapter: "
+                    f"lightning-oft export --checkpoint {path} --output DIR, and pretrained_adapter=DIR"
+                )
+
+    def remove(self) -> None:
+        self._strategy.__dict__.pop("load_checkpoint", None)
 
 
 def _only_trained(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
