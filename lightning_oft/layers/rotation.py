@@ -105,10 +105,15 @@ class Rotation(nn.Module):
 
     def matrix(self, cut: Cut | None = None) -> Tensor:
         """The rotation R, (n, b, b) float32, or (1, b, b) where one block is shared; differentiable. With `cut`, the
-        blocks of this process."""
+        blocks of this process. Raises RuntimeError where the generators were rounded to half precision on the way."""
         generator: Tensor = self.weight
         if hasattr(generator, "full_tensor"):  # a DTensor that nobody gathered: called outside its FSDP2 unit
             generator = generator.full_tensor()
+        if generator.dtype in (torch.bfloat16, torch.float16):
+            raise RuntimeError(
+                f"the generators of a rotation arrive as {generator.dtype}, rounded by the mixed precision of the FSDP unit "
+                "around it: give every rotation a unit of its own, as OFTFinetuning does where it injects them itself"
+            )
         if cut is not None:
             generator = cut.generators(generator)
         with _full_float32(generator.device):

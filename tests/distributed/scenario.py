@@ -18,9 +18,15 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from transformers.pytorch_utils import Conv1D
 
-from lightning_oft import OFTFinetuning
+from lightning_oft import OFTConfig, OFTFinetuning, inject
 
 FEATURES, BATCH, STEPS = 12, 8, 10
+CONFIG: dict[str, Any] = {
+    "oft_block_size": 4,
+    "target_modules": ["up", "down"],
+    "max_angle": 3.0,
+    "bias": "oft_only",
+}
 
 
 class Block(nn.Module):
@@ -46,10 +52,12 @@ class Model(pl.LightningModule):
         optimizer: str = "trainable",
         mp_bf16: bool = False,
         late: bool = False,
+        injects: bool = False,
         **block: Any,
     ) -> None:
         super().__init__()
         self.shard, self.optimizer_name, self.mp_bf16, self.block = shard, optimizer, mp_bf16, block
+        self.injects = injects
         if not late:
             self.build()
 
@@ -64,7 +72,9 @@ class Model(pl.LightningModule):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         if not hasattr(self, "blocks"):
-            self.build()  # built and sharded before anything could be injected
+            self.build()  # built and sharded before anything could be injected by a callback
+        if self.injects:
+            inject(self, OFTConfig(**CONFIG))
         self._sharded = True
         mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
         if self.shard in ("tp", "sequence"):
@@ -124,13 +134,7 @@ def data(world: int, rank: int) -> DataLoader[Any]:
 
 def callback(cls: type[OFTFinetuning] = OFTFinetuning, **options: Any) -> Any:
     """COFT, so that the projection has something to do on every step."""
-    defaults: dict[str, Any] = {
-        "oft_block_size": 4,
-        "target_modules": ["up", "down"],
-        "max_angle": 3.0,
-        "bias": "oft_only",
-    }
-    return cls(**{**defaults, **options})
+    return cls(**{**CONFIG, **options})
 
 
 def trainer(

@@ -22,6 +22,9 @@ FITS = [
     "fsdp2-block-late",
     "fsdp2-block-bf16",
     "fsdp2-block-conv1d",
+    "fsdp2-block-two",
+    "fsdp2-block-injects",
+    "fsdp2-block-late-injects",
     "tp",
     "tp-sequence",
     "fsdp1",
@@ -41,6 +44,7 @@ CROSSED = {
 }
 """Checkpoints of one strategy under another: exact, or refused."""
 
+ROUNDED = "fit:fsdp2-block-late-injects-bf16"
 BYTES = ["fsdp2-block-wide", "fsdp2-layer-wide", "fsdp2-block-wide-conv1d"]
 
 WAYS = {
@@ -189,6 +193,11 @@ def test_a_sharded_merge_holds_a_layers_generators_and_no_whole_weight(two: list
         parts = 5 if "conv1d" in name else 2
         assert seen["merge"] - seen["before"] <= parts * (seen["weight"] // 2) + 12 * seen["generators"], seen
         assert seen["generators"] < seen["largest"] <= seen["weight"] // 2, seen
+
+
+def test_generators_that_a_mixed_precision_unit_would_round_are_refused(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert "the generators of a rotation arrive as torch.bfloat16" in rank[ROUNDED]["error"]
 
 
 def test_layers_cut_by_tensor_parallelism_compute_what_whole_ones_do(two: list[dict[str, Any]]) -> None:

@@ -83,6 +83,7 @@ def model_for(name: str) -> Model:
     shard = {"fsdp2": options[0] if options else "", "tp": cut}.get(kind, "none")
     return Model(
         shard=shard,
+        injects="injects" in options,
         conv1d="conv1d" in options,
         hidden=512 if "wide" in options else 24,
         optimizer="all" if "all" in options else "trainable",
@@ -136,7 +137,10 @@ def run(scenario: str, output: Path) -> dict[str, Any]:
         adapter["bias"] = "none"
     parts, part = (WORLD // min(2, WORLD), RANK // 2) if split else (WORLD, RANK)
     # DeepSpeed's optimizer state is of flat parts, which no parameter's name stands for.
-    callbacks: list[Any] = [callback(**adapter), *([] if name.startswith("deepspeed") else [look])]
+    adapters = [callback(**adapter)]
+    if "two" in name:
+        adapters = [callback(module=f"blocks.{i}", adapter_name=f"block{i}", **adapter) for i in range(2)]
+    callbacks: list[Any] = [*adapters, *([] if name.startswith("deepspeed") else [look])]
     if action == "save":
         callbacks.append(ModelCheckpoint(place, filename="{epoch}", save_top_k=-1))
         options["enable_checkpointing"] = True
@@ -145,7 +149,7 @@ def run(scenario: str, output: Path) -> dict[str, Any]:
     source = output / f"{rest[1]}-{kind}" if len(rest) > 1 else place
     checkpoint = str(source / "epoch=0.ckpt") if action == "resume" else None
     run_.fit(model, data(parts, part), data(parts, part), ckpt_path=checkpoint)
-    dtypes = {str(layer.oft_R["default"].weight.dtype) for layer in oft_layers(model).values()}  # type: ignore[index, operator, union-attr]
+    dtypes = {str(rotation.weight.dtype) for rotation in rotations(model)}
     return {"state": whole_state(model, run_), "steps": run_.global_step, "seen": look.seen, "dtypes": dtypes}
 
 
@@ -202,8 +206,8 @@ def refusals(output: Path) -> dict[str, str]:
 
 
 def rotations(model: nn.Module) -> list[Rotation]:
-    found = [oft_layers(model)[name].oft_R["default"] for name in oft_layers(model)]  # type: ignore[index, operator]
-    return list(found)
+    layers = oft_layers(model).values()
+    return [module for layer in layers for module in layer.oft_R.modules() if isinstance(module, Rotation)]  # type: ignore[union-attr]
 
 
 def cut_layers() -> dict[str, float]:

@@ -43,7 +43,12 @@ class FullyShard(Strategy):
             return
         for layer in oft_layers(root).values():
             for rotation in layer.oft_R.modules():  # type: ignore[union-attr]
-                if isinstance(rotation, Rotation) and not isinstance(rotation, FSDPModule):
+                # One that the user injected before sharding lies in the unit around it, as sharded as can be.
+                if (
+                    isinstance(rotation, Rotation)
+                    and not isinstance(rotation, FSDPModule)
+                    and not is_sharded(rotation.weight)
+                ):
                     fully_shard(rotation, mesh=mesh)
 
     @override
