@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_oft import load_adapter, load_from_checkpoint, save_adapter
 from lightning_oft.adapters import AdapterFileError
+from lightning_oft.callback.files import WholeCheckpoints
 from lightning_oft.checkpoints import CheckpointError
 
 
@@ -78,6 +79,12 @@ def _rotation(value: float, layer: str = "net.0") -> dict[str, Tensor]:
 def _bare(bench: Bench) -> Path:
     torch.save({"net.0.weight": torch.zeros(2)}, bench.directory / "bare.ckpt")
     return bench.directory / "bare.ckpt"
+
+
+def _sharded(bench: Bench) -> Path:
+    (bench.directory / "last.ckpt").mkdir()
+    (bench.directory / "last.ckpt" / "__0_0.distcp").touch()
+    return bench.directory / "last.ckpt"
 
 
 FILES = [
@@ -154,4 +161,6 @@ CHECKPOINTS = [
         "net.0 differ", "the checkpoint was trained on another base", "load the base it was trained on"),
     _checkpoint("a plain checkpoint of another model", _from(state={"net.weight": torch.zeros(2)}),
         "model.ckpt", "has net.weight, which the model lacks", "build the model that the checkpoint was written from"),
+    _checkpoint("a distributed checkpoint under DDP", lambda b: WholeCheckpoints().load_checkpoint(_sharded(b)),
+        "last.ckpt", "is a folder, which only the strategy that wrote it can read", "resume it under that strategy"),
 ]  # fmt: skip

@@ -80,7 +80,9 @@ def two(folder: Path) -> list[dict[str, Any]]:
     sharded = ["save:fsdp1:adapter", "resume:fsdp1:adapter"]
     counts = [f"bytes:{name}" for name in BYTES]
     return _launch(
-        2, folder, [*(f"fit:{name}" for name in FITS), *cells, *sharded, *counts, *CROSSED, "layers", "refusals"]
+        2,
+        folder,
+        [*(f"fit:{name}" for name in FITS), *cells, *sharded, *counts, *CROSSED, "layers", "refusals", ROUNDED],
     )
 
 
