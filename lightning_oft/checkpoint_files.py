@@ -35,17 +35,18 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         CheckpointError: it is no checkpoint, is damaged, or holds more than tensors and primitives.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint file; give one that ModelCheckpoint wrote")
+        what = "is a directory, not a checkpoint file" if Path(path).is_dir() else "no such checkpoint file"
+        raise FileNotFoundError(f"{path}: {what}; give one that ModelCheckpoint wrote")
     try:
         _check_unpacked_size(Path(path))
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: holds more than tensors and plain values, or is damaged ({_first_line(error)}); copy it again, or "
+            f"{path}: holds more than tensors and plain values, or is damaged ({first_line(error)}); copy it again, or "
             "save it without objects of your own"
         ) from None
     except Exception as error:  # a damaged pickle raises anything
-        raise CheckpointError(f"{path}: is no checkpoint or is damaged ({_first_line(error)}); copy it again") from None
+        raise CheckpointError(f"{path}: is no checkpoint or is damaged ({first_line(error)}); copy it again") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise CheckpointError(f"{path}: has no state_dict; give a file that Lightning's ModelCheckpoint wrote")
     _check_entry(path, checkpoint)
@@ -58,7 +59,7 @@ def is_rotation_key(name: str) -> bool:
     return ".oft_R." in f".{name}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """What another library says of a file, without its further lines or what a terminal would obey."""
     line = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

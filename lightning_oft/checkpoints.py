@@ -77,7 +77,7 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
         for name, _, slot in trained.slots(model)
     }
     entry["waiting"] = {name: values for name, values in waiting.items() if values}
-    entry["unfrozen"] = _unfrozen_names(model)
+    entry["unfrozen"] = [] if entry["merged"] else _unfrozen_names(model)
     checkpoint[ENTRY] = {**checkpoint.get(ENTRY, {}), **entry}
     if entry["adapter_only"]:
         dropped = frozen_names(model, kept)

@@ -101,6 +101,10 @@ class OFTConfig:
                 f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names, got "
                 f"{self.target_modules!r}: list the names, or put the indices into the regular expression",
             ),
+            (
+                self.task_type is None or self.task_type in TASK_TYPES,
+                f"task_type={self.task_type!r}: must be one of PEFT's, {', '.join(TASK_TYPES)}, or null",
+            ),
             (self.target_modules not in ("", []), "target_modules is empty: name the layers, or use 'all-linear'"),
         ]
         for holds, message in checks:
@@ -112,6 +116,9 @@ class OFTConfig:
         """Whether rotations are projected after every optimizer step."""
         return self.coft or self.max_angle is not None
 
+
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+"""What PEFT knows; it reads no adapter of any other."""
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),

@@ -41,10 +41,12 @@ def save_merged(
         state: the whole tensors of `root_of(model)` by name, where the model holds only parts of them.
 
     Raises:
+        FileExistsError: something is there that is no model.
         OSError: the directory cannot be written; what was there is untouched.
     """
     root = root_of(model)
     target = Path(directory)
+    check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -56,7 +58,10 @@ def save_merged(
             save_model(root, str(temporary / "model.safetensors"), metadata={"format": "pt"})
         for companion in companions:
             companion.save_pretrained(temporary)
-        os.chmod(temporary, 0o777 & ~_umask())
+        mask = _umask()
+        os.chmod(temporary, 0o777 & ~mask)
+        for file in temporary.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
+            os.chmod(file, 0o666 & ~mask)
         _replace(temporary, target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -67,6 +72,20 @@ def save_merged(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def check_replaceable(directory: str | Path) -> None:
+    """Raise FileExistsError where something is there that is no model: a merged model replaces its directory whole."""
+    target = Path(directory)
+    if target.is_dir() and any(target.iterdir()) and not any((target / name).is_file() for name in _OF_A_MODEL):
+        raise FileExistsError(
+            f"{directory}: holds something else than a model, which would be lost: give another directory"
+        )
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{directory}: is a file where a directory is wanted: give another directory")
+
+
+_OF_A_MODEL = ("config.json", "model_index.json", "model.safetensors")
 
 
 def _umask() -> int:

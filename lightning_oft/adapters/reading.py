@@ -190,6 +190,9 @@ def _parse_config(raw: dict[str, Any], file: Path) -> tuple[OFTConfig, list[str]
         )
     if not raw["oft_block_size"] and not raw.get("r"):
         raise AdapterFileError(f"{file}: neither r nor oft_block_size is given; write the one it was trained with")
+    lost = [field for field in PEFT_DEFAULTS if OWN_KEY in raw and field not in raw]
+    if lost:  # PEFT's default in its place would be another adapter
+        raise AdapterFileError(f"{file}: lacks {', '.join(lost)}, which this library writes; copy the file again")
     values = {field: raw.get(field, default) for field, default in PEFT_DEFAULTS.items()}
     for field in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
         if values[field] in ("", []):

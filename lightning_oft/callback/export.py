@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,31 @@ from torch import Tensor, nn
 
 from lightning_oft import checkpoints
 from lightning_oft.adapters import contents_of, write_contents
-from lightning_oft.merged import root_of, save_merged
+from lightning_oft.merged import check_replaceable, root_of, save_merged
 from lightning_oft.surgery import merge, trained, unmerge
 
 from .strategies import strategy_of
 
 if TYPE_CHECKING:
     from .finetuning import OFTFinetuning
+
+
+def check_place(trainer: Any, directory: str | None) -> None:
+    """Raise OSError where a fit's results could not be written; asked before it begins.
+
+    A directory `merged` that holds anything but a model stays as it is, which is an error too.
+    """
+    if directory is None or not trainer.is_global_zero:
+        return
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"export_dir={directory!r}: cannot be written ({error.strerror or error}): give another directory"
+        ) from None
+    check_replaceable(Path(directory) / "merged")
 
 
 def export(trainer: Any, pl_module: nn.Module, root: nn.Module, callback: OFTFinetuning) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
-from lightning_oft.checkpoint_files import CheckpointError
+from lightning_oft.checkpoint_files import CheckpointError, first_line
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -57,7 +58,19 @@ class WholeCheckpoints(TorchCheckpointIO):
                 f"{path}: is a folder, which only the strategy that wrote it can read, though on any number of processes: "
                 "resume it under that strategy (ModelParallelStrategy, where it has .distcp files)"
             )
-        loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        try:
+            loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except pickle.UnpicklingError:
+            raise CheckpointError(
+                f"{path}: is no checkpoint, is damaged, or holds more than tensors and plain values; copy it again, or pass "
+                "weights_only=False if you trust what it may run"
+            ) from None
+        except Exception as error:  # a damaged archive raises anything
+            raise CheckpointError(
+                f"{path}: is no checkpoint or is damaged ({first_line(error)}); copy it again"
+            ) from None
         return loaded
 
 

@@ -7,6 +7,7 @@ on_train_end, strategy.teardown, on_fit_end, teardown.
 from __future__ import annotations
 
 import dataclasses
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.callbacks import Callback
@@ -17,19 +18,20 @@ from typing_extensions import override
 from lightning_oft.adapters import load_adapter
 from lightning_oft.checkpoints import refresh_fingerprints
 from lightning_oft.config import OFTConfig
-from lightning_oft.surgery import adapter_names, find_targets, freeze, oft_layers, unmerge
+from lightning_oft.surgery import adapter_names, find_targets, freeze, oft_layers, unload, unmerge
 from lightning_oft.surgery.blocks import block_sizes
-from lightning_oft.surgery.frozen import release_norms
+from lightning_oft.surgery.frozen import let_go
 from lightning_oft.surgery.inject import inject_into
 from lightning_oft.surgery.merge import merge_gathered
 from lightning_oft.surgery.walk import merged_layers
 
 from . import guards, report
 from .averages import spare_the_base
-from .export import export, export_merged
+from .export import check_place, export, export_merged
 from .files import write_whole
 from .shadow import (
     after_configure_model,
+    drop_checkpoint_hooks,
     keep_checkpoint_hooks,
     leave,
     new_base,
@@ -86,6 +88,11 @@ class OFTFinetuning(Callback):
     ) -> None:
         super().__init__()
         guards.check_options(config, keep_base=keep_base, export_from=export_from)
+        guards.check_types(
+            bool, enabled=enabled, merge_on_fit_end=merge_on_fit_end, save_adapter_only=save_adapter_only
+        )
+        guards.check_types(str, module=module, adapter_name=adapter_name)
+        guards.check_types((str, PathLike), pretrained_adapter=pretrained_adapter, export_dir=export_dir)
         self.config = OFTConfig(**config)
         self.enabled = enabled
         self.module = module
@@ -98,6 +105,8 @@ class OFTFinetuning(Callback):
         self.export_from = export_from
         self._layers: list[str] = []
         self._was_merged = False
+        self._was_plain = False
+        self._started = False
         self._trained: list[nn.Parameter] = []
         self._steps: Any = None
         self._holds: list[Any] = []
@@ -114,6 +123,7 @@ class OFTFinetuning(Callback):
         if not self.enabled:
             return
         self._stop_watching()  # of a run that failed and whose other callbacks failed at that
+        self._was_plain, self._started = not oft_layers(pl_module), False
         guards.check_company(trainer, self)
         if stage == "fit":
             guards.check_launcher(trainer, self)
@@ -147,6 +157,7 @@ class OFTFinetuning(Callback):
             if not known and (built or find_targets(root, self.config, strict=False)):
                 load_adapter(root, self.pretrained_adapter, self.adapter_name)
         else:
+            guards.check_config(root, self.adapter_name, self.config)
             targets = find_targets(root, self.config, strict=built)
             have = {name for name, layer in oft_layers(root).items() if self.adapter_name in layer.oft_R}  # type: ignore[operator]
             fresh = {name: target for name, target in targets.items() if name not in have}
@@ -175,12 +186,14 @@ class OFTFinetuning(Callback):
         guards.check_optimizers(strategy_of(trainer).held(trainer), root, self.adapter_name)
         self._steps = strategy_of(trainer).watch_steps(trainer, root, self.adapter_name)
         strategy_of(trainer).project(trainer, root)
+        check_place(trainer, self.export_dir)
         spare_the_base(trainer, pl_module)
         resume(pl_module)
         rank_zero_info(report.start_line(pl_module, root, self.adapter_name))
         report.warn_about_constraint(root, self.adapter_name)
         for logger in trainer.loggers:
             logger.log_hyperparams({"oft": dataclasses.asdict(self.config)})
+        self._started = True
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -200,7 +213,7 @@ class OFTFinetuning(Callback):
         if self.merge_on_fit_end:
             if not merged_layers(root):
                 self._merge(trainer, root)
-            release_norms(pl_module)
+            let_go(pl_module)
         written |= export_merged(trainer, pl_module, root, self)
         rank_zero_info(report.end_line(root, self.adapter_name, written))
 
@@ -216,10 +229,14 @@ class OFTFinetuning(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Called when a run fails or is interrupted: nothing stays registered, and a fit merges nothing; a model that
-        was merged before a validate, test or predict is merged again."""
-        if trainer.state.fn == "fit" or trainer.world_size > 1:  # a process that failed alone must not wait for others
+        """Called when a run fails or is interrupted: nothing stays registered, and a fit that has begun merges nothing.
+        What failed before that leaves the model as it was, without rotations or merged."""
+        begun = trainer.state.fn == "fit" and self._started
+        if begun or trainer.world_size > 1:  # a process that failed alone must not wait for others
             self._was_merged = False
+        if self._was_plain and not begun:
+            unload(pl_module)
+            drop_checkpoint_hooks(pl_module)
         self._leave(trainer, pl_module)
 
     @override
@@ -232,7 +249,8 @@ class OFTFinetuning(Callback):
         leave(pl_module)
         if self.enabled and self._was_merged and oft_layers(pl_module) and not merged_layers(pl_module):
             self._merge(trainer, pl_module)
-        self._was_merged = False
+            let_go(pl_module)
+        self._was_merged = self._was_plain = False
 
     def _merge(self, trainer: Trainer, root: nn.Module) -> None:
         ways = strategy_of(trainer)

@@ -31,6 +31,27 @@ def check_options(config: dict[str, Any], **choices: str) -> None:
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(takes[name])}")
 
 
+def check_types(kinds: Any, **values: Any) -> None:
+    """Raise TypeError for an argument that is neither None nor of one of these types."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, kinds):
+            wanted = "true or false" if kinds is bool else "a string"
+            raise TypeError(f"{name}={value!r}: must be {wanted}, got {type(value).__name__}")
+
+
+def check_config(root: nn.Module, adapter_name: str, config: OFTConfig) -> None:
+    """Raise ValueError where the adapter is there already and was configured otherwise: it would go on as it was."""
+    states = [state for layer in oft_layers(root).values() if (state := state_of(layer)) is not None]
+    known = next((state.configs[adapter_name] for state in states if adapter_name in state.configs), config)
+    mine, theirs = dataclasses.asdict(config), dataclasses.asdict(known)
+    changed = [f"{name}={theirs[name]!r}, now {mine[name]!r}" for name in mine if mine[name] != theirs[name]]
+    if changed:
+        raise ValueError(
+            f"adapter {adapter_name!r} is there already with another configuration ({'; '.join(changed)}): unload(model) "
+            "to start anew, keep its configuration to train it further, or choose another adapter_name"
+        )
+
+
 def submodule(pl_module: nn.Module, path: str | None, required: bool) -> nn.Module | None:
     """The module under a dotted path; None where it is not built yet. Raises ValueError where it is `required`."""
     if not path:
@@ -47,7 +68,16 @@ def submodule(pl_module: nn.Module, path: str | None, required: bool) -> nn.Modu
 
 
 def check_company(trainer: Any, callback: Any) -> None:
-    """Raise ValueError where a callback that copies the model stands before the one that changes it."""
+    """Raise ValueError where a callback that copies the model stands before the one that changes it, and where two
+    callbacks would write into one directory."""
+    directories = [
+        other.export_dir for other in trainer.callbacks if isinstance(other, type(callback)) and other.enabled
+    ]
+    if callback.export_dir is not None and directories.count(callback.export_dir) > 1:
+        raise ValueError(
+            f"two OFTFinetuning callbacks have export_dir={callback.export_dir!r}, and the second would replace what the "
+            "first writes: give each a directory of its own"
+        )
     for other in trainer.callbacks:
         if other is callback:
             return

@@ -60,6 +60,12 @@ def keep_checkpoint_hooks(pl_module: nn.Module) -> None:
         pl_module.__dict__[hook.__name__] = types.MethodType(hook, pl_module)
 
 
+def drop_checkpoint_hooks(pl_module: nn.Module) -> None:
+    """Give the module its own checkpoint hooks back."""
+    for hook in (on_save_checkpoint, on_load_checkpoint):
+        pl_module.__dict__.pop(hook.__name__, None)
+
+
 def _own(module: Any, name: str) -> Callable[..., Any]:
     """The module's class's own method, past the instance attribute."""
     method: Callable[..., Any] = getattr(type(module), name).__get__(module)

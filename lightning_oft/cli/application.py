@@ -105,9 +105,12 @@ class Application(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, without Lightning's warning that `args` and `sys.argv` are both there: `main(args)` is our interface."""
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
-        for group in ("oft", "trainer"):  # jsonargparse lets a scalar take the place of a whole group of options
+        for group in config_files.GROUPS:  # jsonargparse lets a scalar take the place of a whole group of options
             if not isinstance(value := self.config[self.command].get(group), Namespace):
                 raise UserError(f"{self.command}: {group}: expected a mapping of options, got {value!r}")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone: the stock method lets a checkpoint's hyperparameters win over what was given."""
 
     def _set_seed(self) -> None:
         """As Lightning does, without its line about it: an error that follows is to be the only one."""

@@ -15,6 +15,8 @@ from lightning_oft.cli.errors import UserError
 
 SIZE_LIMIT = 2**18
 """Bytes of a file; the longest shipped one has some thousand, and a quarter of a MiB takes seconds to parse."""
+GROUPS = ("oft", "trainer")
+"""Blocks of options, which nothing but a mapping can stand for."""
 VALUE_LIMIT = 100_000
 """Values of a file with its aliases written out."""
 
@@ -62,8 +64,13 @@ def _check(file: Path) -> None:
         raise UserError(
             f"{file}: holds more than {VALUE_LIMIT:,} values once its aliases (*name) are written out; use fewer"
         )
-    if isinstance(tree, yaml.MappingNode) and any(key.value == "config" for key, _ in tree.value):
-        raise UserError(f"{file}: config: a file cannot include another; give each of them with --config FILE")
+    for key, value in tree.value if isinstance(tree, yaml.MappingNode) else ():
+        if key.value == "config":
+            raise UserError(f"{file}: config: a file cannot include another; give each of them with --config FILE")
+        # The parser would let a scalar or a list take the place of a whole block, that of an earlier file too.
+        if key.value in GROUPS and not isinstance(value, yaml.MappingNode):
+            found = (value.value or "nothing") if isinstance(value, yaml.ScalarNode) else "a list"
+            raise UserError(f"{file}: {key.value}: expected a mapping of options, got {found}")
 
 
 def _count(node: yaml.Node | None, known: dict[int, int], above: tuple[int, ...]) -> int:

@@ -35,6 +35,13 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{command}: {message}")
 
 
+def a_name(text: str) -> str:
+    """An argument that names a file or a directory. Raises ArgumentTypeError for an empty one, which would be here."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; give a name")
+    return text
+
+
 def suggestion(word: str, candidates: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the candidates nearest to `word`, or an empty string where nothing is near."""
     scored = sorted(((_nearness(word, c), c) for c in set(candidates)), key=lambda pair: (-pair[0], pair[1]))
@@ -68,10 +75,15 @@ def is_user_error(error: BaseException) -> bool:
     """
     if isinstance(error, UserError | OSError | ImportError) or type(error).__name__ == "MisconfigurationException":
         return True
+    if isinstance(error, RuntimeError) and str(error).startswith(_MISFIT):
+        return True
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__) if error.__traceback__ else [(None, 0)]
     package = innermost.f_globals.get("__name__", "").partition(".")[0] if innermost else ""
     return package in _CHECKING and isinstance(error, ValueError | TypeError | RuntimeError)
 
+
+_MISFIT = "Error(s) in loading state_dict"
+"""How torch begins to say that weights are not those of a model."""
 
 _CHECKING = ("lightning_oft", "lightning", "pytorch_lightning", "jsonargparse")
 """Packages that raise to say what is wrong with what they were given."""
@@ -82,6 +94,11 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
+    if text.startswith(_MISFIT):
+        text = (
+            f"the checkpoint does not fit the model ({text[:200].rstrip()} ...); build the model that it was written from: "
+            "an adapter's checkpoint needs oft.enabled: true and the adapter's own oft block"
+        )
     if len(text) > 1000:  # a value that was given is repeated; the remedy stands at the end
         text = f"{text[:700]} ... {text[-300:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -12,7 +12,7 @@ from typing import Any
 from lightning_oft import __version__, checkpoints
 from lightning_oft.adapters import Contents, write_contents
 from lightning_oft.adapters import format as peft
-from lightning_oft.cli.errors import OneLineParser, UserError, suggestion
+from lightning_oft.cli.errors import OneLineParser, UserError, a_name, suggestion
 from lightning_oft.cli.info import Adapter, adapters_of
 
 DESCRIPTION = """\
@@ -46,7 +46,7 @@ def write_adapter(path: Path, output: Path, name: str | None, root: str | None =
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="lightning-oft export", description=DESCRIPTION)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a .ckpt file, adapter-only or full")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the directory to write")
+    parser.add_argument("--output", required=True, metavar="DIR", type=a_name, help="the directory to write")
     parser.add_argument("--adapter-name", metavar="NAME", help="which adapter, where the checkpoint has several")
     parser.add_argument(
         "--root",

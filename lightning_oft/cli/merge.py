@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_oft.adapters import load_adapter, read_adapter
 from lightning_oft.cli.auto import loader_of
-from lightning_oft.cli.errors import OneLineParser, UserError, one_line
+from lightning_oft.cli.errors import OneLineParser, UserError, a_name, one_line
 from lightning_oft.cli.export import write_adapter
 from lightning_oft.merged import Companions, save_merged
 from lightning_oft.surgery import merge, oft_layers, unload
@@ -30,6 +32,7 @@ example:
 def run(arguments: list[str]) -> int:
     """Load both, merge, write, say how to load the result."""
     options = _parser().parse_args(arguments)
+    _check_apart(options.output, {"--base": options.base, "--adapter": options.adapter})
     if Path(options.output).exists() and any(Path(options.output).iterdir()) and not options.overwrite:
         raise UserError(f"merge: {options.output} is there already and not empty; --overwrite replaces it")
     with contextlib.ExitStack() as stack:
@@ -37,7 +40,7 @@ def run(arguments: list[str]) -> int:
         model = load_base(options.base)
         labels = _other_labels(model, read_adapter(adapter).saved)
         model = model if labels is None else load_base(options.base, num_labels=labels, ignore_mismatched_sizes=True)
-        load_adapter(model, adapter)
+        _load(model, adapter, options.any_base)
     layers = len(oft_layers(model))
     merge(model, keep_base="never")
     unload(model)
@@ -52,17 +55,37 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(prog="lightning-oft merge", description=DESCRIPTION)
     parser.add_argument("--base", required=True, metavar="ID", help="the base model: a hub id or a folder")
     parser.add_argument("--adapter", required=True, metavar="PATH", help="a PEFT adapter directory or a .ckpt file")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the directory to write")
+    parser.add_argument("--output", required=True, metavar="DIR", type=a_name, help="the directory to write")
     parser.add_argument("--adapter-name", metavar="NAME", help="which adapter, where the checkpoint has several")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output directory if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in the output directory")
+    parser.add_argument("--any-base", action="store_true", help="merge into another base than the adapter's own")
     return parser
+
+
+def _check_apart(output: str, inputs: dict[str, str]) -> None:
+    """Raise UserError where the output would replace what it is made of."""
+    for option, given in inputs.items():
+        place = Path(given).resolve()
+        if place.exists() and Path(output).resolve() in (place, *place.parents):
+            raise UserError(f"merge: --output {output} would replace {option} {given}; give another directory")
+
+
+def _load(model: nn.Module, adapter: Path, any_base: bool) -> None:
+    """Load the adapter; what it warns of is said on a line each, and another base is an error unless asked for."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_adapter(model, adapter)
+    for message in (str(warning.message) for warning in caught):
+        if "was trained on another base" in message and not any_base:
+            raise UserError(f"merge: {message}, or merge all the same with --any-base")
+        print(f"merge: {message}", file=sys.stderr)
 
 
 def load_base(base: str, **options: Any) -> nn.Module:
     """The model at `base` in the class and the dtype it was saved in; `options` go to its from_pretrained."""
     local = Path(base) / "config.json"
-    config: dict[str, Any] = json.loads(local.read_text(encoding="utf-8")) if local.is_file() else {}
     with _base_errors(base):
+        config: dict[str, Any] = json.loads(local.read_text(encoding="utf-8")) if local.is_file() else {}
         if "_class_name" in config:  # how diffusers signs its models
             import diffusers
 
@@ -82,7 +105,9 @@ def load_base(base: str, **options: Any) -> nn.Module:
 def _base_errors(base: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:  # a damaged file raises whatever its reader does not expect
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"merge: the base {base!r} cannot be loaded: {one_line(error)}") from error
 
 

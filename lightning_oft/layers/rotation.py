@@ -149,7 +149,7 @@ class Rotation(nn.Module):
 
         On a CPU the generator is compared with a copy, which no in-place edit fools; elsewhere that would wait for the
         device, so identity, address, version and the process's count of optimizer steps stand for it. What is written
-        there past autograd and outside of an optimizer (`weight.data[0] = 1`) counts from the next `eval()` on.
+        there past autograd and outside of an optimizer (`weight.data[0] = 1`) counts from the next change of mode on.
         """
         weight = self.weight.detach()
         if hasattr(weight, "to_local"):

@@ -22,13 +22,29 @@ class _FrozenNorm(InPlace):
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:  # type: ignore[misc]
         self.__dict__[_MODE] = mode
-        slot = slots_of(self).get("running_mean")
-        self.training = mode and slot is not None and slot.live != BASE
+        self.training = mode and _owned(self)
         return self
 
 
+def _owned(module: nn.Module) -> bool:
+    """Whether an adapter trains the module whole, statistics included."""
+    found = slots_of(module)
+    return any(key in found and found[key].live != BASE for key in _STATISTICS)
+
+
+_STATISTICS = ("running_mean", "_u", "weight_u")
+"""Buffers that change in training: of batch norms, and the power iterations of both kinds of spectral norm."""
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    if isinstance(module, _StatisticsNorm):
+        return bool(module.track_running_stats)
+    old = any(type(hook).__name__ == "SpectralNorm" for hook in module._forward_pre_hooks.values())
+    return old or type(module).__name__ == "_SpectralNorm"
+
+
 def freeze(model: nn.Module) -> None:
-    """Freeze everything but adapters: parameters lose their gradient, batch norms keep their statistics.
+    """Freeze everything but adapters: parameters lose their gradient, batch and spectral norms keep their statistics.
 
     Idempotent; whatever was trainable is remembered for `unload`.
     """
@@ -40,7 +56,7 @@ def freeze(model: nn.Module) -> None:
                 continue
             parameter.requires_grad_(False)
             module.__dict__.setdefault(FROZEN, set()).add(name)
-        if isinstance(module, _StatisticsNorm) and module.track_running_stats:
+        if isinstance(module, _FrozenNorm) or _has_statistics(module):
             put_on(module, _FrozenNorm)
             module.train(module.__dict__.get(_MODE, module.training))
 
@@ -60,6 +76,16 @@ def release_norms(model: nn.Module) -> None:
             module.train(module.__dict__[_MODE])
 
 
+def let_go(model: nn.Module) -> None:
+    """Make a merged model as trainable as it was before any adapter; `freeze` takes hold of it again."""
+    release_norms(model)
+    for _, module in walk(model):
+        for name in module.__dict__.get(FROZEN, ()):
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(True)
+
+
 def hold_norms(model: nn.Module) -> None:
     """Freeze the norms again that `release_norms` let go."""
     for _, module in walk(model):
@@ -76,8 +102,7 @@ def is_quiet(model: nn.Module) -> bool:
 
 def is_resting_norm(module: nn.Module) -> bool:
     """Whether a module is a norm whose statistics are those of the frozen base."""
-    slot = slots_of(module).get("running_mean")
-    return isinstance(module, _FrozenNorm) and (slot is None or slot.live == BASE)
+    return isinstance(module, _FrozenNorm) and not _owned(module)
 
 
 def thaw(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_oft.layers import LayerState, rotations_of, state_of
 
-from .frozen import guard_nested_tensors, hold_norms, release_norms
+from .frozen import freeze, guard_nested_tensors, hold_norms, release_norms
 from .sharded import by_rows, is_part, is_sharded, whole, write
 from .sharded import part as part_of
 from .switch import remember_choice, set_adapter
@@ -147,6 +147,7 @@ def unmerge(model: nn.Module) -> list[str]:
         _unmerge_layer(layer)
     retie_configs(model)
     hold_norms(model)
+    freeze(model)
     guard_nested_tensors(model)
     forget_compiled()
     return list(layers)

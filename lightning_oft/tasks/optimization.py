@@ -1,10 +1,12 @@
 """What an optimizer of these tasks is given: what is trainable at that moment, rotations without weight decay."""
 
+from collections.abc import Callable
 from typing import Any, Literal, TypedDict
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 
 GENERATORS = frozenset({"oft_R", "oft_embedding_R"})
@@ -52,11 +54,14 @@ def configure(
         lr_scheduler: Makes the schedule from the optimizer.
         lr_interval: When the schedule advances. "auto" is every step for OneCycleLR and CyclicLR, which count steps,
             and every epoch for all others.
+
+    Raises:
+        ValueError: When the optimizer or the schedule refuses its arguments.
     """
-    made = optimizer(parameter_groups(module))
+    made: Optimizer = _made("optimizer", optimizer, parameter_groups(module))
     if lr_scheduler is None:
         return made
-    schedule = lr_scheduler(made)
+    schedule = _made("lr_scheduler", lr_scheduler, made)
     if lr_interval == "auto":
         lr_interval = "step" if isinstance(schedule, OneCycleLR | CyclicLR) else "epoch"
     settings: dict[str, Any] = {"scheduler": schedule, "interval": lr_interval}
@@ -64,3 +69,10 @@ def configure(
         # LightningCLI's subclass says what it watches; torch's own cannot.
         settings["monitor"] = getattr(schedule, "monitor", "val/loss")
     return {"optimizer": made, "lr_scheduler": settings}  # type: ignore[return-value]
+
+
+def _made(what: str, make: Callable[[Any], Any], given: Any) -> Any:
+    try:
+        return make(given)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{what}: {error}; change its arguments") from error

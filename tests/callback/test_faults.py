@@ -199,21 +199,23 @@ def test_a_generator_that_is_not_finite_is_not_merged(tmp_path: Path, value: flo
     assert "\n" not in str(error.value)
     assert_whole(run, model, base)
     assert not merged_layers(model)
-    assert not (tmp_path / "export").exists()
+    assert not list(tmp_path.glob("export/*"))
     model.net[3].oft_R["default"].weight.data.zero_()  # type: ignore[index, operator, union-attr]
     assert_fits(tmp_path, model, base)
 
 
-def test_a_loss_that_is_nan_is_stopped_before_the_merge(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exact", [False, True], ids=["series", "exact"])
+def test_a_loss_that_is_nan_is_stopped_before_a_checkpoint_of_it_is_written(tmp_path: Path, exact: bool) -> None:
     class Broken(Small):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return super().training_step(batch, batch_idx) * float("nan")
 
     model, base = Broken(), state(Small())
-    run = run_with(tmp_path, oft())
-    with pytest.raises(ValueError, match=r"net\.0, net\.3 are NaN or infinite; nothing was changed"):
+    run = run_with(tmp_path, oft(use_cayley_neumann=not exact))
+    with pytest.raises(RuntimeError, match=r"net\.0, net\.3 became NaN or infinite in training: lower the learning"):
         fit(run, model)
     assert_whole(run, model, base)
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 @contextlib.contextmanager

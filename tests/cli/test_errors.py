@@ -38,6 +38,10 @@ WRONG_VALUES: list[tuple[str, Any, list[str]]] = [
     ("oft.enabled", "perhaps", ["oft.enabled", "true or false"]),
     ("oft.r", 4, ["r=4", "oft_block_size=16", "exclude each other"]),
     ("oft", 3, ["oft", "mapping", "3"]),
+    ("oft", [1, 2], ["oft", "mapping", "a list"]),
+    ("trainer", None, ["trainer", "mapping", "null"]),
+    ("oft.task_type", "FOO", ["task_type='FOO'", "SEQ_CLS"]),
+    ("model.init_args.optimizer.init_args.lr", -1.0, ["optimizer: Invalid learning rate: -1.0"]),
     ("otf.r", 3, ["otf.r", "did you mean 'oft'"]),
     ("optimizers.lr", 1, ["'optimizers.lr'", "'optimizer'"]),
     ("model.init_args.optimizer.class_path", "torch.optim.AdamV", ["model.init_args.optimizer", "AdamV", "'Adam'"]),
@@ -205,3 +209,42 @@ def test_one_line_is_one_line() -> None:
     assert one_line(ValueError("a\n  b\n\tc ")) == "a b c"
     assert one_line(FileNotFoundError(2, "No such file", "x")) == "x: No such file"
     assert one_line(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize("block", ["trainer: 3", "oft: [1, 2]", "oft: null"])
+def test_a_later_file_does_not_throw_a_block_away(
+    block: str, config_file: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "later.yaml").write_text(block + "\n")
+    said = error_of(capsys, "fit", "--config", config_file(), "--config", str(tmp_path / "later.yaml"))
+    assert f"later.yaml: {block.split(':')[0]}: expected a mapping of options" in said
+
+
+@pytest.mark.parametrize("content", ["cut short", "text", "adapter"])
+@pytest.mark.parametrize("command", ["validate", "fit"])
+def test_a_file_that_is_no_checkpoint_is_one_line(
+    command: str, content: str, config_file: Write, fitted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.ckpt"
+    whole = fitted.checkpoint.read_bytes()
+    adapter = fitted.directory / "export" / "adapter" / "adapter_model.safetensors"
+    file.write_bytes({"cut short": whole[:-500], "text": b"text", "adapter": adapter.read_bytes()}[content])
+    said = error_of(capsys, command, "--config", config_file(), "--ckpt_path", str(file))
+    assert "x.ckpt: is no checkpoint" in said
+
+
+def test_an_adapters_checkpoint_without_oft_says_what_it_needs(
+    config_file: Write, fitted: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config_file({"oft.enabled": False})
+    said = error_of(capsys, "validate", "--config", file, "--ckpt_path", str(fitted.checkpoint))
+    assert "the checkpoint does not fit the model" in said
+    assert "oft.enabled: true" in said
+
+
+def test_the_configuration_wins_over_a_checkpoints_hyperparameters(
+    config_file: Write, fitted: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"model.init_args.pretrained": "no/such/folder"}
+    said = error_of(capsys, "validate", "--config", config_file(changes), "--ckpt_path", str(fitted.checkpoint))
+    assert "no/such/folder" in said

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,15 +56,71 @@ def test_merge_is_the_model_that_the_fit_merged(
     AutoModelForImageClassification.from_pretrained(output)
 
 
-def test_merge_does_not_overwrite_unasked(
+def test_merge_replaces_a_model_when_asked_and_nothing_else_ever(
     exported: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "something").touch()
-    arguments = ["merge", "--base", str(base), "--adapter", str(exported), "--output", str(tmp_path)]
+    def merge(output: Path, *options: str, base: Path = base, adapter: Path = exported) -> tuple[int, str]:
+        code = main(["merge", "--base", str(base), "--adapter", str(adapter), "--output", str(output), *options])
+        return code, capsys.readouterr().err
+
+    place = tmp_path / "place"
+    assert merge(place) == (0, "")
+    (place / "stale.bin").touch()
+    code, said = merge(place)
+    assert code == 2
+    assert "--overwrite" in said
+    assert merge(place, "--overwrite") == (0, "")
+    assert not (place / "stale.bin").exists()
+    if os.name == "posix":
+        assert {file.stat().st_mode & 0o777 for file in place.iterdir()} == {0o644}
+
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").touch()
+    own_base, own_adapter = shutil.copytree(base, tmp_path / "base"), shutil.copytree(exported, tmp_path / "adapter")
+    for output, options, message in (
+        (tmp_path / "precious", {}, "holds something else than a model"),
+        (own_base, {"base": own_base}, "would replace --base"),
+        (own_adapter, {"adapter": own_adapter}, "would replace --adapter"),
+        (tmp_path, {"base": own_base}, "would replace --base"),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        code, said = merge(output, "--overwrite", **options)
+        assert code == 2
+        assert message in said
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_merge_refuses_another_base_unless_asked(
+    exported: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(base, tmp_path / "other")
+    tensors = {name: torch.randn_like(tensor) for name, tensor in weights(other).items()}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["merge", "--base", str(other), "--adapter", str(exported), "--output", str(tmp_path / "merged")]
     assert main(arguments) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert main([*arguments, "--overwrite"]) == 0
-    assert not (tmp_path / "something").exists()
+    said = capsys.readouterr().err
+    assert "was trained on another base" in said
+    assert "--any-base" in said
+    assert said.count("\n") == 1
+    assert main([*arguments, "--any-base"]) == 0
+    assert "merge: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_merge_names_a_damaged_base(
+    file: str, exported: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = shutil.copytree(base, tmp_path / "damaged")
+    (damaged / file).write_bytes((damaged / file).read_bytes()[:-100])
+    assert main(["merge", "--base", str(damaged), "--adapter", str(exported), "--output", str(tmp_path / "m")]) == 2
+    assert f"the base '{damaged}' cannot be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_an_empty_output_is_not_this_directory(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = ["--base", "b", "--adapter", "a"] if command == "merge" else ["--checkpoint", "c"]
+    assert main([command, *inputs, "--output", ""]) == 2
+    assert "--output: is empty" in capsys.readouterr().err
 
 
 def test_merge_takes_a_head_with_other_classes(exported: Path, base: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from lightning_oft.callback import guards
 from lightning_oft.layers import Rotation
 from lightning_oft.rotation import SERIES_TOLERANCE
 from lightning_oft.surgery import project
-from lightning_oft.surgery.walk import class_names
+from lightning_oft.surgery.sharded import is_sharded, part
+from lightning_oft.surgery.walk import class_names, some
 
 Gathered = Callable[[nn.Module], AbstractContextManager[Any]]
 
@@ -66,7 +67,9 @@ class Steps:
         rotation.project()
 
     def check_series(self) -> None:
-        """Warn once where a truncated series is less orthogonal than float32 is."""
+        """Warn once where a truncated series is less orthogonal than float32 is. Raises RuntimeError where generators
+        are NaN or infinite, before a checkpoint of them replaces a good one."""
+        self._check_finite()
         if self._warned:
             return
         errors = {name: rotation.error_bound() for name, rotation in self._rotations.items()}
@@ -81,6 +84,21 @@ class Steps:
             "num_cayley_neumann_terms (even), or max_angle",
             stacklevel=2,
         )
+
+    def _check_finite(self) -> None:
+        weights = [rotation.weight.detach() for rotation in self._rotations.values()]
+        if not weights:
+            return
+        broken = torch.stack([~part(weight).isfinite().all() for weight in weights])
+        if any(is_sharded(weight) for weight in weights):  # all processes must know what one of them holds
+            broken = broken.to(torch.uint8)
+            torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
+        names = [name for name, is_broken in zip(self._rotations, broken.tolist(), strict=True) if is_broken]
+        if names:
+            raise RuntimeError(
+                f"the generators of {some(names)} became NaN or infinite in training: lower the learning rate or clip "
+                "gradients (gradient_clip_val), and start again from the last checkpoint"
+            )
 
     def remove(self) -> None:
         """Unregister from the optimizers."""
