@@ -57,7 +57,8 @@ class OFTFinetuning(Callback):
 
     Args:
         enabled: false runs the same task without OFT.
-        module: dotted path, below the LightningModule, of the part to adapt; all of it by default.
+        module: dotted path, below the LightningModule, of the part to adapt; all of it by default. What lies outside is
+            frozen too.
         adapter_name: name of this set of rotations.
         pretrained_adapter: directory of an adapter (this library's or PEFT's) to start from; its file decides which
             layers are adapted and how.
@@ -70,6 +71,7 @@ class OFTFinetuning(Callback):
         **config: the fields of OFTConfig.
 
     Raises:
+        TypeError: an argument is of a wrong type, or there is no such option.
         ValueError: a field has a wrong value; names the field.
     """
 
