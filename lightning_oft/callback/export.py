@@ -24,21 +24,28 @@ if TYPE_CHECKING:
 
 
 def check_place(trainer: Any, directory: str | None) -> None:
-    """Raise OSError where a fit's results could not be written; asked before it begins.
+    """Raise OSError, on every process, where a fit's results could not be written; asked before it begins.
 
     A directory `merged` that holds anything but a model stays as it is, which is an error too.
     """
-    if directory is None or not trainer.is_global_zero:
-        return
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"export_dir={directory!r}: cannot be written ({error.strerror or error}): give another directory"
-        ) from None
-    check_replaceable(Path(directory) / "merged")
+    problem: str | None = None
+    if directory is not None and trainer.is_global_zero:
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+            check_replaceable(Path(directory) / "merged")
+        except FileExistsError as error:
+            problem = str(error) if error.errno is None else _unwritable(directory, error)
+        except OSError as error:
+            problem = _unwritable(directory, error)
+    problem = trainer.strategy.broadcast(problem)
+    if problem is not None:
+        raise OSError(problem)
+
+
+def _unwritable(directory: str, error: OSError) -> str:
+    return f"export_dir={directory!r}: cannot be written ({error.strerror or error}): give another directory"
 
 
 def export(trainer: Any, pl_module: nn.Module, root: nn.Module, callback: OFTFinetuning) -> dict[str, str]:

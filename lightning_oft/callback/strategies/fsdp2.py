@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_oft import checkpoints
-from lightning_oft.checkpoint_files import CheckpointError, read
+from lightning_oft.checkpoint_files import CheckpointError
 from lightning_oft.layers import Rotation, rotations_of, state_of
 from lightning_oft.layers.parallel import cut_inside, divides
 from lightning_oft.surgery import oft_layers
@@ -118,8 +118,11 @@ class _ResumeChecks:
         return type(self._strategy).load_checkpoint(self._strategy, path, *args, **kwargs)
 
     def _check(self, path: Any) -> None:
+        try:  # mapped, not read: a full checkpoint holds the base too
+            theirs = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get("optimizer_states", [])
+        except Exception:  # the strategy is about to say what is wrong with the file
+            return
         places = {id(p): place for place, p in enumerate(self._trainer.lightning_module.parameters())}
-        theirs = read(path).get("optimizer_states", [])
         for state, optimizer in zip(theirs, self._trainer.optimizers, strict=False):
             numbers = {key for group in state["param_groups"] for key in group["params"]}
             mine = {places.get(id(p)) for group in optimizer.param_groups for p in group["params"]}
