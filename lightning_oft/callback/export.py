@@ -35,6 +35,10 @@ def check_place(trainer: Any, directory: str | None) -> None:
             with tempfile.TemporaryFile(dir=directory):
                 pass
             check_replaceable(Path(directory) / "merged")
+            if (Path(directory) / "adapter").is_file():
+                raise FileExistsError(
+                    f"{directory}/adapter: is a file where a directory is wanted: give another directory"
+                )
         except FileExistsError as error:
             problem = str(error) if error.errno is None else _unwritable(directory, error)
         except OSError as error:

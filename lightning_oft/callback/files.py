@@ -53,14 +53,17 @@ class WholeCheckpoints(TorchCheckpointIO):
     @override
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Called for every checkpoint that is resumed or tested."""
-        if "://" not in str(path) and Path(path).is_dir():
+        if "://" in str(path):
+            remote: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+            return remote
+        if Path(path).is_dir():
             raise CheckpointError(
                 f"{path}: is a folder, which only the strategy that wrote it can read, though on any number of processes: "
                 "resume it under that strategy (ModelParallelStrategy, where it has .distcp files)"
             )
         try:
             loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
-        except (FileNotFoundError, PermissionError):
+        except (FileNotFoundError, PermissionError, ImportError, AttributeError, MemoryError):
             raise
         except pickle.UnpicklingError:
             raise CheckpointError(

@@ -6,6 +6,7 @@ on_train_end, strategy.teardown, on_fit_end, teardown.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
@@ -106,7 +107,7 @@ class OFTFinetuning(Callback):
         self.export_dir = None if export_dir is None else str(export_dir)
         self.export_from = export_from
         self._layers: list[str] = []
-        self._was_merged = False
+        self._was_merged: list[str] = []
         self._was_plain = False
         self._started = False
         self._trained: list[nn.Parameter] = []
@@ -128,11 +129,12 @@ class OFTFinetuning(Callback):
         self._was_plain, self._started = not oft_layers(pl_module), False
         guards.check_company(trainer, self)
         if stage == "fit":
+            guards.check_directories(trainer, self)
             guards.check_launcher(trainer, self)
         write_whole(trainer)
         strategy_of(trainer).before_inject(trainer, pl_module)
         self._holds = strategy_of(trainer).hold_checkpoints(pl_module, writes_adapter_only(pl_module))
-        self._was_merged = bool(merged_layers(pl_module))
+        self._was_merged = list(merged_layers(pl_module))
         if self._was_merged:
             unmerge(pl_module)
         if strategy_of(trainer).injects_early(trainer):
@@ -159,8 +161,8 @@ class OFTFinetuning(Callback):
             if not known and (built or find_targets(root, self.config, strict=False)):
                 load_adapter(root, self.pretrained_adapter, self.adapter_name)
         else:
-            guards.check_config(root, self.adapter_name, self.config)
             targets = find_targets(root, self.config, strict=built)
+            guards.check_config(root, self.adapter_name, self.config, targets)
             have = {name for name, layer in oft_layers(root).items() if self.adapter_name in layer.oft_R}  # type: ignore[operator]
             fresh = {name: target for name, target in targets.items() if name not in have}
             if fresh or not known or built:
@@ -195,6 +197,10 @@ class OFTFinetuning(Callback):
         report.warn_about_constraint(root, self.adapter_name)
         for logger in trainer.loggers:
             logger.log_hyperparams({"oft": dataclasses.asdict(self.config)})
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Called before each batch: from the first on, what is trained is kept, however the fit ends."""
         self._started = True
 
     @override
@@ -213,9 +219,10 @@ class OFTFinetuning(Callback):
         strategy_of(trainer).settle(pl_module)
         written = export(trainer, pl_module, root, self)
         if self.merge_on_fit_end:
-            if not merged_layers(root):
-                self._merge(trainer, root)
-            let_go(pl_module)
+            waiting = [name for name in oft_layers(root) if name not in merged_layers(root)]
+            if waiting:  # another callback has merged a part already
+                self._merge(trainer, root, only=waiting)
+            _let_go(pl_module)
         written |= export_merged(trainer, pl_module, root, self)
         rank_zero_info(report.end_line(root, self.adapter_name, written))
 
@@ -235,9 +242,10 @@ class OFTFinetuning(Callback):
         What failed before that leaves the model as it was, without rotations or merged."""
         begun = trainer.state.fn == "fit" and self._started
         if begun or trainer.world_size > 1:  # a process that failed alone must not wait for others
-            self._was_merged = False
+            self._was_merged = []
         if self._was_plain and not begun:
-            unload(pl_module)
+            with contextlib.suppress(RuntimeError):  # inside disable_adapters, which is about to be left
+                unload(pl_module)
             drop_checkpoint_hooks(pl_module)
         self._leave(trainer, pl_module)
 
@@ -250,13 +258,14 @@ class OFTFinetuning(Callback):
         self._stop_watching()
         leave(pl_module)
         if self.enabled and self._was_merged and oft_layers(pl_module) and not merged_layers(pl_module):
-            self._merge(trainer, pl_module)
-            let_go(pl_module)
-        self._was_merged = self._was_plain = False
+            self._merge(trainer, pl_module, only=self._was_merged)
+            _let_go(pl_module)
+        self._was_merged, self._was_plain = [], False
 
-    def _merge(self, trainer: Trainer, root: nn.Module) -> None:
+    def _merge(self, trainer: Trainer, root: nn.Module, only: list[str] | None = None) -> None:
         ways = strategy_of(trainer)
-        merge_gathered(root, keep_base=self.keep_base, device=ways.device(trainer), gathered=ways.gathered(trainer))
+        device, gathered = ways.device(trainer), ways.gathered(trainer)
+        merge_gathered(root, keep_base=self.keep_base, device=device, gathered=gathered, only=only)
 
     def _stop_watching(self) -> None:
         if self._steps is not None:
@@ -268,3 +277,9 @@ class OFTFinetuning(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_steps": None, "_holds": [], "_trained": []}
+
+
+def _let_go(pl_module: nn.Module) -> None:
+    """Once all of its parts are merged, a model trains like any other."""
+    if len(merged_layers(pl_module)) == len(oft_layers(pl_module)):
+        let_go(pl_module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -39,9 +40,10 @@ def check_types(kinds: Any, **values: Any) -> None:
             raise TypeError(f"{name}={value!r}: must be {wanted}, got {type(value).__name__}")
 
 
-def check_config(root: nn.Module, adapter_name: str, config: OFTConfig) -> None:
-    """Raise ValueError where the adapter is there already and was configured otherwise: it would go on as it was."""
-    states = [state for layer in oft_layers(root).values() if (state := state_of(layer)) is not None]
+def check_config(root: nn.Module, adapter_name: str, config: OFTConfig, targets: Iterable[str]) -> None:
+    """Raise ValueError where a target has the adapter already, configured otherwise: it would go on as it was."""
+    layers = oft_layers(root)
+    states = [state for name in targets if name in layers and (state := state_of(layers[name])) is not None]
     known = next((state.configs[adapter_name] for state in states if adapter_name in state.configs), config)
     mine, theirs = dataclasses.asdict(config), dataclasses.asdict(known)
     changed = [f"{name}={theirs[name]!r}, now {mine[name]!r}" for name in mine if mine[name] != theirs[name]]
@@ -68,16 +70,7 @@ def submodule(pl_module: nn.Module, path: str | None, required: bool) -> nn.Modu
 
 
 def check_company(trainer: Any, callback: Any) -> None:
-    """Raise ValueError where a callback that copies the model stands before the one that changes it, and where two
-    callbacks would write into one directory."""
-    directories = [
-        other.export_dir for other in trainer.callbacks if isinstance(other, type(callback)) and other.enabled
-    ]
-    if callback.export_dir is not None and directories.count(callback.export_dir) > 1:
-        raise ValueError(
-            f"two OFTFinetuning callbacks have export_dir={callback.export_dir!r}, and the second would replace what the "
-            "first writes: give each a directory of its own"
-        )
+    """Raise ValueError where a callback that copies the model stands before the one that changes it."""
     for other in trainer.callbacks:
         if other is callback:
             return
@@ -87,6 +80,17 @@ def check_company(trainer: Any, callback: Any) -> None:
                 f"{type(other).__name__} stands before OFTFinetuning in Trainer(callbacks=...) and would average a model "
                 "without rotations: put OFTFinetuning first"
             )
+
+
+def check_directories(trainer: Any, callback: Any) -> None:
+    """Raise ValueError where two callbacks would write into one directory."""
+    others = [other for other in trainer.callbacks if isinstance(other, type(callback)) and other.enabled]
+    places = [os.path.realpath(other.export_dir) for other in others if other.export_dir is not None]
+    if callback.export_dir is not None and places.count(os.path.realpath(callback.export_dir)) > 1:
+        raise ValueError(
+            f"two OFTFinetuning callbacks have export_dir={callback.export_dir!r}, and the second would replace what the "
+            "first writes: give each a directory of its own"
+        )
 
 
 def check_launcher(trainer: Any, callback: Any) -> None:

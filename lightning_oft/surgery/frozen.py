@@ -12,6 +12,7 @@ from .trained import BASE, slots, slots_of
 from .walk import walk
 
 _MODE = "_oft_mode"
+_LET_GO = "_oft_let_go"
 _NESTED = "_oft_use_nested_tensor"
 _StatisticsNorm = nn.modules.batchnorm._NormBase
 _TransformerEncoder = nn.TransformerEncoder
@@ -28,12 +29,9 @@ class _FrozenNorm(InPlace):
 
 def _owned(module: nn.Module) -> bool:
     """Whether an adapter trains the module whole, statistics included."""
-    found = slots_of(module)
-    return any(key in found and found[key].live != BASE for key in _STATISTICS)
-
-
-_STATISTICS = ("running_mean", "_u", "weight_u")
-"""Buffers that change in training: of batch norms, and the power iterations of both kinds of spectral norm."""
+    statistics = {key: slot for key, slot in slots_of(module).items() if key in module._buffers}
+    # Of batch norms, and the power iterations of both kinds of spectral norm.
+    return any(slot.live != BASE for key, slot in statistics.items() if key == "running_mean" or key.endswith("_u"))
 
 
 def _has_statistics(module: nn.Module) -> bool:
@@ -77,13 +75,26 @@ def release_norms(model: nn.Module) -> None:
 
 
 def let_go(model: nn.Module) -> None:
-    """Make a merged model as trainable as it was before any adapter; `freeze` takes hold of it again."""
+    """Make a merged model as trainable as it was before any adapter; `take_hold` undoes it."""
     release_norms(model)
     for _, module in walk(model):
-        for name in module.__dict__.get(FROZEN, ()):
+        before = module.__dict__.get(FROZEN, set())
+        names = before | {key for key in slots_of(module) if key in module._parameters}
+        now = {name: p.requires_grad for name in names if (p := module._parameters.get(name)) is not None}
+        for name in now:
+            module._parameters[name].requires_grad_(name in before)  # type: ignore[union-attr]
+        if now:
+            module.__dict__[_LET_GO] = now
+
+
+def take_hold(model: nn.Module) -> None:
+    """Freeze again what `let_go` released, and nothing else."""
+    for _, module in walk(model):
+        for name, trains in module.__dict__.pop(_LET_GO, {}).items():
             parameter = module._parameters.get(name)
             if parameter is not None:
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(trains)
+    hold_norms(model)
 
 
 def hold_norms(model: nn.Module) -> None:
@@ -108,6 +119,7 @@ def is_resting_norm(module: nn.Module) -> bool:
 def thaw(model: nn.Module) -> None:
     """Undo freeze."""
     for _, module in walk(model):
+        module.__dict__.pop(_LET_GO, None)
         for name in module.__dict__.pop(FROZEN, ()):
             parameter = module._parameters.get(name)
             if parameter is not None:

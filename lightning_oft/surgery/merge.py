@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_oft.layers import LayerState, rotations_of, state_of
 
-from .frozen import freeze, guard_nested_tensors, hold_norms, release_norms
+from .frozen import guard_nested_tensors, release_norms, take_hold
 from .sharded import by_rows, is_part, is_sharded, whole, write
 from .sharded import part as part_of
 from .switch import remember_choice, set_adapter
@@ -78,14 +78,16 @@ def merge_gathered(
     keep_base: KeepBase = "auto",
     device: torch.device | str | None = None,
     gathered: Callable[[nn.Module], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    only: Collection[str] | None = None,
 ) -> list[str]:
-    """`merge` for a model whose tensors are only at hand within `gathered(layer)`."""
+    """`merge` for a model whose tensors are only at hand within `gathered(layer)`; of all layers, or of those named."""
     if keep_base not in ("auto", "always", "never"):
         raise ValueError(f"keep_base={keep_base!r}: must be 'auto', 'always' or 'never'")
-    layers = oft_layers(model)
+    layers = {name: layer for name, layer in oft_layers(model).items() if only is None or name in only}
     if not layers:
         raise ValueError("nothing to merge: the model has no adapter; call inject or load_adapter first")
-    require_unmerged(model, "merge again")
+    if only is None:
+        require_unmerged(model, "merge again")
     require_enabled(model, "merge")
     restore = remember_choice(model)
     done: list[nn.Module] = []
@@ -107,7 +109,8 @@ def merge_gathered(
         raise
     tied = [n for n, layer in layers.items() if any(isinstance(b, nn.Parameter) for b in _state(layer).base.values())]
     untie_configs(model, tied)
-    release_norms(model)
+    if len(merged_layers(model)) == len(oft_layers(model)):
+        release_norms(model)
     guard_nested_tensors(model)
     forget_compiled()
     return list(layers)
@@ -146,8 +149,7 @@ def unmerge(model: nn.Module) -> list[str]:
     for layer in layers.values():
         _unmerge_layer(layer)
     retie_configs(model)
-    hold_norms(model)
-    freeze(model)
+    take_hold(model)
     guard_nested_tensors(model)
     forget_compiled()
     return list(layers)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from small import Small, loader, oft, trainer
 from torch import nn
 
-from lightning_oft import OFTFinetuning, inject, oft_layers, unload
+from lightning_oft import OFTConfig, OFTFinetuning, inject, merge, oft_layers, unload, unmerge
+from lightning_oft.callback.files import WholeCheckpoints
 from lightning_oft.surgery.walk import merged_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
@@ -37,6 +39,7 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a target that matches nothing": ({"target_modules": ["nope"]}, "nope"),
     "a place that is a file": ({"export_dir": "taken"}, "export_dir='.*taken': cannot be written"),
+    "an adapter's place that is a file": ({"export_dir": "half"}, "half/adapter: is a file"),
     "a place of something else": ({"export_dir": "precious"}, "merged: holds something else than a model"),
 }
 
@@ -46,6 +49,8 @@ def test_a_fit_that_is_refused_leaves_the_model_as_it_was(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "taken").touch()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "adapter").touch()
     (tmp_path / "precious" / "merged").mkdir(parents=True)
     (tmp_path / "precious" / "merged" / "thesis.txt").write_text("mine")
     if "export_dir" in options:
@@ -93,12 +98,88 @@ def test_another_configuration_of_an_adapter_that_is_there_is_refused(tmp_path: 
     trainer(tmp_path, other).fit(model, loader())
 
 
+def _part(index: int, **options: Any) -> OFTFinetuning:
+    return oft(module=f"net.{index}", target_modules="all-linear", modules_to_save=None, **options)
+
+
 def test_two_callbacks_do_not_write_into_one_directory(tmp_path: Path) -> None:
-    parts = [
-        oft(module=f"net.{i}", target_modules="all-linear", modules_to_save=None, export_dir="one") for i in (0, 3)
-    ]
-    with pytest.raises(ValueError, match="two OFTFinetuning callbacks have export_dir='one'"):
+    parts = [_part(0, export_dir=str(tmp_path / "one")), _part(3, export_dir=str(tmp_path / "two" / ".." / "one"))]
+    with pytest.raises(ValueError, match="two OFTFinetuning callbacks have export_dir="):
         trainer(tmp_path, *parts).fit(Small(), loader())
+    trainer(tmp_path, *parts).validate(Small(), loader(shuffle=False), verbose=False)  # writes nothing
+
+
+def test_two_callbacks_may_share_a_name_where_they_share_no_layer(tmp_path: Path) -> None:
+    model = Small()
+    rest = oft(target_modules=["net.3"], oft_block_size=2, modules_to_save=None)
+    trainer(tmp_path, _part(0), rest).fit(model, loader())
+    assert list(merged_layers(model)) == ["net.0", "net.3"]
+
+
+class RaisesAt(pl.Callback):
+    """Fails in one hook, behind ours."""
+
+    def __init__(self, hook: str, error: type[BaseException]) -> None:
+        self.hook, self.error = hook, error
+        setattr(self, hook, self.fail)
+
+    def fail(self, *_: Any, **__: Any) -> None:
+        raise self.error("on purpose")
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start", "on_train_epoch_start"])
+def test_what_fails_before_the_first_batch_leaves_the_model_as_it_was(
+    tmp_path: Path, hook: str, error: type[BaseException], merged: bool
+) -> None:
+    model = Small()
+    if merged:
+        trainer(tmp_path, oft()).fit(model, loader())
+    before = _looks(model)
+    with pytest.raises((error, SystemExit)):
+        trainer(tmp_path, oft(), RaisesAt(hook, error)).fit(model, loader())
+    assert _same(_looks(model), before)
+
+
+def test_a_part_that_is_not_merged_stays_held(tmp_path: Path) -> None:
+    model = Small()
+    trainer(tmp_path, _part(0), _part(3, merge_on_fit_end=False)).fit(model, loader())
+    assert list(merged_layers(model)) == ["net.0"]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["net.3.oft_R.default.weight"]
+    trainer(tmp_path, _part(0), _part(3)).validate(model, loader(shuffle=False), verbose=False)
+    assert list(merged_layers(model)) == ["net.0"]
+
+
+@pytest.mark.parametrize("merge_on_fit_end", [True, False])
+def test_what_somebody_else_trains_still_trains_after_an_export(tmp_path: Path, merge_on_fit_end: bool) -> None:
+    class Thaw(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.net[6].requires_grad_(True)
+
+    model = Small()
+    options: dict[str, Any] = {"modules_to_save": None, "merge_on_fit_end": merge_on_fit_end}
+    trainer(tmp_path, oft(export_dir=str(tmp_path / "export"), **options), Thaw()).fit(model, loader())
+    assert all(parameter.requires_grad for parameter in model.net[6].parameters())  # type: ignore[index, union-attr]
+
+
+def test_a_merge_taken_back_freezes_nothing_that_no_adapter_had() -> None:
+    model = Small().net
+    inject(model.get_submodule("0"), OFTConfig(oft_block_size=4))
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    merge(model.get_submodule("0"))
+    unmerge(model.get_submodule("0"))
+    assert [parameter.requires_grad for parameter in model.parameters()] == trains
+
+
+def test_a_head_that_was_frozen_is_frozen_again_after_the_merge(tmp_path: Path) -> None:
+    model = Small()
+    model.net[6].requires_grad_(False)  # type: ignore[index, operator, union-attr]
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    trainer(tmp_path, oft()).fit(model, loader())
+    assert [parameter.requires_grad for parameter in model.parameters()] == trains
+    unmerge(model)
+    assert all(parameter.requires_grad for parameter in model.net[6].parameters())  # type: ignore[index, union-attr]
 
 
 @pytest.mark.parametrize(
@@ -128,8 +209,6 @@ def test_a_merged_model_trains_like_any_other(tmp_path: Path) -> None:
 def test_a_frozen_spectral_norm_keeps_its_statistics(new: bool) -> None:
     norm: Any = nn.utils.parametrizations.spectral_norm if new else nn.utils.spectral_norm
     model = nn.Sequential(norm(nn.Linear(8, 16)), nn.LeakyReLU(), nn.Linear(16, 1))
-    from lightning_oft import OFTConfig
-
     inject(model, OFTConfig(oft_block_size=4, target_modules=["2"]))
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     assert buffers
@@ -141,3 +220,23 @@ def test_a_frozen_spectral_norm_keeps_its_statistics(new: bool) -> None:
     model.train()
     model(torch.randn(4, 8))
     assert not all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+
+
+def test_a_spectral_norm_that_an_adapter_trains_goes_on(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.utils.spectral_norm(nn.LSTM(8, 8), name="weight_hh_l0"))
+    inject(model, OFTConfig(oft_block_size=4, target_modules=["0"], modules_to_save=["1"]))
+    before = model[1].weight_hh_l0_u.clone()  # type: ignore[operator]
+    model.train()
+    model(torch.randn(4, 8))
+    assert not torch.equal(model[1].weight_hh_l0_u, before)  # type: ignore[arg-type]
+
+
+def test_only_damage_is_called_damage(tmp_path: Path) -> None:
+    class Gone:
+        pass
+
+    globals()["Gone"], Gone.__qualname__ = Gone, "Gone"
+    torch.save({"thing": Gone()}, tmp_path / "x.ckpt")
+    del globals()["Gone"]
+    with pytest.raises(AttributeError, match="Gone"):
+        WholeCheckpoints().load_checkpoint(tmp_path / "x.ckpt", weights_only=False)

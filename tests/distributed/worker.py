@@ -162,11 +162,11 @@ class Counted(OFTFinetuning):
         self.live = LiveBytes(pl_module.parameters())
         self.live.__enter__()
 
-    def _merge(self, trainer: Any, root: nn.Module) -> None:
+    def _merge(self, trainer: Any, root: nn.Module, only: list[str] | None = None) -> None:
         trained = self.live.peak
         gc.collect()  # what the trainer's cycles still hold is not the merge's
         before = self.live.restart()
-        super()._merge(trainer, root)
+        super()._merge(trainer, root, only)
         self.live.__exit__(None, None, None)
         self.counts = {
             "train": trained,
