@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft.tuners.oft.layer import OFTLayer as PeftLayer
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -174,6 +174,7 @@ def test_lists_match_as_in_peft(
     layers: int | list[int] | None,
     pattern: list[str] | str | None,
 ) -> None:
+    assume(layers is None or pattern is not None or not path[1:2] or not path[1].isdigit())  # a list at the root, below
     options: dict[str, Any] = {
         "target_modules": items,
         "exclude_modules": exclude,
