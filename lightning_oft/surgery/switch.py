@@ -149,9 +149,12 @@ def _let_fuse(model: nn.Module, layers: list[nn.Module], fuse: bool) -> None:
 
 @torch.no_grad()
 def project(model: nn.Module) -> None:
-    """Pull every constrained rotation below a module back into its ball (COFT), in place. Idempotent."""
+    """Pull every constrained rotation below a module back into its ball (COFT), in place. Idempotent.
+
+    Layers that are merged stay as they are: their rotation is in the weight, and `unmerge` must find the same one.
+    """
     for layer in oft_layers(model).values():
         state = state_of(layer)
-        for name in state.configs if state else ():
+        for name in state.configs if state is not None and state.merged is None else ():
             for rotation in rotations_of(layer, name).values():
                 rotation.project()

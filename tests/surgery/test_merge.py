@@ -14,7 +14,7 @@ import transformers
 from kinds import config, randomize, relative
 from torch import Tensor, nn
 
-from lightning_oft import OFTConfig, inject, merge, oft_layers, set_adapter, unload, unmerge
+from lightning_oft import OFTConfig, inject, merge, oft_layers, project, set_adapter, unload, unmerge
 from lightning_oft.layers import LayerState, state_of
 from lightning_oft.surgery import trained
 
@@ -396,3 +396,16 @@ def test_plain_modules_that_share_a_weight_are_merged_apart(caplog: pytest.LogCa
     assert torch.equal(model["b"](x), untouched)
     unmerge(model)
     assert model["b"].weight is model["a"].weight
+
+
+@pytest.mark.parametrize("keep_base", ["always", "never"])
+def test_projecting_a_merged_model_changes_nothing(keep_base: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
+    inject(model, OFTConfig(oft_block_size=4, max_angle=1.0, init_weights=False, use_cayley_neumann=False))
+    adapted = model(x)
+    merge(model, keep_base=keep_base)
+    project(model)
+    unmerge(model)
+    torch.testing.assert_close(model(x), adapted)
+    project(model)
+    assert not torch.allclose(model(x), adapted, atol=1e-3)
