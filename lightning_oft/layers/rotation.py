@@ -102,6 +102,7 @@ class Rotation(nn.Module):
             nn.init.zeros_(self.weight)
         else:
             nn.init.normal_(self.weight, std=0.1)
+            self.project()  # a constraint holds from the start
 
     def matrix(self, cut: Cut | None = None) -> Tensor:
         """The rotation R, (n, b, b) float32, or (1, b, b) where one block is shared; differentiable. With `cut`, the

@@ -50,6 +50,14 @@ def test_init_weights_false_starts_from_a_small_rotation() -> None:
     assert rotation.error_bound() < 1
 
 
+def test_a_random_start_lies_in_its_ball() -> None:
+    rotation = Rotation(8, 4, config(init_weights=False, max_angle=1.0))
+    norms = 2**0.5 * torch.linalg.vector_norm(rotation.weight.detach(), dim=1)
+    assert rotation.radius is not None
+    assert 0 < float(norms.max()) <= rotation.radius * (1 + 1e-6)
+    Rotation(8, 4, config(init_weights=False, max_angle=1.0), device="meta")
+
+
 def test_reset_parameters_returns_to_the_identity() -> None:
     rotation = _rotation()
     rotation.reset_parameters()
