@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -120,36 +121,36 @@ class OFTConfig:
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 """What PEFT knows; it reads no adapter of any other."""
 
-_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "int": ((int,), "a whole number"),
-    "float": ((int, float), "a number"),
-    "bool": ((bool,), "true or false"),
-    "str": ((str,), "a string"),
-    "list[str]": ((list,), "a list of strings"),
-    "list[int]": ((list,), "a list of whole numbers"),
-    "None": ((type(None),), "null"),
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list[str]: "a list of strings",
+    list[int]: "a list of whole numbers",
+    type(None): "null",
 }
 
 
-def _fits(value: Any, kind: str) -> bool:
-    if kind.startswith("Literal["):
-        return isinstance(value, str) and repr(value) in kind
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type; a whole number is also a number, and true is neither."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind) if isinstance(value, str) else False
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
     if isinstance(value, bool):
-        return kind == "bool"
-    if isinstance(value, list) and kind.startswith("list["):
-        return all(_fits(item, kind[5:-1]) for item in value)
-    return kind in _KINDS and isinstance(value, _KINDS[kind][0])
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _check_types(config: OFTConfig) -> None:
     """Raise ValueError naming the first field whose value is of none of its types; sets and tuples become lists."""
-    for field in fields(config):
-        value = getattr(config, field.name)
+    for name, annotation in get_type_hints(OFTConfig).items():
+        value = getattr(config, name)
         if isinstance(value, (set, frozenset, tuple)):
-            value = sorted(value, key=str) if isinstance(value, (set, frozenset)) else list(value)
-            object.__setattr__(config, field.name, value)
-        annotation = str(field.type)
-        kinds = [annotation] if annotation.startswith("Literal[") else annotation.split(" | ")
+            value = list(value) if isinstance(value, tuple) else sorted(value, key=str)
+            object.__setattr__(config, name, value)
+        kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
         if not any(_fits(value, kind) for kind in kinds):
-            takes = " or ".join(k[8:-1].replace(", ", " or ") if k.startswith("Lit") else _KINDS[k][1] for k in kinds)
-            raise ValueError(f"{field.name}={value!r}: must be {takes}")
+            takes = " or ".join(_WORDS.get(kind) or " or ".join(map(repr, get_args(kind))) for kind in kinds)
+            raise ValueError(f"{name}={value!r}: must be {takes}")

@@ -7,29 +7,28 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_oft import checkpoints
-from lightning_oft.adapters import contents_of, write_contents
-from lightning_oft.merged import check_replaceable, root_of, save_merged
-from lightning_oft.surgery import merge, trained, unmerge
+from lightning_oft.callback.strategies import strategy_adapter
+from lightning_oft.formats.checkpoint_file import CheckpointError, is_rotation_key, read
+from lightning_oft.formats.peft import write_peft
+from lightning_oft.formats.pretrained import check_replaceable, root_of, write_pretrained
+from lightning_oft.model import saved_modules
+from lightning_oft.model.adapter_state import take
+from lightning_oft.model.merging import merge, unmerge
+from lightning_oft.model.traversal import walk
 
-from .strategies import strategy_of
 
-if TYPE_CHECKING:
-    from .finetuning import OFTFinetuning
-
-
-def check_place(trainer: Any, directory: str | None) -> None:
+def check_place(trainer: Any, directory: str) -> None:
     """Raise OSError, on every process, where a fit's results could not be written; asked before it begins.
 
     A directory `merged` that holds anything but a model stays as it is, which is an error too.
     """
     problem: str | None = None
-    if directory is not None and trainer.is_global_zero:
+    if trainer.is_global_zero:
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):
@@ -39,59 +38,76 @@ def check_place(trainer: Any, directory: str | None) -> None:
                 raise FileExistsError(
                     f"{directory}/adapter: is a file where a directory is wanted: give another directory"
                 )
-        except FileExistsError as error:
-            problem = str(error) if error.errno is None else _unwritable(directory, error)
-        except OSError as error:
-            problem = _unwritable(directory, error)
+        except OSError as error:  # ours say all by themselves, and have no number
+            said = f"export_dir={directory!r}: cannot be written ({error.strerror}): give another directory"
+            problem = str(error) if error.errno is None else said
     problem = trainer.strategy.broadcast(problem)
     if problem is not None:
         raise OSError(problem)
 
 
-def _unwritable(directory: str, error: OSError) -> str:
-    return f"export_dir={directory!r}: cannot be written ({error.strerror or error}): give another directory"
+class Exporter:
+    """Writes `adapter/` and `merged/` at the end of a fit. Every process takes part, rank zero writes.
 
-
-def export(trainer: Any, pl_module: nn.Module, root: nn.Module, callback: OFTFinetuning) -> dict[str, str]:
-    """Write `adapter/` below the callback's export_dir; and `merged/` too, where it is another state than the fit ends
-    with. Every process takes part, rank zero writes.
-
-    Returns:
-        Where each was written. The model is unmerged afterwards, as it was before.
+    Args:
+        trainer: the Trainer whose fit ends.
+        pl_module: its LightningModule.
+        root: the part of it that is adapted.
+        adapter_name: the adapter to write.
+        directory: where to write.
+        source: the "last" state of the fit, or ModelCheckpoint's "best".
+        merges: whether the fit ends with a merged model.
     """
-    if callback.export_dir is None:
-        return {}
-    written = {"adapter": str(Path(callback.export_dir) / "adapter")}
-    best = _best(trainer, callback.export_from)
-    with _state_of_checkpoint(pl_module, best):
-        contents = contents_of(root, callback.adapter_name)
-        if trainer.is_global_zero:
-            write_contents(contents, written["adapter"])
-        if best is not None or not callback.merge_on_fit_end:
-            merge(root, keep_base="always", device=strategy_of(trainer).device(trainer))
-            try:
-                written |= _write_merged(trainer, pl_module, root, callback.export_dir)
-            finally:
-                unmerge(root)
-    trainer.strategy.barrier("export")
-    return written
 
+    def __init__(
+        self,
+        trainer: Any,
+        pl_module: nn.Module,
+        root: nn.Module,
+        adapter_name: str,
+        directory: str,
+        source: str,
+        merges: bool,
+    ) -> None:
+        self._trainer, self._pl_module, self._root = trainer, pl_module, root
+        self._adapter_name, self._directory, self._merges = adapter_name, Path(directory), merges
+        self._best = _best_checkpoint(trainer) if source == "best" else None
 
-def export_merged(trainer: Any, pl_module: nn.Module, root: nn.Module, callback: OFTFinetuning) -> dict[str, str]:
-    """Write `merged/` below the callback's export_dir from the model that the fit ends with, now that it is merged."""
-    if callback.export_dir is None or not callback.merge_on_fit_end or _best(trainer, callback.export_from) is not None:
-        return {}
-    written = _write_merged(trainer, pl_module, root, callback.export_dir)
-    trainer.strategy.barrier("export")
-    return written
+    def write_unmerged(self) -> dict[str, str]:
+        """Write `adapter/`; and `merged/` too, where it is another state than the fit ends with.
 
+        Returns:
+            Where each was written. The model is unmerged afterwards, as it was before.
+        """
+        written = {"adapter": str(self._directory / "adapter")}
+        with _state_of_checkpoint(self._pl_module, self._best):
+            state = take(self._root, self._adapter_name)
+            if self._trainer.is_global_zero:
+                write_peft(state, written["adapter"])
+            if self._best is not None or not self._merges:
+                device = strategy_adapter(self._trainer).merge_device(self._trainer)
+                merge(self._root, keep_base="always", device=device)
+                try:
+                    written |= self._write_merged()
+                finally:
+                    unmerge(self._root)
+        self._trainer.strategy.barrier("export")
+        return written
 
-def _write_merged(trainer: Any, pl_module: nn.Module, root: nn.Module, directory: str) -> dict[str, str]:
-    place = str(Path(directory) / "merged")
-    state = strategy_of(trainer).whole_state(trainer, root_of(root))
-    if trainer.is_global_zero:
-        save_merged(root, place, companions=_companions(trainer, pl_module), state=state)
-    return {"merged model": place}
+    def write_merged(self) -> dict[str, str]:
+        """Write `merged/` from the model that the fit ends with, now that it is merged; nothing if it is not."""
+        if not self._merges or self._best is not None:
+            return {}
+        written = self._write_merged()
+        self._trainer.strategy.barrier("export")
+        return written
+
+    def _write_merged(self) -> dict[str, str]:
+        place = str(self._directory / "merged")
+        state = strategy_adapter(self._trainer).whole_state(self._trainer, root_of(self._root))
+        if self._trainer.is_global_zero:
+            write_pretrained(self._root, place, _companions(self._trainer, self._pl_module), state)
+        return {"merged model": place}
 
 
 def _companions(trainer: Any, pl_module: Any) -> list[Any]:
@@ -102,10 +118,8 @@ def _companions(trainer: Any, pl_module: Any) -> list[Any]:
     return [item for item in found if hasattr(item, "save_pretrained")]
 
 
-def _best(trainer: Any, export_from: str) -> str | None:
+def _best_checkpoint(trainer: Any) -> str | None:
     """The checkpoint to export from instead of the model as it is."""
-    if export_from != "best":
-        return None
     best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if not best:
         warnings.warn(
@@ -121,11 +135,11 @@ def _state_of_checkpoint(pl_module: nn.Module, best: str | None) -> Iterator[Non
     if best is None:
         yield
         return
-    theirs = checkpoints.read(best)["state_dict"]
+    theirs = read(best)["state_dict"]
     mine = _trained_tensors(pl_module)
     missing = [name for name in mine if name not in theirs]
     if missing:
-        raise checkpoints.CheckpointError(
+        raise CheckpointError(
             f"{best}: lacks {missing[0]}, which this run trained; nothing was exported: set export_from='last'"
         )
     last = {name: tensor.detach().clone() for name, tensor in mine.items()}
@@ -144,6 +158,7 @@ def _copy(into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Everything of a model that an adapter trains, by state-dict name."""
-    owned = {id(tensor) for _, tensor, slot in trained.slots(model) if slot.live != trained.BASE}
+    saved = saved_modules.saved_tensors(walk(model))
+    owned = {id(tensor) for _, tensor, slot in saved if slot.live != saved_modules.BASE}
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: t for name, t in tensors.items() if checkpoints.is_rotation_key(name) or id(t) in owned}
+    return {name: tensor for name, tensor in tensors.items() if is_rotation_key(name) or id(tensor) in owned}

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import lightning
 import torch
 
-from lightning_oft import checkpoints
-
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
@@ -40,8 +38,13 @@ def load_from_checkpoint(cls: type[T], path: str | Path, **kwargs: Any) -> T:
         CheckpointError: the base or the model is another one than the adapter was trained on.
         FileNotFoundError: there is no such file.
     """
+    from lightning_oft.formats import checkpoint as adapter_checkpoint
+    from lightning_oft.formats.checkpoint_file import read
+    from lightning_oft.model.fingerprint import refresh_fingerprints
+    from lightning_oft.model.traversal import walk
+
     location = kwargs.pop("map_location", "cpu")
-    checkpoint = checkpoints.read(path, location)
+    checkpoint = read(path, location)
     # Lightning makes the module and calls its hooks; the tensors come when the adapters have their places.
     buffer = io.BytesIO()
     torch.save({_VERSION: lightning.__version__, **checkpoint, "state_dict": {}}, buffer)
@@ -53,11 +56,13 @@ def load_from_checkpoint(cls: type[T], path: str | Path, **kwargs: Any) -> T:
         ):
             warnings.filterwarnings("ignore", message=message)
         model = cls.load_from_checkpoint(buffer, map_location=location, strict=False, weights_only=True, **kwargs)
-    entry = checkpoint.get(checkpoints.ENTRY)
-    if entry is not None and not entry.get("merged"):
-        checkpoints.restore_structure(model, entry)
-        checkpoints.complete(model, checkpoint)
-    checkpoints.load_state(model, checkpoint["state_dict"], path)
+    content = adapter_checkpoint.content_of(checkpoint)
+    if content in ("adapter", "full"):
+        adapter_checkpoint.put_adapters(model, checkpoint)
+        adapter_checkpoint.complete(model, checkpoint)
+    adapter_checkpoint.load_state(model, checkpoint["state_dict"], path)
+    if content == "full":
+        refresh_fingerprints(walk(model))
     tensors = (value for value in checkpoint["state_dict"].values() if isinstance(value, torch.Tensor))
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     return model.to(device).eval()

@@ -7,19 +7,17 @@ from collections import Counter
 
 from torch import nn
 
-from lightning_oft import rotation as maths
-from lightning_oft.layers import rotations_of, state_of
-from lightning_oft.surgery import oft_layers
-from lightning_oft.surgery.walk import merged_layers, some
+from lightning_oft import functional
+from lightning_oft.layers.state import rotations_of
+from lightning_oft.model.traversal import adapted, merged_layers, some, walk
 
 
 def start_line(pl_module: nn.Module, root: nn.Module, adapter_name: str) -> str:
     """What is adapted: layers, trainable and total parameters, block sizes, the largest angle a constraint allows."""
     sizes: Counter[int] = Counter()
     layers, radius = 0, None
-    for layer in oft_layers(root).values():
-        state = state_of(layer)
-        if state is None or adapter_name not in state.configs:
+    for _, layer, state in adapted(walk(root)):
+        if adapter_name not in state.configs:
             continue
         layers += 1
         for rotation in rotations_of(layer, adapter_name).values():
@@ -33,25 +31,24 @@ def start_line(pl_module: nn.Module, root: nn.Module, adapter_name: str) -> str:
     line = f"OFT adapter {adapter_name!r}: {layers} layers, {trainable:,} of {total:,} parameters train ({share:.2f}%)"
     line += f", block size {blocks}"
     if radius is not None:
-        line += f"; the constraint allows rotations up to {maths.largest_angle(radius):.3g} degrees"
+        line += f"; the constraint allows rotations up to {functional.largest_angle(radius):.3g} degrees"
     return line
 
 
 def warn_about_constraint(root: nn.Module, adapter_name: str) -> None:
     """Warn where a constraint allows next to nothing, or more than the truncated series can represent."""
     tight, loose = {}, {}
-    for name, layer in oft_layers(root).items():
-        state = state_of(layer)
-        if state is None or adapter_name not in state.configs:
+    for name, layer, state in adapted(walk(root)):
+        if adapter_name not in state.configs:
             continue
         for rotation in rotations_of(layer, adapter_name).values():
             if rotation.radius is None:
                 continue
-            if maths.largest_angle(rotation.radius) < 1:
-                tight[name] = maths.largest_angle(rotation.radius)
-            reach = maths.series_reach(rotation.terms) if rotation.terms is not None else float("inf")
+            if functional.largest_angle(rotation.radius) < 1:
+                tight[name] = functional.largest_angle(rotation.radius)
+            reach = functional.series_reach(rotation.terms) if rotation.terms is not None else float("inf")
             if rotation.radius / 2**0.5 > reach:
-                loose[name] = maths.largest_angle(rotation.radius)
+                loose[name] = functional.largest_angle(rotation.radius)
     if tight:
         warnings.warn(
             f"the constraint lets {some(tight)} turn by at most {max(tight.values()):.2g} degrees, which trains next to "
@@ -68,7 +65,8 @@ def warn_about_constraint(root: nn.Module, adapter_name: str) -> None:
 
 def end_line(root: nn.Module, adapter_name: str, written: dict[str, str]) -> str:
     """What became of the adapter, and where it was written."""
-    layers = len(oft_layers(root))
-    how = f"merged into {layers} layers" if merged_layers(root) else f"not merged, active beside {layers} layers"
+    modules = walk(root)
+    layers = len(list(adapted(modules)))
+    how = f"merged into {layers} layers" if merged_layers(modules) else f"not merged, active beside {layers} layers"
     places = "".join(f"; {what} written to {place}" for what, place in written.items())
     return f"OFT adapter {adapter_name!r}: {how}{places}"

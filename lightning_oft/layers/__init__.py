@@ -1,17 +1,34 @@
 """Floor 1: the Rotation module, and how one module gets it and loses it."""
 
-from .kinds import Kind, Part, kind_of, refusal
-from .rotation import Rotation
-from .state import LayerState, is_adapted, rotations_of, state_of
+from lightning_oft.layers.attention import ATTENTION
+from lightning_oft.layers.base import (
+    LayerType,
+    RotatedWeight,
+    layer_type_named,
+    layer_type_of,
+    refusal,
+    register_layer_type,
+)
+from lightning_oft.layers.conv import CONV, CONV_TRANSPOSE
+from lightning_oft.layers.linear import CONV1D, EMBEDDING, LINEAR
+from lightning_oft.layers.rotation import Rotation
+from lightning_oft.layers.state import LayerState, rotations_of, state_of
 
 __all__ = [
-    "Kind",
+    "ATTENTION",
+    "CONV",
+    "CONV1D",
+    "CONV_TRANSPOSE",
+    "EMBEDDING",
+    "LINEAR",
     "LayerState",
-    "Part",
+    "LayerType",
+    "RotatedWeight",
     "Rotation",
-    "is_adapted",
-    "kind_of",
+    "layer_type_named",
+    "layer_type_of",
     "refusal",
+    "register_layer_type",
     "rotations_of",
     "state_of",
 ]

@@ -1,6 +1,6 @@
 """Rotation: the generators of one fan-in as a module, and the rotation they stand for.
 
-Shapes: n blocks of size b, fan-in i = n*b; see `lightning_oft.rotation` for the maths.
+Shapes: n blocks of size b, fan-in i = n*b; see `lightning_oft.functional` for the functional.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import override
 
-from lightning_oft import rotation as maths
+from lightning_oft import functional
 from lightning_oft.config import OFTConfig
-
-from . import parallel
-from .parallel import Cut
+from lightning_oft.layers import tensor_parallel
+from lightning_oft.layers.tensor_parallel import Cut
 
 
 class _Cached(NamedTuple):
@@ -50,7 +49,7 @@ class _Steps:
 @contextlib.contextmanager
 def _full_float32(device: torch.device) -> Iterator[None]:
     """Neither autocast nor TF32: a rotation of a reduced mantissa is not orthogonal."""
-    with maths.without_autocast(device):
+    with functional.without_autocast(device):
         matmul = torch.backends.cuda.matmul
         if device.type != "cuda" or torch.compiler.is_compiling() or not hasattr(matmul, "fp32_precision"):
             yield
@@ -91,7 +90,7 @@ class Rotation(nn.Module):
         self.identity_init = config.init_weights
         stored = 1 if config.block_share else self.blocks
         self.radius = _radius(config, block_size, stored)
-        shape = (stored, maths.generator_size(block_size))
+        shape = (stored, functional.generator_size(block_size))
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
         self._cache: _Cached | None = None
         self.reset_parameters()
@@ -118,22 +117,24 @@ class Rotation(nn.Module):
         if cut is not None:
             generator = cut.generators(generator)
         with _full_float32(generator.device):
-            q_nbb = maths.skew(generator.float(), self.block_size)
+            q_nbb = functional.skew(generator.float(), self.block_size)
             if self.terms is None:
-                return maths.cayley(q_nbb)
-            return maths.cayley_neumann(q_nbb, self.terms, self.halve_last)
+                return functional.cayley(q_nbb)
+            return functional.cayley_neumann(q_nbb, self.terms, self.halve_last)
 
     def forward(self, x: Tensor, transpose: bool = False) -> Tensor:
         """x . blockdiag(R), or with R^T where `transpose`. (..., n*b) -> (..., n*b), dtype and device of x; a DTensor
         stays spread as it is."""
         if hasattr(x, "to_local"):
-            return parallel.rotate(self, x, transpose)
+            return tensor_parallel.rotate(
+                x, self.fan_in, self.block_size, lambda local, cut: self.rotate(local, transpose, cut)
+            )
         return self.rotate(x, transpose)
 
     def rotate(self, x: Tensor, transpose: bool = False, cut: Cut | None = None) -> Tensor:
         """The same of what this process holds of x."""
         r_nbb = self._matrix_in(x.dtype, cut)
-        return maths.rotate(x, r_nbb.mT if transpose else r_nbb)
+        return functional.rotate(x, r_nbb.mT if transpose else r_nbb)
 
     def _matrix_in(self, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
@@ -203,7 +204,7 @@ class Rotation(nn.Module):
         weight = self.weight.detach()
         weight = weight.to_local() if hasattr(weight, "to_local") else weight  # blocks are rows: each shard has its own
         if weight.numel():
-            maths.project(weight, self.radius)
+            functional.project(weight, self.radius)
 
     def error_bound(self) -> float:
         """Upper bound of ||R^T R - I||_2 over the blocks; 0 for the exact Cayley map. Waits for the device."""
@@ -212,14 +213,14 @@ class Rotation(nn.Module):
         weight = self.weight.detach()
         if hasattr(weight, "to_local"):
             weight = weight.to_local()
-        norm = float(maths.frobenius_norm(weight).max()) / 2**0.5 if weight.numel() else 0.0
+        norm = float(functional.frobenius_norm(weight).max()) / 2**0.5 if weight.numel() else 0.0
         if self.halve_last:
-            if maths.series_error(norm, self.terms) <= maths.SERIES_TOLERANCE:
-                return maths.series_error(norm, self.terms)
-            norm = float(torch.linalg.matrix_norm(maths.skew(weight, self.block_size), 2).max())
-            return maths.series_error(norm, self.terms)
+            if functional.series_error(norm, self.terms) <= functional.SERIES_TOLERANCE:
+                return functional.series_error(norm, self.terms)
+            norm = float(torch.linalg.matrix_norm(functional.skew(weight, self.block_size), 2).max())
+            return functional.series_error(norm, self.terms)
         with torch.no_grad():
-            return float(maths.orthogonality_error(self.matrix()).max())
+            return float(functional.orthogonality_error(self.matrix()).max())
 
     @override
     def extra_repr(self) -> str:
@@ -235,7 +236,7 @@ def _is_on_host(tensor: Tensor) -> bool:
 
 def _radius(config: OFTConfig, block_size: int, stored: int) -> float | None:
     if config.max_angle is not None:
-        return maths.angle_radius(config.max_angle)
+        return functional.angle_radius(config.max_angle)
     if not config.coft:
         return None
-    return maths.eps_radius(config.eps, block_size if config.coft_radius == "paper" else 1, stored)
+    return functional.eps_radius(config.eps, block_size if config.coft_radius == "paper" else 1, stored)

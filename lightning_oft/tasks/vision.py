@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from transformers.utils import logging as transformers_logging
 from typing_extensions import override
 
-from lightning_oft.merged import Companions
+from lightning_oft.formats.pretrained import Companions
 from lightning_oft.tasks.optimization import configure
 from lightning_oft.tasks.sharding import shard_blocks
 

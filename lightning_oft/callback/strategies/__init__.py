@@ -1,31 +1,33 @@
-"""What differs between strategies, in one place: where rotations live, real steps, checkpoints, merge and export."""
+"""What differs between Lightning's strategies, an adapter for each: where rotations live, real steps, checkpoints, merge."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
-from lightning_oft.surgery.walk import class_names
+from lightning_oft.callback.strategies.base import StrategyAdapter
+from lightning_oft.model.traversal import class_names
 
-from .base import Steps, Strategy
-from .fsdp1 import FlatShards
-from .fsdp2 import FullyShard
-from .zero import Zero
+__all__ = ["StrategyAdapter", "strategy_adapter"]
 
-__all__ = ["Steps", "Strategy", "strategy_of"]
+_ADAPTERS = {
+    "DeepSpeedStrategy": ("deepspeed", "DeepSpeedAdapter"),
+    "ModelParallelStrategy": ("fsdp2", "FSDP2Adapter"),
+    "FSDPStrategy": ("fsdp1", "FSDP1Adapter"),
+}
+"""By the name of Lightning's class: the file and the class of ours, imported where that strategy is in use."""
 
 
-def strategy_of(trainer: Any) -> Strategy:
-    """The strategy's ways. Raises ValueError for one that cannot work."""
+def strategy_adapter(trainer: Any) -> StrategyAdapter:
+    """The adapter for a Trainer's strategy. Raises ValueError for one that cannot work."""
     names = class_names(trainer.strategy)
-    if "DeepSpeedStrategy" in names:
-        if getattr(trainer.strategy, "zero_stage_3", False):
-            raise ValueError(
-                "OFTFinetuning does not support DeepSpeed stage 3, which partitions the weights that a merge folds: "
-                "use stage 1 or 2, or ModelParallelStrategy (FSDP2)"
-            )
-        return Zero()
-    if "ModelParallelStrategy" in names:
-        return FullyShard()
-    if "FSDPStrategy" in names:
-        return FlatShards()
-    return Strategy()
+    if getattr(trainer.strategy, "zero_stage_3", False):
+        raise ValueError(
+            "OFTFinetuning does not support DeepSpeed stage 3, which partitions the weights that a merge folds: "
+            "use stage 1 or 2, or ModelParallelStrategy (FSDP2)"
+        )
+    for name, (file, cls) in _ADAPTERS.items():
+        if name in names:
+            found: StrategyAdapter = getattr(import_module(f"{__name__}.{file}"), cls)()
+            return found
+    return StrategyAdapter()

@@ -3,111 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_oft.callback import guards
-from lightning_oft.layers import Rotation
-from lightning_oft.rotation import SERIES_TOLERANCE
-from lightning_oft.surgery import project
-from lightning_oft.surgery.sharded import is_sharded, part
-from lightning_oft.surgery.walk import class_names, some
+from lightning_oft.callback import checks
+from lightning_oft.model.activation import project
+from lightning_oft.model.traversal import class_names
+
+if TYPE_CHECKING:
+    from lightning_oft.callback.strategies.steps import Steps
 
 Gathered = Callable[[nn.Module], AbstractContextManager[Any]]
 
-_WATCH_EVERY = 100
-"""Steps between two looks at the series' error: a look waits for the device."""
 
-
-class Steps:
-    """Acts after every real optimizer step: projects what that optimizer trains, and checks that it trains.
-
-    A post hook of the raw optimizer is the only place that equals real updates under accumulation, manual
-    optimization, gradient scalers that skip, and LBFGS (measured).
-    """
-
-    def __init__(self, optimizers: list[Any], rotations: dict[str, Rotation]) -> None:
-        self._handles = []
-        self._rotations = rotations
-        self._warned = False
-        self._count = 0
-        for optimizer in optimizers:
-            held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-            own = {name: rotation for name, rotation in rotations.items() if id(rotation.weight) in held}
-            raw = getattr(optimizer, "optimizer", optimizer)
-            self._handles.append(raw.register_step_post_hook(self._after(own)))
-
-    def _after(self, own: dict[str, Rotation]) -> Any:
-        checked = False
-
-        def after_step(*_: Any) -> None:
-            nonlocal checked
-            if not checked:
-                guards.check_gradients(own)
-                checked = True
-            self.stepped(own)
-
-        return after_step
-
-    def stepped(self, own: dict[str, Rotation]) -> None:
-        """After a real step: pull back what was trained, and look at the series now and then."""
-        for rotation in own.values():
-            self.project(rotation)
-        self._count += 1
-        if self._count % _WATCH_EVERY == 0:
-            self.check_series()
-
-    def project(self, rotation: Rotation) -> None:
-        """Pull one rotation back into its ball."""
-        rotation.project()
-
-    def check_series(self) -> None:
-        """Warn once where a truncated series is less orthogonal than float32 is. Raises RuntimeError where generators
-        are NaN or infinite, before a checkpoint of them replaces a good one."""
-        self._check_finite()
-        if self._warned:
-            return
-        errors = {name: rotation.error_bound() for name, rotation in self._rotations.items()}
-        name = max(errors, key=lambda key: errors[key], default=None)
-        if name is None or errors[name] <= SERIES_TOLERANCE:
-            return
-        self._warned = True
-        terms = self._rotations[name].terms
-        warnings.warn(
-            f"{name}: its rotation has grown so large that a series of {terms} terms is off orthogonality by "
-            f"{errors[name]:.1e} (above {SERIES_TOLERANCE:.0e}): set use_cayley_neumann=false for the exact map, more "
-            "num_cayley_neumann_terms (even), or max_angle",
-            stacklevel=2,
-        )
-
-    def _check_finite(self) -> None:
-        weights = [rotation.weight.detach() for rotation in self._rotations.values()]
-        if not weights:
-            return
-        broken = torch.stack([~part(weight).isfinite().all() for weight in weights])
-        if any(is_sharded(weight) for weight in weights):  # all processes must know what one of them holds
-            broken = broken.to(torch.uint8)
-            torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
-        names = [name for name, is_broken in zip(self._rotations, broken.tolist(), strict=True) if is_broken]
-        if names:
-            raise RuntimeError(
-                f"the generators of {some(names)} became NaN or infinite in training: lower the learning rate or clip "
-                "gradients (gradient_clip_val), and start again from the last checkpoint"
-            )
-
-    def remove(self) -> None:
-        """Unregister from the optimizers."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-
-class Strategy:
+class StrategyAdapter:
     """One process, or DDP: every process has all parameters."""
 
     def before_inject(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -123,16 +36,18 @@ class Strategy:
     def after_inject(self, trainer: Any, root: nn.Module) -> None:
         """Give new rotations the place that the strategy wants them to have."""
 
-    def held(self, trainer: Any) -> list[Tensor]:
+    def optimized(self, trainer: Any) -> list[Tensor]:
         """The parameters that the optimizers train."""
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         return [tensor for group in groups for tensor in group["params"]]
 
     def watch_steps(self, trainer: Any, root: nn.Module, adapter_name: str) -> Steps:
         """Act after every real step from now on."""
-        return Steps(trainer.optimizers, guards.trainable_rotations(root, adapter_name))
+        from lightning_oft.callback.strategies.steps import Steps
 
-    def device(self, trainer: Any) -> torch.device | None:
+        return Steps(trainer.optimizers, checks.trainable_rotations(root, adapter_name))
+
+    def merge_device(self, trainer: Any) -> torch.device | None:
         """Where to merge: Lightning has moved the model to the CPU by the end of a fit."""
         device = trainer.strategy.root_device
         return device if device.type != "cpu" else None
@@ -149,12 +64,12 @@ class Strategy:
         """For a layer, a context in which its tensors are at hand."""
         return contextlib.nullcontext
 
-    def hold_checkpoints(self, pl_module: Any, adapter_only: bool) -> list[Any]:
+    def prepare_checkpoints(self, pl_module: Any, adapter_only: bool) -> list[Any]:
         """Prepare the module for a strategy that reads and writes checkpoints without asking anybody; handles to undo."""
         return []
 
-    def settle(self, pl_module: nn.Module) -> None:
-        """Called when the fit has ended, before anything is merged or exported."""
+    def reshard(self, pl_module: nn.Module) -> None:
+        """Called when the fit has ended, before anything is merged or exported: give back what was gathered."""
 
     def whole_state(self, trainer: Any, root: nn.Module) -> dict[str, Tensor] | None:
         """The whole tensors of a model by name, on rank zero; None where every process has them anyway."""

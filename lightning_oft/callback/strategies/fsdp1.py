@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_oft.callback import guards
-from lightning_oft.layers import Rotation
-from lightning_oft.surgery import oft_layers
-from lightning_oft.surgery.walk import class_names
-
-from .base import Gathered, Steps, Strategy
+from lightning_oft.callback import checks
+from lightning_oft.callback.strategies.base import Gathered, StrategyAdapter
+from lightning_oft.callback.strategies.steps import Steps
+from lightning_oft.layers.rotation import Rotation
+from lightning_oft.model.traversal import class_names, oft_layers
 
 
 def _is_unit(module: nn.Module) -> bool:
@@ -42,7 +41,7 @@ def _summon(units: list[nn.Module], writeback: bool = True) -> Iterator[None]:
         yield
 
 
-class _Steps(Steps):
+class _SummonedSteps(Steps):
     """Projects a rotation while its whole generators are summoned; a process may hold half a block."""
 
     @override
@@ -57,7 +56,7 @@ class _Steps(Steps):
             super().check_series()
 
 
-class FlatShards(Strategy):
+class FSDP1Adapter(StrategyAdapter):
     """FSDP1: rotations are units of their own through the wrap policy."""
 
     @override
@@ -68,10 +67,10 @@ class FlatShards(Strategy):
 
     @override
     def watch_steps(self, trainer: Any, root: nn.Module, adapter_name: str) -> Steps:
-        return _Steps(trainer.optimizers, guards.trainable_rotations(root, adapter_name))
+        return _SummonedSteps(trainer.optimizers, checks.trainable_rotations(root, adapter_name))
 
     @override
-    def device(self, trainer: Any) -> torch.device | None:
+    def merge_device(self, trainer: Any) -> torch.device | None:
         return None
 
     @override

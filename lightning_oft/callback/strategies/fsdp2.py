@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_oft import checkpoints
-from lightning_oft.checkpoint_files import CheckpointError
-from lightning_oft.layers import Rotation, rotations_of, state_of
-from lightning_oft.layers.parallel import cut_inside, divides
-from lightning_oft.surgery import oft_layers
-from lightning_oft.surgery.sharded import gather_back, is_sharded
+from lightning_oft.callback.strategies.base import StrategyAdapter
+from lightning_oft.callback.strategies.steps import Steps
+from lightning_oft.codecs import is_sharded, reshard
+from lightning_oft.formats.checkpoint import frozen_names
+from lightning_oft.formats.checkpoint_file import CheckpointError
+from lightning_oft.layers.rotation import Rotation
+from lightning_oft.layers.state import rotations_of
+from lightning_oft.layers.tensor_parallel import cut_inside, divides
+from lightning_oft.model.traversal import adapted, oft_layers, walk
 
-from .base import Steps, Strategy
 
-
-class FullyShard(Strategy):
+class FSDP2Adapter(StrategyAdapter):
     """FSDP2 (ModelParallelStrategy): a process holds some rows of each parameter, and some blocks of each rotation."""
 
     @override
@@ -57,12 +58,12 @@ class FullyShard(Strategy):
         return super().watch_steps(trainer, root, adapter_name)
 
     @override
-    def device(self, trainer: Any) -> torch.device | None:
+    def merge_device(self, trainer: Any) -> torch.device | None:
         """Every process merges the rows it holds, where they are."""
         return None
 
     @override
-    def hold_checkpoints(self, pl_module: Any, adapter_only: bool) -> list[Any]:
+    def prepare_checkpoints(self, pl_module: Any, adapter_only: bool) -> list[Any]:
         """FSDP2 loads whatever the module's state_dict names, before any hook: so it names the adapter only."""
         checks = _ResumeChecks(pl_module.trainer)
         if not adapter_only:
@@ -71,8 +72,8 @@ class FullyShard(Strategy):
         return [checks, pl_module.register_state_dict_post_hook(_only_trained)]
 
     @override
-    def settle(self, pl_module: nn.Module) -> None:
-        gather_back(pl_module)
+    def reshard(self, pl_module: nn.Module) -> None:
+        reshard(pl_module)
 
     @override
     def whole_state(self, trainer: Any, root: nn.Module) -> dict[str, Tensor] | None:
@@ -139,7 +140,7 @@ class _ResumeChecks:
 
 def _only_trained(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """Take out of a state dict what an adapter-only checkpoint leaves out."""
-    for name in checkpoints.frozen_names(module, ()):
+    for name in frozen_names(module, walk(module)):
         state_dict.pop(prefix + name, None)
 
 
@@ -149,13 +150,11 @@ def _agree(root: nn.Module, mesh: Any) -> None:
     Raises:
         ValueError: a cut goes through a block, or blocks drop out at random; names the layer.
     """
-    for name, layer in oft_layers(root).items():
-        state = state_of(layer)
-        assert state is not None
+    for name, layer, state in adapted(walk(root)):
         for adapter_name in state.configs:
             for part, rotation in rotations_of(layer, adapter_name).items():
-                weight = layer.get_parameter(state.kind.parts(layer)[part].parameter)
-                parts = _cuts_of_fan_in(weight, state.kind.row_dim, mesh)
+                weight = layer.get_parameter(state.layer_type.rotated_weights(layer)[part].parameter)
+                parts = _cuts_of_fan_in(weight, state.layer_type.row_dim, mesh)
                 if not divides(rotation.block_size, parts, rotation.fan_in):
                     raise ValueError(f"{name}: {cut_inside(rotation.fan_in, parts, rotation.block_size)}")
                 if rotation.dropout > 0:

@@ -1,0 +1,159 @@
+"""What would otherwise go wrong in silence: each check is one error that names the layers and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_oft.config import OFTConfig
+from lightning_oft.layers.rotation import Rotation
+from lightning_oft.layers.state import rotations_of
+from lightning_oft.model.freezing import only_norms_rest
+from lightning_oft.model.traversal import adapted, class_names, joined, some, walk
+
+
+def check_options(config: Mapping[str, Any], **choices: str) -> None:
+    """Raise TypeError for a keyword that OFTConfig lacks, ValueError for a choice that does not exist."""
+    fields = [field.name for field in dataclasses.fields(OFTConfig)]
+    for name in config:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(fields)}"
+            raise TypeError(f"OFTFinetuning has no option {name!r}{hint}")
+    takes = {"keep_base": ("auto", "always", "never"), "export_from": ("last", "best")}
+    for name, value in choices.items():
+        if value not in takes[name]:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(takes[name])}")
+
+
+def check_types(kinds: Any, **values: Any) -> None:
+    """Raise TypeError for an argument that is neither None nor of one of these types."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, kinds):
+            wanted = "true or false" if kinds is bool else "a string"
+            raise TypeError(f"{name}={value!r}: must be {wanted}, got {type(value).__name__}")
+
+
+def submodule(pl_module: nn.Module, path: str | None, required: bool) -> nn.Module | None:
+    """The module under a dotted path; None where it is not built yet. Raises ValueError where it is `required`."""
+    if not path:
+        return pl_module
+    modules = walk(pl_module)
+    if path in modules:
+        return modules[path]
+    if required:
+        near = difflib.get_close_matches(path, [name for name in modules if name], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        children = some([name for name, _ in pl_module.named_children()])
+        raise ValueError(f"oft.module={path!r}: the LightningModule has no such part{hint} (it has {children})")
+    return None
+
+
+def check_callbacks(trainer: Any, callback: Any, stage: str) -> None:
+    """Raise ValueError where the Trainer's callbacks, or its launcher, would lose what this callback does."""
+    _check_callback_order(trainer, callback)
+    if stage == "fit":
+        _check_directories(trainer, callback)
+        _check_launcher(trainer, callback)
+
+
+def _check_callback_order(trainer: Any, callback: Any) -> None:
+    """A callback that copies the model must stand behind the one that changes it."""
+    for other in trainer.callbacks:
+        if other is callback:
+            return
+        if class_names(other) & {"WeightAveraging", "StochasticWeightAveraging"}:
+            raise ValueError(
+                f"{type(other).__name__} stands before OFTFinetuning in Trainer(callbacks=...) and would average a model "
+                "without rotations: put OFTFinetuning first"
+            )
+
+
+def _check_directories(trainer: Any, callback: Any) -> None:
+    """Two callbacks must not write into one directory."""
+    others = [other for other in trainer.callbacks if isinstance(other, type(callback)) and other.enabled]
+    places = [os.path.realpath(other.export_dir) for other in others if other.export_dir is not None]
+    if callback.export_dir is not None and places.count(os.path.realpath(callback.export_dir)) > 1:
+        raise ValueError(
+            f"two OFTFinetuning callbacks have export_dir={callback.export_dir!r}, and the second would replace what the "
+            "first writes: give each a directory of its own"
+        )
+
+
+def _check_launcher(trainer: Any, callback: Any) -> None:
+    """A launcher that spawns or forks brings home weights alone, so the adapter would be lost.
+
+    Lightning loads the state dict of the first process into the main process's model, which has no rotations, and
+    passes over all that the model lacks.
+    """
+    if "_MultiProcessingLauncher" in class_names(trainer.strategy.launcher) and not callback.merge_on_fit_end:
+        raise ValueError(
+            "OFTFinetuning(merge_on_fit_end=False): processes that are spawned or forked (ddp_spawn, ddp_notebook) bring "
+            "home weights and not the adapter, which would be lost: leave merge_on_fit_end=True, or use strategy='ddp'"
+        )
+
+
+def check_layers(injected: list[str], present: list[str]) -> None:
+    """Raise RuntimeError where layers were replaced after the injection."""
+    lost = sorted(set(injected) - set(present))
+    if lost:
+        raise RuntimeError(
+            f"{some(lost)}: the rotations put there at setup are gone, so the layers were replaced since (a precision "
+            "plugin, configure_model or another callback?): replace them before OFTFinetuning's setup"
+        )
+    if not present:
+        raise RuntimeError("OFTFinetuning: no layer is adapted when the fit starts: look at module and target_modules")
+
+
+def trainable_rotations(root: nn.Module, adapter_name: str) -> dict[str, Rotation]:
+    """The rotations of one adapter that train, by the name of their layer (and part)."""
+    return {
+        joined(name, part): rotation
+        for name, layer, state in adapted(walk(root))
+        if adapter_name in state.configs and state.merged is None
+        for part, rotation in rotations_of(layer, adapter_name).items()
+        if rotation.weight.requires_grad
+    }
+
+
+def check_optimizers(optimized: Iterable[Tensor], root: nn.Module, adapter_name: str) -> None:
+    """Raise RuntimeError where a rotation is not among what optimizers hold: a list of parameters was taken before
+    injection, and the rotation would never train."""
+    ids = {id(tensor) for tensor in optimized}
+    rotations = trainable_rotations(root, adapter_name)
+    idle = [name for name, rotation in rotations.items() if id(rotation.weight) not in ids]
+    if idle:
+        raise RuntimeError(
+            f"the rotations of {some(idle)} are in no optimizer and would never train: build the optimizer in "
+            "configure_optimizers from self.parameters(), not from a list made before the Trainer ran"
+        )
+
+
+def check_gradients(rotations: Mapping[str, Rotation]) -> None:
+    """Raise RuntimeError where a rotation got no gradient from the backward that preceded the first step."""
+    weights = {name: rotation.weight for name, rotation in rotations.items()}
+    # An FSDP1 process that holds nothing of a rotation gets no gradient for it.
+    refuse_idle(
+        [name for name, weight in weights.items() if weight.requires_grad and weight.grad is None and weight.numel()]
+    )
+
+
+def refuse_idle(idle: list[str]) -> None:
+    """Raise RuntimeError for rotations without gradient, if there are any."""
+    if idle:
+        raise RuntimeError(
+            f"the rotations of {some(idle)} got no gradient: their layers are not called through their forward, or "
+            "their output does not reach the loss; add them to exclude_modules"
+        )
+
+
+def ignore_eval_warning(pl_module: nn.Module) -> None:
+    """Lightning warns of modules in eval at the start of training; where those are frozen norms, they should be."""
+    if only_norms_rest(walk(pl_module)):
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")

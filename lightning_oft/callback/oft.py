@@ -1,0 +1,290 @@
+"""OFTFinetuning: when each thing happens in a Lightning run. What happens is on the floors below.
+
+Measured order (lightning 2.6): callback.setup, module.setup, configure_model, restore, optimizers, on_fit_start, ...,
+on_train_end, strategy.teardown, on_fit_end, teardown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from typing_extensions import override
+
+from lightning_oft.callback import checks, report
+from lightning_oft.callback.checkpoint_hooks import (
+    add_checkpoint_hooks,
+    after_configure_model,
+    base_was_replaced,
+    drop_checkpoint_hooks,
+    drop_configure_model,
+    retrain_unfrozen,
+    writes_adapter_only,
+)
+from lightning_oft.callback.run import Run
+from lightning_oft.callback.strategies import strategy_adapter
+from lightning_oft.callback.weight_averaging import check_averages
+from lightning_oft.config import OFTConfig
+from lightning_oft.model.fingerprint import refresh_fingerprints
+from lightning_oft.model.freezing import freeze, unfreeze_merged
+from lightning_oft.model.injection import carry_out, unload
+from lightning_oft.model.merging import merge_layers, unmerge
+from lightning_oft.model.plan import plan_injection
+from lightning_oft.model.targets import find_targets
+from lightning_oft.model.traversal import adapted, adapter_names, merged_layers, oft_layers, walk
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class OFTFinetuning(Callback):
+    """Finetune a LightningModule by learned rotations of its frozen weights.
+
+    Injects the rotations when a run is set up, freezes everything else, projects constrained rotations into their ball
+    after every optimizer step (COFT), writes checkpoints of the adapter alone, and merges the rotations into the
+    weights when the fit ends, so that the model is a plain one again. A later validate, test, predict or fit takes
+    the merge back for as long as it runs.
+
+    Put it before weight-averaging callbacks. Generators should not decay towards the identity: give them to an
+    optimizer group without weight decay.
+
+    Args:
+        enabled: false runs the same task without OFT.
+        module: dotted path, below the LightningModule, of the part to adapt; all of it by default. What lies outside is
+            frozen too.
+        adapter_name: name of this set of rotations.
+        pretrained_adapter: directory of an adapter (this library's or PEFT's) to start from; its file decides which
+            layers are adapted and how.
+        merge_on_fit_end: fold the rotations into the weights when the fit ends.
+        keep_base: keep a CPU copy of the adapted weights to take the merge back to the bit: "auto" up to 8 GiB a
+            process, "always" or "never".
+        save_adapter_only: leave the frozen base out of checkpoints.
+        export_dir: where to write, when the fit ends, `adapter/` (PEFT's format) and `merged/` (a plain model).
+        export_from: what to export: the "last" state of the fit or ModelCheckpoint's "best".
+        **config: the fields of OFTConfig.
+
+    Raises:
+        TypeError: an argument is of a wrong type, or there is no such option.
+        ValueError: a field has a wrong value; names the field.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        module: str | None = None,
+        adapter_name: str = "default",
+        pretrained_adapter: str | None = None,
+        merge_on_fit_end: bool = True,
+        keep_base: Literal["auto", "always", "never"] = "auto",
+        save_adapter_only: bool = True,
+        export_dir: str | None = None,
+        export_from: Literal["last", "best"] = "last",
+        **config: Any,
+    ) -> None:
+        super().__init__()
+        checks.check_options(config, keep_base=keep_base, export_from=export_from)
+        checks.check_types(
+            bool, enabled=enabled, merge_on_fit_end=merge_on_fit_end, save_adapter_only=save_adapter_only
+        )
+        checks.check_types(str, module=module, adapter_name=adapter_name)
+        checks.check_types((str, PathLike), pretrained_adapter=pretrained_adapter, export_dir=export_dir)
+        self.config = OFTConfig(**config)
+        self.enabled = enabled
+        self.module = module
+        self.adapter_name = adapter_name
+        self.pretrained_adapter = None if pretrained_adapter is None else str(pretrained_adapter)
+        self.merge_on_fit_end = merge_on_fit_end
+        self.keep_base = keep_base
+        self.save_adapter_only = save_adapter_only
+        self.export_dir = None if export_dir is None else str(export_dir)
+        self.export_from = export_from
+        self._run: Run | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Two of these callbacks may adapt two parts of one model."""
+        return self._generate_state_key(module=self.module, adapter_name=self.adapter_name)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when a run begins: takes an earlier merge back, and injects where the model is already built."""
+        if not self.enabled:
+            return
+        if self._run is not None:  # of a run that failed, and whose other callbacks failed at that
+            self._run.unregister()
+        checks.check_callbacks(trainer, self, stage)
+        strategy, modules = strategy_adapter(trainer), walk(pl_module)
+        run = self._run = Run(was_plain=not adapter_names(modules), was_merged=list(merged_layers(modules)))
+        strategy.before_inject(trainer, pl_module)
+        run.handles = strategy.prepare_checkpoints(pl_module, writes_adapter_only(pl_module))
+        if run.was_merged:
+            unmerge(pl_module)
+        if strategy.injects_early(trainer):
+            self._inject(pl_module, built=False)
+        after_configure_model(pl_module, self._inject_built)
+        add_checkpoint_hooks(pl_module)
+        run.trainable = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+
+    def _inject_built(self, pl_module: nn.Module) -> None:
+        """Inject into what the module's own setup and configure_model have built since, and into nothing but that: what
+        another callback's setup has frozen or unfrozen since ours is as we left it."""
+        if self._run is not None:
+            for parameter in self._run.trainable:
+                parameter.requires_grad_(True)
+            self._run.trainable = []
+        self._inject(pl_module, built=True)
+        checks.ignore_eval_warning(pl_module)
+
+    def _inject(self, pl_module: Any, built: bool) -> None:
+        root = checks.submodule(pl_module, self.module, required=built)
+        if root is None:
+            return
+        modules = walk(root)
+        known = self.adapter_name in adapter_names(modules)
+        if self.pretrained_adapter is None:
+            plan = plan_injection(modules, self.config, self.adapter_name, strict=built)
+            if plan.layers or built or not known:
+                carry_out(modules, plan)
+        elif not known and (built or find_targets(modules, self.config, strict=False)):
+            from lightning_oft.formats import load_adapter
+
+            load_adapter(root, self.pretrained_adapter, self.adapter_name)
+        strategy_adapter(pl_module.trainer).after_inject(pl_module.trainer, root)
+        if self._run is not None:
+            self._run.layers = self._own_layers(root)
+        freeze(walk(pl_module))
+
+    def _own_layers(self, root: nn.Module) -> list[str]:
+        return [name for name, _, state in adapted(walk(root)) if self.adapter_name in state.configs]
+
+    def root(self, pl_module: nn.Module) -> nn.Module:
+        """The part of the LightningModule that this callback adapts."""
+        root = checks.submodule(pl_module, self.module, required=True)
+        assert root is not None
+        return root
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when the fit begins: the model is built, restored and wrapped, the optimizers exist."""
+        if self._run is None:
+            return
+        root, strategy = self.root(pl_module), strategy_adapter(trainer)
+        checks.check_layers(self._run.layers, self._own_layers(root))
+        checks.check_optimizers(strategy.optimized(trainer), root, self.adapter_name)
+        self._run.steps = strategy.watch_steps(trainer, root, self.adapter_name)
+        strategy.project(trainer, root)
+        if self.export_dir is not None:
+            from lightning_oft.callback.export import check_place
+
+            check_place(trainer, self.export_dir)
+        check_averages(trainer, pl_module)
+        retrain_unfrozen(pl_module)
+        rank_zero_info(report.start_line(pl_module, root, self.adapter_name))
+        report.warn_about_constraint(root, self.adapter_name)
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"oft": dataclasses.asdict(self.config)})
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Called before each batch: from the first on, what is trained is kept, however the fit ends."""
+        if self._run is not None:
+            self._run.has_begun = True
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when an epoch ends: says so once if a truncated series has left its tolerance."""
+        if self._run is not None and self._run.steps is not None:
+            self._run.steps.check_series()
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when the fit has ended, after all checkpoints and averages: exports and merges."""
+        if self._run is None:
+            return
+        self._run.unregister()
+        root = self.root(pl_module)
+        written: dict[str, str] = {}
+        strategy_adapter(trainer).reshard(pl_module)
+        exporter = self._exporter(trainer, pl_module, root)
+        if exporter is not None:
+            written |= exporter.write_unmerged()
+        if self.merge_on_fit_end:
+            waiting = [name for name, _, state in adapted(walk(root)) if state.merged is None]
+            if waiting:  # another callback has merged a part already
+                self._merge(trainer, pl_module, root, waiting)
+        if exporter is not None:
+            written |= exporter.write_merged()
+        rank_zero_info(report.end_line(root, self.adapter_name, written))
+
+    def _exporter(self, trainer: Trainer, pl_module: LightningModule, root: nn.Module) -> Any:
+        """What writes the fit's results; None where nobody asked for them."""
+        if self.export_dir is None:
+            return None
+        from lightning_oft.callback.export import Exporter
+
+        return Exporter(
+            trainer, pl_module, root, self.adapter_name, self.export_dir, self.export_from, self.merge_on_fit_end
+        )
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called when a checkpoint has been loaded: recognises a new base, and what another callback had unfrozen."""
+        if self._run is None:
+            return
+        if base_was_replaced(pl_module):
+            refresh_fingerprints(walk(pl_module))
+        if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start is over by then
+            retrain_unfrozen(pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Called when a run fails or is interrupted: nothing stays registered, and a fit that has begun merges nothing.
+        What failed before that leaves the model as it was, without rotations or merged."""
+        if self._run is not None:
+            begun = trainer.state.fn == "fit" and self._run.has_begun
+            if begun or trainer.world_size > 1:  # a process that failed alone must not wait for others
+                self._run.was_merged = []
+            if self._run.was_plain and not begun:
+                with contextlib.suppress(RuntimeError):  # inside disable_adapters, which is about to be left
+                    unload(pl_module)
+                drop_checkpoint_hooks(pl_module)
+        self._leave(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when a run ends: a merge that setup took back is made again."""
+        self._leave(trainer, pl_module)
+
+    def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        drop_configure_model(pl_module)
+        if self._run is None:
+            return
+        self._run.unregister()
+        modules = walk(pl_module)
+        if self._run.was_merged and adapter_names(modules) and not merged_layers(modules):
+            self._merge(trainer, pl_module, pl_module, self._run.was_merged)
+        self._run = None
+
+    def _merge(self, trainer: Trainer, pl_module: LightningModule, root: nn.Module, only: list[str]) -> None:
+        """Merge layers of a part; once all parts are merged, the model trains like any other."""
+        strategy = strategy_adapter(trainer)
+        merge_layers(
+            walk(root),
+            keep_base=self.keep_base,
+            device=strategy.merge_device(trainer),
+            gathered=strategy.gathered(trainer),
+            only=only,
+        )
+        modules = walk(pl_module)
+        if len(merged_layers(modules)) == len(oft_layers(pl_module)):
+            unfreeze_merged(modules)
+
+    def __getstate__(self) -> dict[str, Any]:
+        run = self._run and dataclasses.replace(self._run, steps=None, handles=[], trainable=[])
+        return {**self.__dict__, "_run": run}

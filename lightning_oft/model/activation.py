@@ -1,0 +1,158 @@
+"""Choosing which adapters are active, projecting them, and running the base without them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from lightning_oft.layers.state import every_rotation, rotations_of
+from lightning_oft.model import saved_modules
+from lightning_oft.model.freezing import sync_nested_tensors, sync_norm_modes
+from lightning_oft.model.traversal import (
+    Modules,
+    adapted,
+    own_parameters,
+    require_adapter,
+    require_enabled,
+    require_unmerged,
+    reset_compiled_code,
+    walk,
+)
+
+
+def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[str] | None = None) -> None:
+    """Make adapters active, applied in the order given: y = base(x . R_first . R_second). Others fall silent.
+
+    Args:
+        model: a model with adapters.
+        names: one name or several.
+        trainable: those of them that train; all of them by default.
+
+    Raises:
+        ValueError: an unknown or repeated name, or two adapters that train the same bias or module. Nothing changes.
+        RuntimeError: the model is merged, or inside disable_adapters.
+    """
+    modules = walk(model)
+    chosen = [names] if isinstance(names, str) else list(names)
+    training = chosen if trainable is None else [trainable] if isinstance(trainable, str) else list(trainable)
+    for name in (*chosen, *training):
+        require_adapter(modules, name)
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"adapters {chosen}: each can be active once; name it once")
+    if not set(training) <= set(chosen):
+        raise ValueError(f"trainable={training}: only active adapters train, and those are {chosen}; name one of them")
+    require_unmerged(modules, "choose adapters")
+    require_enabled(modules, "choose adapters")
+    clash = saved_modules.conflict(modules, chosen)
+    if clash:
+        raise ValueError(clash)
+    activate(modules, chosen, training)
+
+
+def activate(modules: Modules, chosen: list[str], training: list[str]) -> None:
+    """`set_adapter` without its checks."""
+    for _, layer, state in adapted(modules):
+        state.active = [name for name in chosen if name in state.configs]
+        for name in state.configs:
+            for rotation in rotations_of(layer, name).values():
+                rotation.requires_grad_(name in training)
+                if name not in training:
+                    rotation.weight.grad = None
+    saved_modules.switch(modules, chosen, set(training))
+    sync_norm_modes(modules)
+
+
+def remember_choice(modules: Modules) -> Callable[[], None]:
+    """A function that makes the choice of `set_adapter` again what it is now."""
+    active = [(state, state.active) for _, _, state in adapted(modules)]
+    live = [(tensor, slot, slot.live) for _, tensor, slot in saved_modules.saved_tensors(modules)]
+    rotations = [rotation for _, layer, _ in adapted(modules) for rotation in every_rotation(layer)]
+    tensors = [*own_parameters(modules), *(rotation.weight for rotation in rotations)]
+    trainable = [(tensor, tensor.requires_grad) for tensor in tensors]
+
+    def restore() -> None:
+        for state, names in active:
+            state.active = names
+        for tensor, slot, owner in live:
+            saved_modules.exchange(tensor, slot, owner)
+        for tensor, trains in trainable:
+            tensor.requires_grad_(trains)
+        sync_norm_modes(modules)
+
+    return restore
+
+
+@contextlib.contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is its base, to the bit: no rotation, and the base's own biases and modules.
+
+    Raises:
+        RuntimeError: the model is merged, where the base is no longer at hand; call unmerge first.
+    """
+    modules = walk(model)
+    require_unmerged(modules, "disable adapters")
+    states = [state for _, _, state in adapted(modules)]
+    enabled = [state.enabled for state in states]
+    saved = [(tensor, slot, slot.live) for _, tensor, slot in saved_modules.saved_tensors(modules)]
+    fused = _layers_of_fused_encoders(modules)
+    try:
+        for state in states:
+            state.enabled = False
+        for tensor, slot, _ in saved:
+            saved_modules.exchange(tensor, slot, saved_modules.BASE)
+        sync_norm_modes(modules)
+        _attach(modules, fused, attached=False)
+        yield
+    finally:
+        for state, was_enabled in zip(states, enabled, strict=True):
+            state.enabled = was_enabled
+        for tensor, slot, owner in saved:
+            saved_modules.exchange(tensor, slot, owner)
+        sync_norm_modes(modules)
+        _attach(modules, fused, attached=True)
+
+
+def _layers_of_fused_encoders(modules: Modules) -> dict[str, nn.Module]:
+    """Adapted layers below an nn.TransformerEncoderLayer: the base takes its fused path only with no hook below it.
+
+    torch.compile does not see hooks change, so where it is in use they stay (the difference is rounding).
+    """
+    encoders = [module for module in modules.values() if isinstance(module, nn.TransformerEncoderLayer)]
+    if not encoders or _is_compiled(modules):
+        return {}
+    below = {id(module) for encoder in encoders for module in encoder.modules()}
+    return {name: layer for name, layer, state in adapted(modules) if id(layer) in below and state.enabled}
+
+
+def _is_compiled(modules: Modules) -> bool:
+    """Whether torch.compile holds code of this process, or will of this model. Lightning imports it in any case."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return False
+    waiting = modules.compiled or any(module._compiled_call_impl is not None for module in modules.values())
+    return bool(dynamo.convert_frame.input_codes.seen_ids) or bool(waiting)
+
+
+def _attach(modules: Modules, layers: dict[str, nn.Module], attached: bool) -> None:
+    for _, layer, state in adapted(layers):
+        (state.layer_type.attach if attached else state.layer_type.detach)(layer)
+    if layers:
+        sync_nested_tensors(modules)
+    if layers and attached and _is_compiled(modules):  # compiled in between, when the hooks were away
+        reset_compiled_code()
+
+
+@torch.no_grad()
+def project(model: nn.Module) -> None:
+    """Pull every constrained rotation below a module back into its ball (COFT), in place. Idempotent.
+
+    Layers that are merged stay as they are: their rotation is in the weight, and `unmerge` must find the same one.
+    """
+    for _, layer, state in adapted(walk(model)):
+        if state.merged is None:
+            for rotation in every_rotation(layer):
+                rotation.project()
