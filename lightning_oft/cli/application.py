@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Iterable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, instantiate_class
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -24,29 +23,32 @@ from lightning_oft import data, tasks
 from lightning_oft.callback import OFTFinetuning
 from lightning_oft.cli import config_files
 from lightning_oft.cli.errors import UserError
-from lightning_oft.cli.explain import first_alternative
-from lightning_oft.cli.parser import Formatter, Parser
+from lightning_oft.cli.parser import Formatter, Parser, squeezed
 from lightning_oft.cli.report import how_to_load, quiet_test, score_table
 from lightning_oft.tasks.optimization import configure
 
-_EXAMPLES = {
-    "fit": (
-        "Finetune a model: inject rotations, train them, merge them into the weights.\n"
-        "Options come from a YAML file, from the command line, or both; the command line wins.",
-        "lightning-oft fit --config configs/vision.yaml --trainer.max_epochs 3",
-    ),
-    "validate": (
-        "Score a model on the validation data.\nWith --ckpt_path the rotations in that checkpoint are loaded first.",
-        "lightning-oft validate --config configs/vision.yaml --ckpt_path best.ckpt",
-    ),
-    "test": (
-        "Score a model on the test data.\nWith --ckpt_path the rotations in that checkpoint are loaded first.",
-        "lightning-oft test --config configs/vision.yaml --oft.pretrained_adapter runs/adapter",
-    ),
-    "predict": (
-        "Run a model on the prediction data.\nWith --ckpt_path the rotations in that checkpoint are loaded first.",
-        "lightning-oft predict --config configs/vision.yaml --ckpt_path best.ckpt",
-    ),
+_FROM_CHECKPOINT = "With --ckpt_path the rotations in that checkpoint are loaded first."
+_DESCRIPTIONS = {
+    "fit": """Finetune a model: inject rotations, train them, merge them into the weights.
+Options come from a YAML file, from the command line, or both; the command line wins.
+
+example:
+  lightning-oft fit --config configs/vision.yaml --trainer.max_epochs 3""",
+    "validate": f"""Score a model on the validation data.
+{_FROM_CHECKPOINT}
+
+example:
+  lightning-oft validate --config configs/vision.yaml --ckpt_path best.ckpt""",
+    "test": f"""Score a model on the test data.
+{_FROM_CHECKPOINT}
+
+example:
+  lightning-oft test --config configs/vision.yaml --oft.pretrained_adapter runs/adapter""",
+    "predict": f"""Run a model on the prediction data.
+{_FROM_CHECKPOINT}
+
+example:
+  lightning-oft predict --config configs/vision.yaml --ckpt_path best.ckpt""",
 }
 
 
@@ -55,7 +57,6 @@ class Application(LightningCLI):
 
     def __init__(self, arguments: list[str]) -> None:
         self.command = arguments[0]
-        description, example = _EXAMPLES[self.command]
         self.scores_before: dict[str, float] = {}
         super().__init__(
             LightningModule,
@@ -69,7 +70,7 @@ class Application(LightningCLI):
                 "prog": "lightning-oft",
                 "formatter_class": Formatter,
                 "allow_abbrev": False,  # `--trainer.max_epoch` is a mistake, not a short form
-                self.command: {"description": f"{description}\n\nexample:\n  {example}"},
+                self.command: {"description": _DESCRIPTIONS[self.command]},
             },
             args=arguments,
         )
@@ -103,46 +104,41 @@ class Application(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, without Lightning's warning that `args` and `sys.argv` are both there: `main(args)` is our interface."""
+        """Parse without Lightning's warning that both `args` and `sys.argv` hold arguments: `main(args)` is our interface."""
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
-        for group in config_files.GROUPS:  # jsonargparse lets a scalar take the place of a whole group of options
-            if not isinstance(value := self.config[self.command].get(group), Namespace):
-                raise UserError(f"{self.command}: {group}: expected a mapping of options, got {value!r}")
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: the stock method lets a checkpoint's hyperparameters win over what was given."""
 
-    def _set_seed(self) -> None:
-        """As Lightning does, without its line about it: an error that follows is to be the only one."""
-        seed = self._get(self.config, "seed_everything")
-        if seed is not False:
-            self.config[self.command]["seed_everything"] = seed_everything(
-                None if seed is True else seed, workers=True, verbose=False
-            )
-
     def instantiate_classes(self) -> None:
-        """Build model, data and trainer; what they refuse at this point is the configuration."""
+        """Build model, data and trainer. A ValueError or TypeError here is about the configuration."""
         try:
             super().instantiate_classes()
         except (ValueError, TypeError) as error:
-            raise UserError(f"{self.command}: {' '.join(first_alternative(str(error)).split())}") from error
-        if self.subcommand == "fit" and not is_overridden("configure_optimizers", self.model, LightningModule):
+            reason, *_ = str(error).partition("Given value type:")  # the values that follow are the whole block
+            raise UserError(f"{self.command}: {squeezed(reason)}") from error
+        if self.command == "fit" and not is_overridden("configure_optimizers", self.model, LightningModule):
             name = type(self.model).__name__
             raise UserError(
                 f"fit: {name} configures no optimizer; give one, as in --optimizer AdamW --optimizer.lr 1e-3"
             )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """OFT comes first: a weight-averaging callback must copy the rotations, and so must find them in place."""
-        given = config.get("callbacks") or []
-        config["callbacks"] = [*callbacks, *(given if isinstance(given, list) else [given])]
+        """Put OFT first: a weight-averaging callback copies the rotations, which OFT injects.
+
+        The one place where this program adds callbacks and plugins to those of the configuration.
+        """
+        first: list[Callback] = [*callbacks]
+        plugins: list[Any] = []
+        config["callbacks"] = [*first, *_as_list(config["callbacks"])]
+        config["plugins"] = [*plugins, *_as_list(config["plugins"])]
         return super()._instantiate_trainer(config, [])
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
-        """Build the optimizer when Lightning asks for it.
+        """Build the optimizer in `configure_optimizers`, where the rotations exist.
 
-        The stock method hands `model.parameters()` to it now, before any rotation exists, and trains nothing: exit code 0
-        and every generator still zero (Lightning-AI/pytorch-lightning#19110).
+        The stock method builds it here, over `model.parameters()` without a rotation, and trains nothing: exit code 0 and
+        every generator zero (Lightning-AI/pytorch-lightning#19110).
         """
         optimizer, scheduler = self._get(self.config_init, "optimizer"), self._get(self.config_init, "lr_scheduler")
         if optimizer:
@@ -178,14 +174,18 @@ class Application(LightningCLI):
             print(*lines, sep="\n", flush=True)
 
 
+def _as_list(given: Any) -> list[Any]:
+    """`trainer.callbacks` and `trainer.plugins` hold one, a list, or nothing."""
+    return given if isinstance(given, list) else [given] if given else []
+
+
 def _configure_optimizers(
     module: LightningModule, optimizer: dict[str, Any], lr_scheduler: dict[str, Any] | None
 ) -> Any:
-    """What `optimizer:` and `lr_scheduler:` ask for, over what is trainable by now; rotations without weight decay."""
+    """The optimizer and schedule of the configuration over the trainable parameters; rotations without weight decay."""
 
     def make(groups: Iterable[Any]) -> Optimizer:
-        home, _, name = optimizer["class_path"].rpartition(".")
-        if "weight_decay" not in inspect.signature(getattr(import_module(home), name)).parameters:
+        if "weight_decay" not in inspect.signature(resolve_name(optimizer["class_path"])).parameters:
             groups = [p for group in groups for p in group["params"]]  # L-BFGS, for one, takes no groups
         made: Optimizer = instantiate_class((groups,), optimizer)
         return made
@@ -194,48 +194,51 @@ def _configure_optimizers(
     return configure(module, make, schedule)
 
 
-def _import_named(arguments: list[str]) -> None:
-    """Import our tasks and data that the arguments name, so that jsonargparse finds them by their bare names.
-
-    All of them for --help and where none is named; only those otherwise, since each brings its packages along.
-    """
-    files = [Path(a.removeprefix("--config=")) for a in arguments if a.endswith((".yaml", ".yml", ".json"))]
-    texts = [*arguments, *(file.read_text(encoding="utf-8") for file in files if file.is_file())]
-    homes = [(home, name) for home in (tasks, data) for name in home.__all__]
-    named = [(home, name) for home, name in homes if any(re.search(rf"\b{name}\b", text) for text in texts)]
-    for home, name in named or homes:
-        getattr(home, name)
+def _import_named(text: str) -> None:
+    """Import those of our tasks and data that `text` names: jsonargparse finds a bare name among imported classes only."""
+    for home in (tasks, data):
+        for name in home.__all__:
+            if name in text:
+                getattr(home, name)
 
 
-# Said by Lightning or torch about each other, or about what this library does on purpose; nothing to act on.
-_NOISE = (
+_WARNINGS = (
+    # Lightning and torch about each other.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    r"Found \d+ module\(s\) in eval mode at the start of training",  # frozen means frozen, statistics included
+    # A frozen base stays in eval mode, statistics included.
+    r"Found \d+ module\(s\) in eval mode at the start of training",
     r"You have overridden `on_before_batch_transfer` in `LightningModule`",
+    # jsonargparse about how Lightning calls it; only its warnings start with a new line.
+    r"\n    ",
 )
+"""Warnings about nothing that a user of the command line can change."""
+
+_LOGS = {
+    "lightning.pytorch.utilities.rank_zero": ("💡 Tip: For seamless", "GPU available: False", "TPU available: False"),
+    "lightning.fabric.utilities.seed": ("Seed set to",),
+}
+"""Log lines that would stand before an error's one line, by logger: how they begin."""
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
-    """Neither advertisements nor the accelerators that are not there: an error is then the only line it takes."""
-    return not re.match(r"💡 Tip: For seamless|[GT]PU available: False", record.getMessage())
+def _filter(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_LOGS[record.name])
 
 
 def run(arguments: list[str]) -> int:
     """Run one of the four commands."""
-    config_files.check(arguments)
-    _import_named(arguments)
+    _import_named(" ".join([*arguments, *config_files.check(arguments)]))
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    if "transformers" in sys.modules:  # its bars for a second of loading would stand around an error's one line
+    if "transformers" in sys.modules:  # its progress bars would stand before an error's one line
         sys.modules["transformers"].utils.logging.disable_progress_bar()
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(_worth_saying)
+    loggers = [logging.getLogger(name) for name in _LOGS]
+    for logger in loggers:
+        logger.addFilter(_filter)
     try:
         with warnings.catch_warnings():
-            for message in _NOISE:
+            for message in _WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
-            # jsonargparse's own, about how Lightning calls it; its warnings are the ones that start on a new line.
-            warnings.filterwarnings("ignore", message=r"\n    ", category=DeprecationWarning)
             Application(arguments)
     finally:
-        logger.removeFilter(_worth_saying)
+        for logger in loggers:
+            logger.removeFilter(_filter)
     return 0

@@ -12,18 +12,12 @@ class UserError(Exception):
     """Something that the person at the keyboard can mend. The message is one line: where, what, and the remedy."""
 
 
-class Formatter(argparse.HelpFormatter):
-    """Keeps a description's line breaks, and wraps the help of an option."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n".join(indent + line for line in text.splitlines())
-
-
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors are UserErrors that name the nearest valid option."""
 
     def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description, formatter_class=Formatter, allow_abbrev=False)
+        raw = argparse.RawDescriptionHelpFormatter  # keeps a description's line breaks
+        super().__init__(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would have printed below its usage."""
@@ -44,27 +38,9 @@ def a_name(text: str) -> str:
 
 def suggestion(word: str, candidates: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the candidates nearest to `word`, or an empty string where nothing is near."""
-    scored = sorted(((_nearness(word, c), c) for c in set(candidates)), key=lambda pair: (-pair[0], pair[1]))
-    near = [c for score, c in scored[:2] if score >= 0.6 and score >= scored[0][0] - 0.1]
-    if scored and scored[0][0] >= 0.85:
-        near = near[:1]
+    candidates = set(candidates)
+    near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.85) or difflib.get_close_matches(word, candidates)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
-def _nearness(word: str, candidate: str) -> float:
-    """How much `candidate` looks like `word`, 0 to 1: as a whole, by its last part, or by the stems it is made of.
-
-    difflib alone prefers `coft_radius` to `coft` and `eps` for `coft_epsilon`; the stems know better.
-    """
-    (head, _, last), (head_c, _, last_c) = word.rpartition("."), candidate.rpartition(".")
-    if not last or not last_c:
-        return 0.0
-    stems, stems_c = (re.findall(r"[A-Za-z0-9]{2,}", text) for text in (last, last_c))
-    shared = sum(any(s.startswith(c) or c.startswith(s) for s in stems) for c in stems_c) / max(len(stems_c), 1)
-    of_last = max(difflib.SequenceMatcher(None, last.lower(), last_c.lower()).ratio(), 0.75 * shared)
-    # The right name under another head (`max_epochs` for `trainer.max_epochs`) beats a wrong one under the same.
-    of_head = difflib.SequenceMatcher(None, head, head_c).ratio() if head or head_c else 1.0
-    return 0.85 * of_last + 0.15 * of_head
 
 
 def is_user_error(error: BaseException) -> bool:
