@@ -21,43 +21,33 @@ from torch.optim import Optimizer
 
 from lightning_oft import data, tasks
 from lightning_oft.callback import OFTFinetuning
-from lightning_oft.cli import config_files
+from lightning_oft.cli import COMMANDS, config_files
 from lightning_oft.cli.errors import UserError
 from lightning_oft.cli.parser import Formatter, Parser, squeezed
 from lightning_oft.cli.report import how_to_load, quiet_test, score_table
 from lightning_oft.tasks.optimization import configure
 
-_FROM_CHECKPOINT = "With --ckpt_path the rotations in that checkpoint are loaded first."
-_DESCRIPTIONS = {
-    "fit": """Finetune a model: inject rotations, train them, merge them into the weights.
+_EXAMPLES = {
+    "fit": "--trainer.max_epochs 3",
+    "validate": "--ckpt_path best.ckpt",
+    "test": "--oft.pretrained_adapter runs/adapter",
+    "predict": "--ckpt_path best.ckpt",
+}
+_DESCRIPTION = """{summary}.
 Options come from a YAML file, from the command line, or both; the command line wins.
 
 example:
-  lightning-oft fit --config configs/vision.yaml --trainer.max_epochs 3""",
-    "validate": f"""Score a model on the validation data.
-{_FROM_CHECKPOINT}
-
-example:
-  lightning-oft validate --config configs/vision.yaml --ckpt_path best.ckpt""",
-    "test": f"""Score a model on the test data.
-{_FROM_CHECKPOINT}
-
-example:
-  lightning-oft test --config configs/vision.yaml --oft.pretrained_adapter runs/adapter""",
-    "predict": f"""Run a model on the prediction data.
-{_FROM_CHECKPOINT}
-
-example:
-  lightning-oft predict --config configs/vision.yaml --ckpt_path best.ckpt""",
-}
+  lightning-oft {command} --config configs/vision.yaml {example}"""
 
 
 class Application(LightningCLI):
     """LightningCLI with the adapter's block, our order of callbacks and optimizers that see the injected rotations."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self.command = arguments[0]
+        self.command = command = arguments[0]
         self.scores_before: dict[str, float] = {}
+        summary = COMMANDS[command].capitalize()
+        description = _DESCRIPTION.format(summary=summary, command=command, example=_EXAMPLES[command])
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -70,17 +60,17 @@ class Application(LightningCLI):
                 "prog": "lightning-oft",
                 "formatter_class": Formatter,
                 "allow_abbrev": False,  # `--trainer.max_epoch` is a mistake, not a short form
-                self.command: {"description": _DESCRIPTIONS[self.command]},
+                command: {"description": description},
             },
             args=arguments,
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The command that was asked for: a parser for each of the four would take four times as long to build."""
+        """The command of this run alone: building a parser for each of the four would take four times as long."""
         return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What this program is about first, Lightning's fifty Trainer options last: --help is read from the top."""
+        """Add the adapter first and the Trainer last: --help is read from the top."""
         parser.add_lightning_class_args(OFTFinetuning, "oft")
         parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
@@ -95,13 +85,9 @@ class Application(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The one option that is neither Lightning's nor the callback's."""
-        parser.add_argument(
-            "--test_before_and_after",
-            type=bool,
-            default=False,
-            help="In fit: test the model before and after and print both scores as a table.",
-        )
+        """Add the one option that is neither Lightning's nor the callback's."""
+        text = "in fit, test the model before and after and print both scores as a table"
+        parser.add_argument("--test_before_and_after", type=bool, default=False, help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse without Lightning's warning that both `args` and `sys.argv` hold arguments: `main(args)` is our interface."""
@@ -118,20 +104,16 @@ class Application(LightningCLI):
             reason, *_ = str(error).partition("Given value type:")  # the values that follow are the whole block
             raise UserError(f"{self.command}: {squeezed(reason)}") from error
         if self.command == "fit" and not is_overridden("configure_optimizers", self.model, LightningModule):
-            name = type(self.model).__name__
-            raise UserError(
-                f"fit: {name} configures no optimizer; give one, as in --optimizer AdamW --optimizer.lr 1e-3"
-            )
+            what = f"{type(self.model).__name__} configures no optimizer"
+            raise UserError(f"fit: {what}; give one, as in --optimizer AdamW --optimizer.lr 1e-3")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Put OFT first: a weight-averaging callback copies the rotations, which OFT injects.
-
-        The one place where this program adds callbacks and plugins to those of the configuration.
-        """
+        """Put OFT first: a weight-averaging callback copies the rotations, which OFT injects."""
+        # The one place where this program adds callbacks and plugins of its own to those of the configuration.
         first: list[Callback] = [*callbacks]
         plugins: list[Any] = []
-        config["callbacks"] = [*first, *_as_list(config["callbacks"])]
-        config["plugins"] = [*plugins, *_as_list(config["plugins"])]
+        config["callbacks"] = first + _as_list(config["callbacks"])
+        config["plugins"] = plugins + _as_list(config["plugins"])
         return super()._instantiate_trainer(config, [])
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
@@ -142,30 +124,25 @@ class Application(LightningCLI):
         """
         optimizer, scheduler = self._get(self.config_init, "optimizer"), self._get(self.config_init, "lr_scheduler")
         if optimizer:
+            given = {"optimizer": optimizer.as_dict(), "lr_scheduler": scheduler and scheduler.as_dict()}
             # A partial of a module-level function: it pickles for ddp_spawn, and a deep copy of the model takes it along.
-            self.model.configure_optimizers = partial(
-                _configure_optimizers,
-                self.model,
-                optimizer=optimizer.as_dict(),
-                lr_scheduler=scheduler and scheduler.as_dict(),
-            )
+            self.model.configure_optimizers = partial(_configure_optimizers, self.model, **given)
 
     def before_fit(self) -> None:
-        """Score the model as it comes."""
+        """Score the model before the fit."""
         if self._get(self.config_init, "test_before_and_after"):
             self.scores_before = quiet_test(self.trainer, self.model, self.datamodule)
 
     def after_fit(self) -> None:
-        """Score it again, and say where the results are and how to load them."""
+        """Score the model after the fit, and say where the results are and how to load them."""
         if self.scores_before:
             after = quiet_test(self.trainer, self.model, self.datamodule)
             self._say(score_table(self.scores_before, after))
-        export_dir = self._get(self.config, "oft").get("export_dir")
-        if export_dir is not None:
+        if export_dir := self._get(self.config, "oft").get("export_dir"):
             self._say(*how_to_load(Path(export_dir)))
 
     def after_predict(self) -> None:
-        """Predictions that nobody takes are gone: say so."""
+        """Say that the predictions are lost where no callback writes them."""
         if not any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             self._say("predict: nothing was written; a BasePredictionWriter in trainer.callbacks gets the predictions")
 
@@ -203,25 +180,19 @@ def _import_named(text: str) -> None:
 
 
 _WARNINGS = (
-    # Lightning and torch about each other.
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    # A frozen base stays in eval mode, statistics included.
-    r"Found \d+ module\(s\) in eval mode at the start of training",
-    r"You have overridden `on_before_batch_transfer` in `LightningModule`",
-    # jsonargparse about how Lightning calls it; only its warnings start with a new line.
-    r"\n    ",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning about torch
+    r"Found \d+ module\(s\) in eval mode at the start",  # a frozen base stays in eval mode, statistics included
+    r"You have overridden `on_before_batch_transfer` in `LightningModule`",  # as our tasks do
+    r"\n    ",  # jsonargparse about how Lightning calls it; only its warnings start with a new line
 )
 """Warnings about nothing that a user of the command line can change."""
 
-_LOGS = {
-    "lightning.pytorch.utilities.rank_zero": ("💡 Tip: For seamless", "GPU available: False", "TPU available: False"),
-    "lightning.fabric.utilities.seed": ("Seed set to",),
-}
-"""Log lines that would stand before an error's one line, by logger: how they begin."""
+_LOGS = ("💡 Tip: For seamless", "GPU available: False", "TPU available: False", "Seed set to")
+"""Beginnings of Lightning's log lines that would stand before an error's one line."""
 
 
-def _filter(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_LOGS[record.name])
+def _without_noise(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_LOGS)
 
 
 def run(arguments: list[str]) -> int:
@@ -230,15 +201,10 @@ def run(arguments: list[str]) -> int:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     if "transformers" in sys.modules:  # its progress bars would stand before an error's one line
         sys.modules["transformers"].utils.logging.disable_progress_bar()
-    loggers = [logging.getLogger(name) for name in _LOGS]
-    for logger in loggers:
-        logger.addFilter(_filter)
-    try:
-        with warnings.catch_warnings():
-            for message in _WARNINGS:
-                warnings.filterwarnings("ignore", message=message)
-            Application(arguments)
-    finally:
-        for logger in loggers:
-            logger.removeFilter(_filter)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_without_noise)
+    with warnings.catch_warnings():
+        for message in _WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        Application(arguments)
     return 0

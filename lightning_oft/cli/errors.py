@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import re
 import traceback
 from collections.abc import Iterable
 from typing import NoReturn
@@ -21,12 +20,10 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would have printed below its usage."""
-        command = self.prog.split()[-1]
-        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
-            options = [option for action in self._actions for option in action.option_strings]
-            word = unknown[1].split("=")[0]
-            message = f"unknown option {word!r}{suggestion(word, options)}"
-        raise UserError(f"{command}: {message}")
+        _, _, words = message.partition("unrecognized arguments: ")
+        options = [option for action in self._actions for option in action.option_strings]
+        hint = suggestion(words.split()[0].partition("=")[0], options) if words else ""
+        raise UserError(f"{self.prog.split()[-1]}: {message}{hint}")
 
 
 def a_name(text: str) -> str:
@@ -46,23 +43,19 @@ def suggestion(word: str, candidates: Iterable[str]) -> str:
 def is_user_error(error: BaseException) -> bool:
     """Whether `error` is for the user to mend, so that its one line says all there is to say.
 
-    A failure inside somebody's model after hours of training is not: it keeps its traceback. An error that this package
-    or Lightning raises on purpose is, and so is a file, a hub name or an optional package that is not there.
+    An error that this package, Lightning or jsonargparse raises on purpose is, and so is a file, a hub name or an optional
+    package that is not there. A failure inside somebody's model after hours of training is not: it keeps its traceback.
     """
     if isinstance(error, UserError | OSError | ImportError) or type(error).__name__ == "MisconfigurationException":
         return True
-    if isinstance(error, RuntimeError) and str(error).startswith(_MISFIT):
-        return True
-    *_, (innermost, _) = traceback.walk_tb(error.__traceback__) if error.__traceback__ else [(None, 0)]
-    package = innermost.f_globals.get("__name__", "").partition(".")[0] if innermost else ""
-    return package in _CHECKING and isinstance(error, ValueError | TypeError | RuntimeError)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    package = frames[-1].f_globals.get("__name__", "").partition(".")[0] if frames else ""
+    raised = package in ("lightning_oft", "lightning", "pytorch_lightning", "jsonargparse")
+    return str(error).startswith(_MISFIT) or (raised and isinstance(error, ValueError | TypeError | RuntimeError))
 
 
 _MISFIT = "Error(s) in loading state_dict"
 """How torch begins to say that weights are not those of a model."""
-
-_CHECKING = ("lightning_oft", "lightning", "pytorch_lightning", "jsonargparse")
-"""Packages that raise to say what is wrong with what they were given."""
 
 
 def one_line(error: BaseException) -> str:
@@ -71,10 +64,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     if text.startswith(_MISFIT):
-        text = (
-            f"the checkpoint does not fit the model ({text[:200].rstrip()} ...); build the model that it was written from: "
-            "an adapter's checkpoint needs oft.enabled: true and the adapter's own oft block"
-        )
-    if len(text) > 1000:  # a value that was given is repeated; the remedy stands at the end
+        remedy = "an adapter's checkpoint needs oft.enabled: true and the adapter's own oft block"
+        text = f"the checkpoint does not fit the model that is configured; {remedy} ({text[:200].rstrip()} ...)"
+    if len(text) > 1000:  # a value is repeated in the middle; the remedy stands at the end
         text = f"{text[:700]} ... {text[-300:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import re
+from contextlib import suppress
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
@@ -24,23 +24,19 @@ TITLES = {
     "lr_scheduler": "the learning rate schedule of that optimizer",
     "trainer": "Lightning's Trainer",
 }
-CLASSES = {
+HELP = {
+    "config": "a YAML file of options; give several, and the later one wins",
+    "print_config": "print the options as YAML and exit; =skip_default leaves defaults out",
+    "seed_everything": "seed of the random numbers; true draws one, false sets none",
+    "oft": "a YAML file with the options of this block",
     "model": f"a LightningModule: an import path, or one of {', '.join(tasks.__all__)}",
     "data": f"a LightningDataModule: an import path, or one of {', '.join(data.__all__)}",
     "optimizer": "a torch optimizer, such as AdamW",
     "lr_scheduler": "a torch schedule, such as CosineAnnealingLR",
-}
-FILES = {
-    "config": "a YAML file of options; give several, and the later one wins",
-    "oft": "a YAML file with the options of this block",
-}
-VALUES = {
-    "print_config": "print the options as YAML and exit; =skip_default leaves defaults out",
-    "seed_everything": "seed of the random numbers; true draws one, false sets none",
     "ckpt_path": 'a checkpoint to start from: a path, "last" or "best"',
     "weights_only": "load tensors and plain values only, which is the default",
 }
-"""What --help says in the place of Lightning's and jsonargparse's own words, by what an option takes."""
+"""Help of the options that Lightning and jsonargparse explain to programmers."""
 
 CLASS_NAMES = [
     *(*tasks.__all__, *data.__all__, *callbacks.__all__, *loggers.__all__),
@@ -50,24 +46,17 @@ CLASS_NAMES = [
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """An option, its type, its docstring and its default."""
+    """An option with its type, and below it its docstring and its default."""
 
     def __init__(self, prog: str, *args: Any, **kwargs: Any) -> None:
-        super().__init__(prog, max_help_position=8)
+        super().__init__(prog, max_help_position=8)  # type: ignore[no-untyped-call]
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        kind = (self._get_type_str(action) or "VALUE").replace(" | ", "|")
+        kind = (self._get_type_str(action) or "[").replace(" | ", "|")
         return "VALUE" if "[" in kind else kind
 
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        """Without the twin `--oft.target_modules+`, which appends to a list."""
-        shown = copy.copy(action)
-        shown.option_strings = [option for option in action.option_strings if not option.endswith("+")]
-        return super()._format_action_invocation(shown)
-
     def _get_help_string(self, action: argparse.Action) -> str:
-        known = action.default is not None and action.default != argparse.SUPPRESS
-        return (action.help or "") + (" (default: %(default)s)" if known else "")
+        return (action.help or "") + ("" if action.default in (None, argparse.SUPPRESS) else " (default: %(default)s)")
 
 
 class TrainerHelp(argparse._HelpAction):
@@ -91,7 +80,7 @@ class Parser(LightningArgumentParser):
         commands = self._subcommands_action.choices if self._subcommands_action else {}
         parser = next(iter(commands.values()), self)  # the top-level parser, which has no keys, reports for its command
         command = parser.prog.split()[-1]
-        keys = [action.dest for action in parser._actions if action.option_strings]
+        keys = [action.dest for action in parser._actions if not action.dest.endswith("help")]
         hint = _nearest(message, keys) or f"; see lightning-oft {command} --help"
         raise UserError(f"{command}: {squeezed(message)}{hint}") from ex
 
@@ -103,14 +92,14 @@ class Parser(LightningArgumentParser):
             groups[key].title = title
         self._action_groups[-1].title = "the checkpoint"
         for action in self._actions:
-            key = action.dest.removesuffix(".help")
-            action.help = {**CLASSES, **FILES, **VALUES}.get(action.dest, action.help)
-            if key in CLASSES:
-                action.metavar = "CLASS"
-                action.help = CLASSES[key] if action.dest == key else "show the options of CLASS and exit"
-            elif key in FILES:
-                action.metavar = "FILE"
-            elif key.startswith("trainer"):
+            # Without `--oft.target_modules+`, which appends to a list; the parser still takes it.
+            action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
+            action.help = HELP.get(action.dest, action.help)
+            if action.dest in TITLES or action.dest == "config":
+                action.metavar = "FILE" if action.dest in ("config", "oft") else "CLASS"
+            elif action.dest.endswith(".help"):
+                action.metavar, action.help = "CLASS", "show the options of CLASS and exit"
+            if action.dest.startswith("trainer"):
                 action.help = argparse.SUPPRESS
         text = "show the Trainer's options, such as --trainer.max_epochs 3, and exit"
         groups["trainer"].add_argument("--trainer.help", action=TrainerHelp, help=text)
@@ -132,7 +121,7 @@ def squeezed(message: str) -> str:
 
 def _cut(line: str) -> str:
     """Both ends of a long line: a value may be the whole configuration, and the key at fault stand at its end."""
-    start = 60 if line.startswith("Given value") else 180
+    start = 100 if line.startswith("Given value") else 180
     return line if len(line) <= start + 60 else f"{line[:start]} ... {line[-60:]}"
 
 
@@ -144,6 +133,7 @@ def _nearest(message: str, keys: list[str]) -> str:
     if wrong[0].startswith("Option"):
         scratch = ArgumentParser(exit_on_error=False)
         for path in set(_CLASS.findall(message)):
-            arguments = scratch.add_class_arguments(resolve_name(path), path, fail_untyped=False)
-            valid += [argument.removeprefix(f"{path}.") for argument in arguments]
+            with suppress(Exception):  # a suggestion is no reason to hide the error
+                arguments = scratch.add_class_arguments(resolve_name(path), path, fail_untyped=False)
+                valid += [argument.removeprefix(f"{path}.") for argument in arguments]
     return suggestion(wrong[1], valid)
