@@ -23,7 +23,7 @@ from lightning_oft import data, tasks
 from lightning_oft.callback import OFTFinetuning
 from lightning_oft.cli import COMMANDS, config_files
 from lightning_oft.cli.errors import UserError
-from lightning_oft.cli.parser import Formatter, Parser, squeezed
+from lightning_oft.cli.parser import FirstPage, Parser, squeezed
 from lightning_oft.cli.report import how_to_load, quiet_test, score_table
 from lightning_oft.tasks.optimization import configure
 
@@ -58,7 +58,7 @@ class Application(LightningCLI):
             parser_class=Parser,
             parser_kwargs={
                 "prog": "lightning-oft",
-                "formatter_class": Formatter,
+                "formatter_class": FirstPage,
                 "allow_abbrev": False,  # `--trainer.max_epoch` is a mistake, not a short form
                 command: {"description": description},
             },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pkgutil import resolve_name
 from typing import Any, NoReturn
@@ -70,6 +71,14 @@ class TrainerHelp(argparse._HelpAction):
         parser.exit()
 
 
+class FirstPage(Formatter):
+    """Without the Trainer's options. Not by argparse.SUPPRESS: jsonargparse leaves such options out of config.yaml."""
+
+    def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
+        """Called with the options of one group."""
+        super().add_arguments(a for a in actions if isinstance(a, TrainerHelp) or not a.dest.startswith("trainer"))
+
+
 class Parser(LightningArgumentParser):
     """Raises UserError where jsonargparse prints its usage and a tree of alternatives."""
 
@@ -90,7 +99,9 @@ class Parser(LightningArgumentParser):
         groups = self.groups or {}
         for key, title in TITLES.items():
             groups[key].title = title
-        self._action_groups[-1].title = "the checkpoint"
+        checkpoint = self._action_groups.pop()
+        checkpoint.title = "the checkpoint"
+        self._action_groups.insert(-1, checkpoint)  # before the Trainer's
         for action in self._actions:
             # Without `--oft.target_modules+`, which appends to a list; the parser still takes it.
             action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
@@ -99,8 +110,6 @@ class Parser(LightningArgumentParser):
                 action.metavar = "FILE" if action.dest in ("config", "oft") else "CLASS"
             elif action.dest.endswith(".help"):
                 action.metavar, action.help = "CLASS", "show the options of CLASS and exit"
-            if action.dest.startswith("trainer"):
-                action.help = argparse.SUPPRESS
         text = "show the Trainer's options, such as --trainer.max_epochs 3, and exit"
         groups["trainer"].add_argument("--trainer.help", action=TrainerHelp, help=text)
 
