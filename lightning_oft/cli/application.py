@@ -23,7 +23,7 @@ from lightning_oft import data, tasks
 from lightning_oft.callback import OFTFinetuning
 from lightning_oft.cli import COMMANDS, config_files
 from lightning_oft.cli.errors import UserError
-from lightning_oft.cli.parser import FirstPage, Parser, squeezed
+from lightning_oft.cli.parser import Formatter, Parser, squeezed
 from lightning_oft.cli.report import how_to_load, quiet_test, score_table
 from lightning_oft.tasks.optimization import configure
 
@@ -58,7 +58,7 @@ class Application(LightningCLI):
             parser_class=Parser,
             parser_kwargs={
                 "prog": "lightning-oft",
-                "formatter_class": FirstPage,
+                "formatter_class": Formatter,
                 "allow_abbrev": False,  # `--trainer.max_epoch` is a mistake, not a short form
                 command: {"description": description},
             },
@@ -78,10 +78,10 @@ class Application(LightningCLI):
         parser.add_lr_scheduler_args()
         parser.add_lightning_class_args(Trainer, "trainer")
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+    def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(*args, **kwargs)
         assert isinstance(parser, Parser)
-        parser.tidy(subcommand)
+        parser.tidy(self.command)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -110,10 +110,13 @@ class Application(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Put OFT first: a weight-averaging callback copies the rotations, which OFT injects."""
         # The one place where this program adds callbacks and plugins of its own to those of the configuration.
-        first: list[Callback] = [*callbacks]
-        plugins: list[Any] = []
-        config["callbacks"] = first + _as_list(config["callbacks"])
-        config["plugins"] = plugins + _as_list(config["plugins"])
+        first: dict[str, list[Any]] = {
+            "callbacks": [*callbacks],
+            "plugins": [],
+        }
+        for key, ours in first.items():
+            given = config[key] or []
+            config[key] = [*ours, *(given if isinstance(given, list) else [given])]
         return super()._instantiate_trainer(config, [])
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
@@ -149,11 +152,6 @@ class Application(LightningCLI):
     def _say(self, *lines: str) -> None:
         if self.trainer.is_global_zero:
             print(*lines, sep="\n", flush=True)
-
-
-def _as_list(given: Any) -> list[Any]:
-    """`trainer.callbacks` and `trainer.plugins` hold one, a list, or nothing."""
-    return given if isinstance(given, list) else [given] if given else []
 
 
 def _configure_optimizers(

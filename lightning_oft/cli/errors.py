@@ -22,7 +22,7 @@ class OneLineParser(argparse.ArgumentParser):
         """Raise what argparse would have printed below its usage."""
         _, _, words = message.partition("unrecognized arguments: ")
         options = [option for action in self._actions for option in action.option_strings]
-        hint = suggestion(words.split()[0].partition("=")[0], options) if words else ""
+        hint = suggestion(words.split(" ")[0].partition("=")[0], options)
         raise UserError(f"{self.prog.split()[-1]}: {message}{hint}")
 
 
@@ -48,10 +48,10 @@ def is_user_error(error: BaseException) -> bool:
     """
     if isinstance(error, UserError | OSError | ImportError) or type(error).__name__ == "MisconfigurationException":
         return True
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    package = frames[-1].f_globals.get("__name__", "").partition(".")[0] if frames else ""
-    raised = package in ("lightning_oft", "lightning", "pytorch_lightning", "jsonargparse")
-    return str(error).startswith(_MISFIT) or (raised and isinstance(error, ValueError | TypeError | RuntimeError))
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_by = modules[-1].partition(".")[0] if modules else ""
+    on_purpose = raised_by in ("lightning_oft", "lightning", "pytorch_lightning", "jsonargparse")
+    return str(error).startswith(_MISFIT) or (on_purpose and isinstance(error, ValueError | TypeError | RuntimeError))
 
 
 _MISFIT = "Error(s) in loading state_dict"

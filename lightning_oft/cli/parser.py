@@ -26,10 +26,8 @@ TITLES = {
     "trainer": "Lightning's Trainer",
 }
 HELP = {
-    "config": "a YAML file of options; give several, and the later one wins",
     "print_config": "print the options as YAML and exit; =skip_default leaves defaults out",
     "seed_everything": "seed of the random numbers; true draws one, false sets none",
-    "oft": "a YAML file with the options of this block",
     "model": f"a LightningModule: an import path, or one of {', '.join(tasks.__all__)}",
     "data": f"a LightningDataModule: an import path, or one of {', '.join(data.__all__)}",
     "optimizer": "a torch optimizer, such as AdamW",
@@ -46,11 +44,26 @@ CLASS_NAMES = [
 """Classes that a configuration names most; a mistyped one is looked for here."""
 
 
+class TrainerHelp(argparse._HelpAction):
+    """`--trainer.help`: the Trainer's options, as jsonargparse shows them."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print them and exit."""
+        page = ArgumentParser(usage=parser.usage, add_help=False)
+        page.add_class_arguments(Trainer, "trainer", fail_untyped=False)
+        page.print_help()
+        parser.exit()
+
+
 class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """An option with its type, and below it its docstring and its default."""
+    """An option with its type, and below it its docstring and its default. The Trainer's fifty options are left out."""
 
     def __init__(self, prog: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(prog, max_help_position=8)  # type: ignore[no-untyped-call]
+
+    def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
+        """Called with the options of one group. Not argparse.SUPPRESS: jsonargparse drops such options from config.yaml."""
+        super().add_arguments(a for a in actions if isinstance(a, TrainerHelp) or not a.dest.startswith("trainer"))
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         kind = (self._get_type_str(action) or "[").replace(" | ", "|")
@@ -58,25 +71,6 @@ class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return (action.help or "") + ("" if action.default in (None, argparse.SUPPRESS) else " (default: %(default)s)")
-
-
-class TrainerHelp(argparse._HelpAction):
-    """`--trainer.help`: the Trainer's options alone."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        """Print the page and exit."""
-        page = Parser(usage=parser.usage, description="", formatter_class=Formatter, add_help=False)
-        page.add_class_arguments(Trainer, "trainer", fail_untyped=False)
-        page.print_help()
-        parser.exit()
-
-
-class FirstPage(Formatter):
-    """Without the Trainer's options. Not by argparse.SUPPRESS: jsonargparse leaves such options out of config.yaml."""
-
-    def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
-        """Called with the options of one group."""
-        super().add_arguments(a for a in actions if isinstance(a, TrainerHelp) or not a.dest.startswith("trainer"))
 
 
 class Parser(LightningArgumentParser):
@@ -96,12 +90,10 @@ class Parser(LightningArgumentParser):
     def tidy(self, command: str) -> None:
         """Give --help the texts above, and leave the Trainer's options to --trainer.help."""
         self.usage = f"lightning-oft {command} --config FILE [--KEY VALUE ...]"
-        groups = self.groups or {}
-        for key, title in TITLES.items():
-            groups[key].title = title
-        checkpoint = self._action_groups.pop()
-        checkpoint.title = "the checkpoint"
-        self._action_groups.insert(-1, checkpoint)  # before the Trainer's
+        for key, group in (self.groups or {}).items():
+            group.title = TITLES.get(key, "the checkpoint")
+        *first, trainer, checkpoint = self._action_groups
+        self._action_groups = [*first, checkpoint, trainer]
         for action in self._actions:
             # Without `--oft.target_modules+`, which appends to a list; the parser still takes it.
             action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
@@ -111,7 +103,7 @@ class Parser(LightningArgumentParser):
             elif action.dest.endswith(".help"):
                 action.metavar, action.help = "CLASS", "show the options of CLASS and exit"
         text = "show the Trainer's options, such as --trainer.max_epochs 3, and exit"
-        groups["trainer"].add_argument("--trainer.help", action=TrainerHelp, help=text)
+        trainer.add_argument("--trainer.help", action=TrainerHelp, help=text)
 
 
 _TREE = (

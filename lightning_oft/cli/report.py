@@ -37,7 +37,7 @@ def score_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
 
 
 def how_to_load(export_dir: Path) -> list[str]:
-    """The call that loads `adapter/` and the one that loads `merged/`, a line each; the callback says where they are."""
+    """The call that loads `adapter/` and the one that loads `merged/`, a line each."""
     merged, adapter = export_dir / "merged", export_dir / "adapter"
     lines = []
     if (adapter / "adapter_config.json").is_file():
