@@ -110,6 +110,7 @@ class Application(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Put OFT first: a weight-averaging callback copies the rotations, which OFT injects."""
         # The one place where this program adds callbacks and plugins of its own to those of the configuration.
+        # Lightning takes one CheckpointIO: a plugin of that kind is for a configuration that has none.
         first: dict[str, list[Any]] = {
             "callbacks": [*callbacks],
             "plugins": [],

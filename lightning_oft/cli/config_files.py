@@ -28,7 +28,7 @@ def check(arguments: Sequence[str]) -> list[str]:
         if (whole or file.suffix in (".yaml", ".yml", ".json")) and file.is_file():
             try:
                 texts.append(_text(file, whole))
-            except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+            except (ValueError, yaml.YAMLError) as error:
                 raise UserError(f"{file}: {error}") from None
             except RecursionError:
                 raise UserError(f"{file}: nested too deeply; a configuration has a handful of levels") from None
@@ -40,7 +40,7 @@ def _text(file: Path, whole: bool) -> str:
     if file.stat().st_size > SIZE_LIMIT:
         raise ValueError(f"larger than {SIZE_LIMIT // 2**10} KiB; no configuration is, so give another file")
     text = file.read_bytes().decode("utf-8")
-    # Not CSafeLoader: half a million brackets overflow its stack, and the process ends without a word (measured).
+    # Not CSafeLoader: half a million brackets overflow its stack, and the process ends without a message (measured).
     tree = yaml.compose(text, Loader=yaml.SafeLoader)
     if _count(tree, {}, ()) > VALUE_LIMIT:
         raise ValueError(f"more than {VALUE_LIMIT:,} values once its aliases (*name) are written out; use fewer")

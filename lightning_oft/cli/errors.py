@@ -1,4 +1,4 @@
-"""User errors: which exceptions are one, how it becomes one line, and the nearest thing that would have been right."""
+"""User errors: which exceptions are user errors, their text on one line, and suggestions for a mistyped word."""
 
 import argparse
 import difflib
@@ -8,7 +8,7 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend. The message is one line: where, what, and the remedy."""
+    """An error that the user can correct. The message is one line: where, what, and the remedy."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -27,7 +27,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def a_name(text: str) -> str:
-    """An argument that names a file or a directory. Raises ArgumentTypeError for an empty one, which would be here."""
+    """An argument that names a file or a directory. Raises ArgumentTypeError for an empty one, which would be the current directory."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a name")
     return text
@@ -41,7 +41,7 @@ def suggestion(word: str, candidates: Iterable[str]) -> str:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether `error` is for the user to mend, so that its one line says all there is to say.
+    """Whether the user can correct `error`, so that one line is enough and a traceback is noise.
 
     An error that this package, Lightning or jsonargparse raises on purpose is, and so is a file, a hub name or an optional
     package that is not there. A failure inside somebody's model after hours of training is not: it keeps its traceback.
@@ -55,7 +55,7 @@ def is_user_error(error: BaseException) -> bool:
 
 
 _MISFIT = "Error(s) in loading state_dict"
-"""How torch begins to say that weights are not those of a model."""
+"""Beginning of torch's message about weights that do not fit a model."""
 
 
 def one_line(error: BaseException) -> str:
