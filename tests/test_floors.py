@@ -94,18 +94,18 @@ def test_file_imports_only_from_lower_floors(file: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("lightning_oft.rotation", "import lightning_oft.config"),
-        ("lightning_oft.layers", "from lightning_oft.surgery import inject"),
+        ("lightning_oft.functional", "import lightning_oft.config"),
+        ("lightning_oft.layers", "from lightning_oft.model import inject"),
         ("lightning_oft.layers", "def f():\n    from lightning_oft import surgery"),
         ("lightning_oft.layers", "from . import surgery"),
         ("lightning_oft.layers", "from .surgery import inject"),
         ("lightning_oft.layers", "from lightning_oft import inject"),
         ("lightning_oft.tasks.text", "from ..cli import main"),
         ("lightning_oft.tasks.text", "from lightning_oft.data.text import TextDataModule"),
-        ("lightning_oft.surgery", "if TYPE_CHECKING:\n    from lightning.pytorch import Trainer"),
-        ("lightning_oft.surgery", "import importlib\nimportlib.import_module('lightning_oft.callback')"),
-        ("lightning_oft.adapters", "def f():\n    import peft.utils"),
-        ("lightning_oft.rotation", "import transformers"),
+        ("lightning_oft.model", "if TYPE_CHECKING:\n    from lightning.pytorch import Trainer"),
+        ("lightning_oft.model", "import importlib\nimportlib.import_module('lightning_oft.callback')"),
+        ("lightning_oft.formats", "def f():\n    import peft.utils"),
+        ("lightning_oft.functional", "import transformers"),
     ],
 )
 def test_an_import_that_climbs_is_caught(module: str, source: str) -> None:
@@ -115,7 +115,7 @@ def test_an_import_that_climbs_is_caught(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("lightning_oft.layers", "from lightning_oft.rotation import cayley\nimport torch, math"),
+        ("lightning_oft.layers", "from lightning_oft.functional import cayley\nimport torch, math"),
         ("lightning_oft.layers", "from .rotation import cayley"),
         ("lightning_oft.tasks.text", "from .vision import ImageClassification"),
         ("lightning_oft.tasks.text", "import lightning.pytorch as pl"),

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import peft
 import pytest
 import torch
-from kinds import randomize, relative
+from layer_cases import randomize, relative
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from lightning_oft import OFTConfig, inject, load_adapter, merge, oft_layers, save_adapter, unload
-from lightning_oft.adapters import read_adapter
+from lightning_oft.formats import read_adapter
 
 pytestmark = [
     # PEFT asks transformers 5 by an old name.

@@ -33,11 +33,11 @@ from lightning_oft import (
     unload,
     unmerge,
 )
-from lightning_oft.checkpoints import is_rotation_key
+from lightning_oft.formats.checkpoint import is_rotation_key
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers import Rotation, state_of
-from lightning_oft.surgery import trained
-from lightning_oft.surgery.walk import merged_layers
+from lightning_oft.model import saved_modules as trained
+from lightning_oft.model.traversal import merged_layers
 
 _PROFILES: dict[str, dict[str, Any]] = {
     "ordinary": {"max_examples": 50, "derandomize": True},

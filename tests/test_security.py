@@ -24,8 +24,8 @@ from small import Small, loader, oft, trainer
 
 from lightning_oft import OFTFinetuning, load_adapter, load_from_checkpoint
 from lightning_oft import checkpoints as checkpoint_module
-from lightning_oft.adapters import AdapterFileError, read_adapter
-from lightning_oft.checkpoints import CheckpointError
+from lightning_oft.formats import AdapterFileError, read_adapter
+from lightning_oft.formats.checkpoint import CheckpointError
 from lightning_oft.cli import main
 
 MIB = 2**20

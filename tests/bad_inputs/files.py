@@ -13,9 +13,9 @@ from small import Small
 from torch import Tensor
 
 from lightning_oft import load_adapter, load_from_checkpoint, save_adapter
-from lightning_oft.adapters import AdapterFileError
-from lightning_oft.callback.files import WholeCheckpoints
-from lightning_oft.checkpoints import CheckpointError
+from lightning_oft.formats import AdapterFileError
+from lightning_oft.callback.checkpoint_io import AtomicCheckpointIO
+from lightning_oft.formats.checkpoint import CheckpointError
 
 
 def _load(damage: Any = None, **sizes: int) -> Any:
@@ -161,6 +161,6 @@ CHECKPOINTS = [
         "net.0 differ", "the checkpoint was trained on another base", "load the base it was trained on"),
     _checkpoint("a plain checkpoint of another model", _from(state={"net.weight": torch.zeros(2)}),
         "model.ckpt", "has net.weight, which the model lacks", "build the model that the checkpoint was written from"),
-    _checkpoint("a distributed checkpoint under DDP", lambda b: WholeCheckpoints().load_checkpoint(_sharded(b)),
+    _checkpoint("a distributed checkpoint under DDP", lambda b: AtomicCheckpointIO().load_checkpoint(_sharded(b)),
         "last.ckpt", "is a folder, which only the strategy that wrote it can read", "resume it under that strategy"),
 ]  # fmt: skip

@@ -13,8 +13,8 @@ from small import Small, loader, oft, trainer
 from torch import nn
 
 from lightning_oft import OFTConfig, OFTFinetuning, inject, merge, oft_layers, unload, unmerge
-from lightning_oft.callback.files import WholeCheckpoints
-from lightning_oft.surgery.walk import merged_layers
+from lightning_oft.callback.checkpoint_io import AtomicCheckpointIO
+from lightning_oft.model.traversal import merged_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -239,4 +239,4 @@ def test_only_damage_is_called_damage(tmp_path: Path) -> None:
     torch.save({"thing": Gone()}, tmp_path / "x.ckpt")
     del globals()["Gone"]
     with pytest.raises(AttributeError, match="Gone"):
-        WholeCheckpoints().load_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "x.ckpt", weights_only=False)

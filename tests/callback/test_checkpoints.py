@@ -15,7 +15,7 @@ from small import Small, difference, inputs, loader, oft, state, trainer
 from torch import Tensor
 
 from lightning_oft import load_from_checkpoint, merge, oft_layers, unload
-from lightning_oft.checkpoints import CheckpointError, content_of, read
+from lightning_oft.formats.checkpoint import CheckpointError, content_of, read
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),

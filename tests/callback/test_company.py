@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_oft import oft_layers, unmerge
-from lightning_oft.surgery.walk import merged_layers
+from lightning_oft.model.traversal import merged_layers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_oft import OFTConfig, inject
-from lightning_oft.callback import guards
-from lightning_oft.callback.strategies.zero import Zero
+from lightning_oft.callback import checks
+from lightning_oft.callback.strategies.deepspeed import DeepSpeedAdapter
 from lightning_oft.layers import Rotation
 
 
@@ -65,7 +65,7 @@ def _trainer(engine: Engine, model: nn.Module) -> Any:
 
 
 def test_real_steps_end_in_the_ball_with_the_copy_that_trains(model: nn.Sequential, engine: Engine) -> None:
-    steps = Zero().watch_steps(_trainer(engine, model), model, "default")
+    steps = DeepSpeedAdapter().watch_steps(_trainer(engine, model), model, "default")
     rotation = model[0].oft_R["default"]
     model(torch.randn(2, 8)).sum().backward()
     for call in range(1, 5):
@@ -81,7 +81,7 @@ def test_real_steps_end_in_the_ball_with_the_copy_that_trains(model: nn.Sequenti
 
 
 def test_a_rotation_without_gradient_is_refused_at_the_first_real_step(model: nn.Sequential, engine: Engine) -> None:
-    Zero().watch_steps(_trainer(engine, model), model, "default")
+    DeepSpeedAdapter().watch_steps(_trainer(engine, model), model, "default")
     engine.step()
     with pytest.raises(RuntimeError, match="the rotations of 0 got no gradient"):
         engine.step()
@@ -89,16 +89,16 @@ def test_a_rotation_without_gradient_is_refused_at_the_first_real_step(model: nn
 
 def test_rotations_are_looked_for_where_deepspeed_holds_them(model: nn.Sequential, engine: Engine) -> None:
     trainer = _trainer(engine, model)
-    guards.check_optimizers(Zero().held(trainer), model, "default")
+    checks.check_optimizers(DeepSpeedAdapter().held(trainer), model, "default")
     trainer.optimizers = [Optimizer([])]
     with pytest.raises(RuntimeError, match="the rotations of 0 are in no optimizer"):
-        guards.check_optimizers(Zero().held(trainer), model, "default")
+        checks.check_optimizers(DeepSpeedAdapter().held(trainer), model, "default")
 
 
 def test_a_rotation_outside_its_ball_is_pulled_in_before_the_first_step(model: nn.Sequential, engine: Engine) -> None:
     rotation = model[0].oft_R["default"]
     engine.copy += 2.0
     rotation.weight.data.copy_(engine.copy)
-    Zero().project(_trainer(engine, model), model)
+    DeepSpeedAdapter().project(_trainer(engine, model), model)
     assert torch.equal(rotation.weight.detach(), engine.copy)
     assert float(engine.copy.max()) < 0.2

@@ -20,9 +20,9 @@ from small import Small, difference, loader, oft, state, trainer
 from torch import Tensor
 
 from lightning_oft import oft_layers
-from lightning_oft.adapters import read_adapter
-from lightning_oft.checkpoints import read
-from lightning_oft.surgery.walk import merged_layers
+from lightning_oft.formats import read_adapter
+from lightning_oft.formats.checkpoint import read
+from lightning_oft.model.traversal import merged_layers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),

@@ -14,7 +14,7 @@ from small import Small, difference, inputs, oft, state, trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_oft import oft_layers
-from lightning_oft.surgery.walk import merged_layers
+from lightning_oft.model.traversal import merged_layers
 
 
 class Batched(Small):

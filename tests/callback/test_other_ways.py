@@ -12,8 +12,8 @@ from small import FEATURES, Small, difference, inputs, loader, net, oft, state
 from torch import Tensor, nn
 
 from lightning_oft import OFTConfig, inject, merge, oft_layers, project, unload, unmerge
-from lightning_oft.checkpoints import is_rotation_key
-from lightning_oft.rotation import angle_radius, frobenius_norm
+from lightning_oft.formats.checkpoint import is_rotation_key
+from lightning_oft.functional import angle_radius, frobenius_norm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated. Methods on autograd functions:DeprecationWarning"),

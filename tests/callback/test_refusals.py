@@ -10,8 +10,8 @@ import pytest
 from torch import nn
 
 from lightning_oft import OFTFinetuning
-from lightning_oft.callback.guards import check_launcher
-from lightning_oft.callback.strategies import strategy_of
+from lightning_oft.callback.checks import check_launcher
+from lightning_oft.callback.strategies import strategy_adapter
 
 
 class DeepSpeedStrategy:
@@ -45,7 +45,7 @@ def test_deepspeed_stage_3_is_refused_and_nothing_injected() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_deepspeed_stages_1_and_2_are_not_refused(stage: int) -> None:
-    strategy_of(trainer(DeepSpeedStrategy(stage)))
+    strategy_adapter(trainer(DeepSpeedStrategy(stage)))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from small import Small, loader, oft, state, trainer
 from torch import Tensor, nn
 
 from lightning_oft import OFTFinetuning, oft_layers
-from lightning_oft.rotation import angle_radius, frobenius_norm, largest_angle
+from lightning_oft.functional import angle_radius, frobenius_norm, largest_angle
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_oft.cli import main as main_of_cli
-from lightning_oft.surgery.sharded import gather_back
+from lightning_oft.codecs import reshard
 from lightning_oft.tasks import ImageClassification
 from lightning_oft.tasks.sharding import shard_blocks
 
@@ -76,7 +76,7 @@ def fit_vision(strategy: Any, world: int, rank: int, root: Path) -> dict[str, An
     units = [name for name, module in task.named_modules() if isinstance(module, FSDPModule)]
     (validated,) = run.validate(task, images(world, rank), verbose=False)
     (tested,) = run.test(task, images(world, rank), verbose=False)
-    gather_back(task)
+    reshard(task)
     after = [name for name, module in task.named_modules() if isinstance(module, FSDPModule)]
     return {"state": whole_state(task), "units": units, "units after": after, "scores": {**validated, **tested}}
 
@@ -142,7 +142,7 @@ class Count(pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 1:
             self.traffic.__exit__(None, None, None)
-            gather_back(pl_module)
+            reshard(pl_module)
             rotations = [p for name, p in pl_module.named_parameters() if ".oft_R." in name]
             base = [p for name, p in pl_module.named_parameters() if ".oft_R." not in name]
             moments = [v for s in trainer.optimizers[0].state.values() for k, v in s.items() if k != "step"]

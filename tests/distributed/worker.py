@@ -35,7 +35,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from lightning_oft import OFTConfig, OFTFinetuning, inject, merge, oft_layers, unmerge
 from lightning_oft.callback.strategies.fsdp1 import FlatShards
 from lightning_oft.layers import Rotation
-from lightning_oft.surgery.sharded import gather_back
+from lightning_oft.codecs import reshard
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -99,7 +99,7 @@ class Look(pl.Callback):
         self.when, self.seen = when, dict[str, torch.Tensor]()
 
     def look(self, pl_module: Any) -> None:
-        gather_back(pl_module)  # an evaluation may have left parameters gathered
+        reshard(pl_module)  # an evaluation may have left parameters gathered
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
         for optimizer in pl_module.trainer.optimizers:
             for parameter, state in optimizer.state.items():

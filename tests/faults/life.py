@@ -19,9 +19,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from small import Small, inputs, loader, oft, state, trainer
 from torch import Tensor, nn
 
-from lightning_oft.adapters.writing import write_contents
-from lightning_oft.merged import save_merged
-from lightning_oft.surgery.merge import merge_gathered as merge_layers
+from lightning_oft.formats.peft import write_contents
+from lightning_oft.formats.pretrained import write_pretrained
+from lightning_oft.model.merging import merge_layers
 
 PHASES = ("training", "checkpoint", "adapter", "merge", "export")
 _WIDTH = 96

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from faults.life import PHASES, Death, Phases, live, spawn
 
 from lightning_oft import checkpoints
-from lightning_oft.adapters import read_adapter
+from lightning_oft.formats import read_adapter
 
 Tensors = dict[str, Tensor]
 

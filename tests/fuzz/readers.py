@@ -35,7 +35,7 @@ if __package__ in (None, ""):
 from fuzz.mutations import CONFIG, TENSORS, Files, mutated
 
 from lightning_oft import OFTConfig, inject, load_adapter, merge, oft_layers, save_adapter
-from lightning_oft.adapters import AdapterFileError
+from lightning_oft.formats import AdapterFileError
 
 TIME_LIMIT = 10.0
 """Seconds that one case may take."""

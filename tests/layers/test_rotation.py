@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import config, randomize
+from layer_cases import config, randomize
 from torch import Tensor, nn
 
 from lightning_oft import disable_adapters, inject, oft_layers, set_adapter
-from lightning_oft import rotation as maths
+from lightning_oft import functional as maths
 from lightning_oft.layers import Rotation
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lightning_oft import OFTConfig, inject, save_adapter
-from lightning_oft.adapters import AdapterFileError, contents_of, read_adapter, write_contents, writing
+from lightning_oft.formats import AdapterFileError, contents_of, read_adapter, write_contents, writing
 
 
 def _model(value: float = 0.1, width: int = 8) -> nn.Module:
@@ -129,9 +129,9 @@ def test_an_error_at_any_rename_puts_the_old_files_back(
 
 KILLED = """
 import json, os, pathlib, shutil, sys
-import lightning_oft.adapters.writing as writing
+import lightning_oft.formats.peft as writing
 from test_writing import _model, _value
-from lightning_oft.adapters import AdapterFileError, contents_of
+from lightning_oft.formats import AdapterFileError, contents_of
 root = pathlib.Path(sys.argv[1])
 old, new = contents_of(_model(0.1)), contents_of(_model(0.2))
 seen = set()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import config, randomize
+from layer_cases import config, randomize
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 

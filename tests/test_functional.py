@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor
 
-from lightning_oft import rotation as maths
+from lightning_oft import functional as maths
 
 TERMS = range(2, 13)
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import KINDS, Case, Holder, config, randomize, relative
+from layer_cases import KINDS, Case, Holder, config, randomize, relative
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from lightning_oft import OFTConfig, inject, load_adapter, merge, oft_layers, save_adapter, set_adapter, unload, unmerge
-from lightning_oft.adapters import AdapterFileError, check_fingerprint, contents_of, read_adapter
+from lightning_oft.formats import AdapterFileError, check_fingerprint, contents_of, read_adapter
 from lightning_oft.layers import state_of
 
 cases = pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from kinds import config, randomize, relative
+from layer_cases import config, randomize, relative
 from torch import Tensor, nn
 
 from lightning_oft import OFTConfig, inject, merge, oft_layers, project, set_adapter, unload, unmerge
 from lightning_oft.layers import LayerState, state_of
-from lightning_oft.surgery import trained
+from lightning_oft.model import saved_modules as trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:adapter .* is not active")
 
@@ -151,7 +151,7 @@ def test_keep_base_takes_three_words() -> None:
 
 
 def test_auto_keeps_up_to_the_limit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    module = importlib.import_module("lightning_oft.surgery.merge")
+    module = importlib.import_module("lightning_oft.model.merging")
     for limit, kept in ((4 * 64 * 4, True), (4 * 64 * 4 - 1, False)):
         monkeypatch.setattr(module, "KEEP_LIMIT", limit)
         model = _stack()

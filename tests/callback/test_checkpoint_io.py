@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from small import Small, loader, oft, trainer
 
-from lightning_oft.callback.files import WholeCheckpoints
+from lightning_oft.callback.checkpoint_io import AtomicCheckpointIO
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -23,7 +23,7 @@ class Mine(TorchCheckpointIO):
 
 @pytest.mark.parametrize(
     ("plugins", "expected"),
-    [([], WholeCheckpoints), ([Mine()], Mine), ([AsyncCheckpointIO()], AsyncCheckpointIO)],
+    [([], AtomicCheckpointIO), ([Mine()], Mine), ([AsyncCheckpointIO()], AsyncCheckpointIO)],
     ids=["default", "own", "async"],
 )
 def test_only_the_default_way_is_replaced(tmp_path: Path, plugins: list[Any], expected: type) -> None:
@@ -41,7 +41,7 @@ def test_checkpoints_written_in_the_background_are_whole_and_resume(tmp_path: Pa
         run = trainer(place, oft(), every, plugins=plugins, max_epochs=2)
         run.fit(Small(), loader())
         inner = getattr(run.strategy.checkpoint_io, "_checkpoint_io", run.strategy.checkpoint_io)
-        assert type(inner) is WholeCheckpoints
+        assert type(inner) is AtomicCheckpointIO
         model = Small()
         trainer(place, oft(), every, plugins=plugins, max_epochs=2).fit(
             model, loader(), ckpt_path=str(place / "epoch=0.ckpt")
@@ -57,7 +57,7 @@ def test_without_oft_lightning_writes_as_ever(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_names_the_file_and_leaves_what_was_there(tmp_path: Path) -> None:
-    way, place = WholeCheckpoints(), tmp_path / "last.ckpt"
+    way, place = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     way.save_checkpoint({"a": torch.zeros(3)}, place)
     before = place.read_bytes()
     with pytest.raises(AttributeError):
@@ -71,13 +71,13 @@ def test_a_write_that_fails_names_the_file_and_leaves_what_was_there(tmp_path: P
 
 def test_what_a_killed_run_left_is_written_over(tmp_path: Path) -> None:
     (tmp_path / ".last.ckpt.part").write_bytes(b"torn")
-    WholeCheckpoints().save_checkpoint({"a": 1}, tmp_path / "last.ckpt")
+    AtomicCheckpointIO().save_checkpoint({"a": 1}, tmp_path / "last.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     assert torch.load(tmp_path / "last.ckpt") == {"a": 1}
 
 
 def test_a_link_is_replaced_and_not_what_it_leads_to(tmp_path: Path) -> None:
-    way = WholeCheckpoints()
+    way = AtomicCheckpointIO()
     way.save_checkpoint({"a": 1}, tmp_path / "best.ckpt")
     (tmp_path / "last.ckpt").symlink_to("best.ckpt")
     way.save_checkpoint({"a": 2}, tmp_path / "last.ckpt")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from kinds import config, randomize, relative
+from layer_cases import config, randomize, relative
 from torch import Tensor, nn
 
 from lightning_oft import OFTConfig, disable_adapters, inject, merge, oft_layers, set_adapter, unload, unmerge
-from lightning_oft.surgery import freeze
+from lightning_oft.model import freeze
 
 
 class Body(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from kinds import KINDS, Case, config, randomize, relative
+from layer_cases import KINDS, Case, config, randomize, relative
 from torch import Tensor, nn
 
 from lightning_oft import (
@@ -25,8 +25,8 @@ from lightning_oft import (
     unload,
     unmerge,
 )
-from lightning_oft import rotation as maths
-from lightning_oft.surgery import adapter_names, trained
+from lightning_oft import functional as maths
+from lightning_oft.model import adapter_names, trained
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:adapter .* is not active"),

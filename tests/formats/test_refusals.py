@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_oft import OFTConfig, inject, load_adapter, oft_layers, save_adapter
-from lightning_oft.adapters import AdapterFileError, read_adapter
+from lightning_oft.formats import AdapterFileError, read_adapter
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 KEY = "base_model.model.body.oft_R.weight"
@@ -321,7 +321,7 @@ def test_nothing_outside_the_directory_is_read(tmp_path: Path, monkeypatch: pyte
 def test_reading_imports_neither_lightning_nor_transformers(tmp_path: Path) -> None:
     _save(tmp_path)
     code = (
-        "import sys; from lightning_oft.adapters import read_adapter; print(read_adapter(sys.argv[1]).config.oft_block_size); "
+        "import sys; from lightning_oft.formats import read_adapter; print(read_adapter(sys.argv[1]).config.oft_block_size); "
         "print([name for name in ('lightning', 'transformers', 'peft') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)

@@ -19,8 +19,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from lightning_oft import OFTConfig
-from lightning_oft.surgery import find_targets
-from lightning_oft.surgery.blocks import nearest_divisor
+from lightning_oft.model import find_targets
+from lightning_oft.model.plan import nearest_divisor
 
 TINY: dict[str, Any] = {
     "hidden_size": 16,
@@ -136,7 +136,7 @@ def test_all_linear_leaves_the_output_embedding_out_and_finding_changes_nothing(
 def test_the_choice_by_architecture_is_pefts() -> None:
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING as THEIRS
 
-    from lightning_oft.surgery.targets import _ARCHITECTURES
+    from lightning_oft.model.targets import _ARCHITECTURES
 
     ours = {model_type: choice for types, choice in _ARCHITECTURES.items() for model_type in types}
     ours_listed = {k: v if isinstance(v, str) else sorted(v) for k, v in ours.items()}
@@ -195,7 +195,7 @@ def test_lists_match_as_in_peft(
 
 
 def _selected(model: nn.Module, config: OFTConfig) -> list[str]:
-    from lightning_oft.surgery import targets, walk
+    from lightning_oft.model import targets, walk
 
     return targets._selected(model, dict(walk(model)), config)
 
