@@ -4,11 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_oft.data.vision import DigitsDataModule, ImageDataModule
+    from lightning_oft.data.vision.digits import DigitsDataModule
+    from lightning_oft.data.vision.images import ImageDataModule
 
 __all__ = ["DigitsDataModule", "ImageDataModule"]
 
-_HOME = {"DigitsDataModule": "vision", "ImageDataModule": "vision"}
+_HOME = {"DigitsDataModule": "vision.digits", "ImageDataModule": "vision.images"}
 
 
 def __getattr__(name: str) -> object:

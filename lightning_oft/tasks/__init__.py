@@ -4,11 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_oft.tasks.base import Task as Task
     from lightning_oft.tasks.vision import ImageClassification
 
+# The tasks that a configuration can name. `Task`, their base, resolves too but trains nothing by itself.
 __all__ = ["ImageClassification"]
 
-_HOME = {"ImageClassification": "vision"}
+_HOME = {"ImageClassification": "vision", "Task": "base"}
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""What an optimizer of these tasks is given: what is trainable at that moment, rotations without weight decay."""
+"""Optimizers and schedules of the tasks: what is trainable at that moment, rotations without weight decay."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict
