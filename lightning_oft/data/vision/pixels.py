@@ -95,7 +95,7 @@ def image_transform(
         OSError: When there is no model at `pretrained`.
         ValueError: When its processor makes images of different sizes, or of neither 1 nor 3 channels.
     """
-    wanted: int = channels or getattr(model_config(pretrained), "num_channels", 3)
+    wanted: Any = channels or getattr(model_config(pretrained), "num_channels", 3)
     processor = _load_processor(pretrained)
     settings = processor.to_dict()
     changes: dict[str, Any] = {"do_convert_rgb": False} if wanted == 1 else {}
@@ -158,7 +158,10 @@ def decode(cell: Any) -> "Image":
         raise OSError("an empty cell")
     if not isinstance(cell, Mapping):
         return cell  # type: ignore[no-any-return]
-    return require("datasets", "datasets").Image().decode_example(dict(cell))  # type: ignore[no-any-return]
+    content, path = cell["bytes"], cell["path"]
+    if content is None and path and Path(path).is_file():
+        content = Path(path).read_bytes()  # `datasets` leaves a damaged file open
+    return require("datasets", "datasets").Image().decode_example({"bytes": content, "path": path})  # type: ignore[no-any-return]
 
 
 def unreadable() -> tuple[type[Exception], ...]:

@@ -33,25 +33,34 @@ def load_images(data: str, image_column: str, label_column: str, label2id: Mappi
         OSError: When there is no data set at `data`.
         ValueError: When a column is missing, or there are fewer than two classes.
     """
-    datasets = require("datasets", "datasets")
     tables = _load_splits(data)
     for column in (image_column, label_column):
         if column not in (found := tables["train"].column_names):
             raise ValueError(f"{data}: no column {column!r} among {found}; set image_column and label_column")
-    names = {image_column: "image", label_column: "label"}
-    for split, table in tables.items():
-        renamed = table.select_columns(list(names)).rename_columns(names)
-        tables[split] = renamed.cast_column("image", datasets.Image(decode=False))
-    if not isinstance(tables["train"].features["label"], datasets.ClassLabel):
-        text = {split: table.cast_column("label", datasets.Value("string")) for split, table in tables.items()}
-        feature = datasets.ClassLabel(names=sorted(set(text["train"]["label"])))
-        tables = {split: table.cast_column("label", feature) for split, table in text.items()}
-    classes = tables["train"].features["label"].names
+    names = getattr(tables["train"].features[label_column], "names", None)
+    labels = {
+        split: [names[value] if names and value >= 0 else str(value) for value in table[label_column]]
+        for split, table in tables.items()
+    }
+    classes = list(names or sorted(set(labels["train"])))
     if len(classes) < 2:
         raise ValueError(f"{data}: only one class, {classes[0]}; classification needs two or more")
-    if label2id and set(label2id) == set(classes) and classes != sorted(classes, key=label2id.__getitem__):
-        tables = {split: table.align_labels_with_mapping(label2id, "label") for split, table in tables.items()}
-    return tables
+    for split, found in labels.items():
+        if unknown := sorted(set(found) - set(classes)):
+            raise ValueError(f"{data}: {split} has the label {unknown[0]!r}, which is no class of train")
+    if label2id and set(label2id) == set(classes):
+        classes.sort(key=label2id.__getitem__)
+    return {split: _labelled(table, image_column, labels[split], classes) for split, table in tables.items()}
+
+
+def _labelled(table: Any, image_column: str, labels: list[str], classes: list[str]) -> Any:
+    """A table's images with a label column of its own: casting the one that is there would copy the images to a cache."""
+    datasets = require("datasets", "datasets")
+    images = table.select_columns([image_column]).rename_columns({image_column: "image"})
+    feature = datasets.ClassLabel(names=classes)
+    return images.cast_column("image", datasets.Image(decode=False)).add_column(
+        "label", feature.str2int(labels), feature=feature
+    )
 
 
 def _load_splits(data: str) -> Tables:
@@ -161,20 +170,23 @@ def split_train(tables: Tables, fractions: Mapping[str, float], seed: int) -> Ta
     Raises:
         ValueError: When there are too few images; one line.
     """
-    rest, count = tables["train"], len(tables["train"])
+    train = tables["train"]
+    # Split by row number: a table that came from files would write a cache beside them.
+    rest = train.from_dict({"row": range(len(train)), "label": train["label"]})
+    rest = rest.cast_column("label", train.features["label"])
     taken: Tables = {}
     for split, fraction in fractions.items():
         if not fraction or any(name.startswith(split) for name in tables):
             continue
-        size, options = max(1, round(fraction * count)), {"keep_in_memory": True, "load_from_cache_file": False}
         try:
-            parts = rest.train_test_split(size, stratify_by_column="label", seed=seed, **options)
+            size = max(1, round(fraction * len(train)))
+            parts = rest.train_test_split(size, stratify_by_column="label", seed=seed)
         except ValueError as error:
             raise ValueError(
-                f"{split}_fraction={fraction} of {count} training images: {_first_line(error)}; raise it, or set it to 0"
+                f"{split}_fraction={fraction} of {len(train)} images: {_first_line(error)}; raise it, or set it to 0"
             ) from error
-        rest, taken[split] = parts["train"], parts["test"]
-    return {**tables, "train": rest, **taken}
+        rest, taken[split] = parts["train"], train.select(parts["test"]["row"])
+    return {**tables, "train": train.select(rest["row"]), **taken}
 
 
 def _first_line(error: Exception) -> str:
