@@ -17,15 +17,8 @@ Batch = dict[str, Tensor]
 class SplitDataModule(LightningDataModule):
     """Loaders over `self.splits`, which a subclass fills in `setup`.
 
-    Args:
-        batch_size: Examples in a batch, on each device.
-        num_workers: Loader processes.
-        pin_memory: Page-locked batches, for faster copies to a GPU.
-        persistent_workers: Keep the loader processes from epoch to epoch.
-        seed: Decides the order of the training batches.
-
-    Raises:
-        ValueError: When batch_size or num_workers is out of its range.
+    The arguments are torch's DataLoader's; `seed` decides the order of the training batches. Raises ValueError when
+    batch_size or num_workers is out of its range.
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
@@ -34,13 +27,8 @@ class SplitDataModule(LightningDataModule):
     """Attributes whose values decide which examples there are and what is in them; see `cache_key`."""
 
     def __init__(
-        self,
-        batch_size: int = 32,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        persistent_workers: bool = False,
-        seed: int = 0,
-    ) -> None:
+        self, batch_size: int, num_workers: int = 0, pin_memory: bool = False, persistent_workers: bool = False, seed: int = 0
+    ) -> None:  # fmt: skip
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise ValueError(f"batch_size {batch_size}, num_workers {num_workers}: need at least 1 and at least 0")
@@ -59,18 +47,13 @@ class SplitDataModule(LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are; known after `setup`."""
+        """Known after `setup`."""
         return len(self.class_names)
 
     @property
     def test_names(self) -> list[str]:
-        """Names of the test sets, in the order of the test loaders: the rows or columns of a before/after table."""
+        """Names of the test sets, in the order of the test and predict loaders: the columns of a before/after table."""
         return [name for name in self.splits if name not in ("train", "val")]
-
-    @property
-    def predict_names(self) -> list[str]:
-        """Names of the sets to predict or generate for, in the order of the predict loaders: the test sets."""
-        return self.test_names
 
     @property
     def cache_key(self) -> str:
@@ -102,8 +85,8 @@ class SplitDataModule(LightningDataModule):
         return [self._loader(name) for name in self.test_names]
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """One loader for each of `predict_names`."""
-        return [self._loader(name) for name in self.predict_names]
+        """The test sets again, to predict or to generate for."""
+        return self.test_dataloader()
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
         return DataLoader(

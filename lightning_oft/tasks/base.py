@@ -1,7 +1,6 @@
 """Task: what a task declares so that it can be loaded, sharded, optimized, scored and exported."""
 
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -19,13 +18,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LRInterval = Literal["auto", "step", "epoch"]
 
 
-class SavesPretrained(Protocol):
-    """A processor, tokenizer or scheduler: anything that writes its files into a folder."""
-
-    def save_pretrained(self, directory: str | Path) -> object:
-        """Write the files into `directory`."""
-
-
 class Task(LightningModule):
     """Base of the tasks: a LightningModule around one library model. It works with and without OFT.
 
@@ -34,12 +26,10 @@ class Task(LightningModule):
     itself: callables cannot travel in a checkpoint that is read with weights_only.
 
     Args:
-        pretrained: The model to start from: a folder written by save_pretrained, or a hub id. None for a model that
-            comes from neither.
+        pretrained: The model to start from: a folder written by save_pretrained, or a hub id. None for neither.
         dtype: Data type that the weights are loaded in; "auto" for the checkpoint's.
         quantization_config: transformers' description of a quantized base.
-        optimizer: Makes the optimizer from parameter groups of what is trainable when the run starts; rotations are
-            not decayed.
+        optimizer: Makes the optimizer from what is trainable when the run starts; rotations are not decayed.
         lr_scheduler: Makes the schedule from the optimizer. None keeps the learning rate.
         lr_interval: When the schedule advances; auto is every step for OneCycleLR and CyclicLR, else every epoch.
     """
@@ -61,42 +51,32 @@ class Task(LightningModule):
         self.load_dtype = dtype
         self.quantization_config = quantization_config
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
-        self.processor: SavesPretrained | None = None if pretrained is None else Companions(pretrained)
-        """The processor or tokenizer that is written beside an export; by default the files beside `pretrained`."""
+        self.processor: Any = None if pretrained is None else Companions(pretrained)
+        """The processor or tokenizer written beside an export; by default the files beside `pretrained`."""
 
     def load_model(self, auto_class: Any, **config_overrides: Any) -> list[str]:
-        """Load the library model into the attribute `model_attribute`, by `load_pretrained`.
+        """Load the library model into `model_attribute`. Returns the modules of a new head; raises as `load_pretrained`.
 
-        Returns:
-            Names of the modules of a new, untrained head.
-
-        Raises:
-            ValueError: When `pretrained` is None.
-            OSError: When there is no model of this kind at `pretrained`.
+        Also raises ValueError when `pretrained` is None.
         """
         if self.pretrained is None:
             raise ValueError(f"{type(self).__name__}: pretrained is not given; give a folder or a hub id")
-        model, new_head = load_pretrained(
-            auto_class, self.pretrained, self.load_dtype, self.quantization_config, **config_overrides
-        )
+        options = {"dtype": self.load_dtype, "quantization_config": self.quantization_config}
+        model, new_head = load_pretrained(auto_class, self.pretrained, **options, **config_overrides)
         setattr(self, self.model_attribute, model)
         return new_head
 
     @property
     def library_model(self) -> nn.Module:
-        """The model of transformers, diffusers or torch that is adapted, sharded and exported.
-
-        Raises:
-            ValueError: When the attribute `model_attribute` holds no module.
-        """
+        """The model that is adapted, sharded and exported. Raises ValueError when `model_attribute` holds no module."""
         model = self._modules.get(self.model_attribute)
         if model is None:
             name = type(self).__name__
             raise ValueError(f"{name}: no module {self.model_attribute!r}; assign one, or name it in model_attribute")
         return model
 
-    def companions(self) -> list[SavesPretrained]:
-        """What is written beside an export, so that plain libraries load it: by default `processor`."""
+    def companions(self) -> list[Any]:
+        """Objects whose `save_pretrained` writes beside an export what plain libraries need: by default `processor`."""
         return [] if self.processor is None else [self.processor]
 
     def sharded_units(self) -> list[nn.Module]:
@@ -110,8 +90,7 @@ class Task(LightningModule):
         """
         count = len(self.trainer.num_test_batches)
         names = list(getattr(getattr(self.trainer, "datamodule", None), "test_names", None) or [])
-        if len(names) != count:
-            names = [str(i) for i in range(count)]
+        names = names if len(names) == count else [str(i) for i in range(count)]
         return ["test"] if count == 1 else [f"test/{name}" for name in names]
 
     @override

@@ -12,11 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 
 def load_pretrained(
-    auto_class: Any,
-    pretrained: str,
-    dtype: str = "float32",
-    quantization_config: Any = None,
-    **config_overrides: Any,
+    auto_class: Any, pretrained: str, dtype: str = "float32", quantization_config: Any = None, **config_overrides: Any
 ) -> tuple[Any, list[str]]:
     """Load a model, with a new head where its shape differs from the checkpoint's or the checkpoint has none.
 
@@ -42,7 +38,7 @@ def load_pretrained(
         raise FileNotFoundError(
             f"{pretrained}: no such folder; pretrained is one written by save_pretrained, or a hub id"
         )
-    options = {} if quantization_config is None else {"quantization_config": quantization_config}
+    options = {"quantization_config": quantization_config} if quantization_config else {}
     try:
         # trust_remote_code=False rather than its default, which asks at the terminal whether to run a hub's Python files.
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -72,14 +68,12 @@ def _report_missing(pretrained: str, model: Any, missing: set[str]) -> list[str]
         rank_zero_warn(
             f"{pretrained}: {len(other)} weights are not in the checkpoint and start random: {', '.join(other[:3])}"
         )
-    if not of_head:
-        return []
-    names = ", ".join(heads)
-    rank_zero_info(
-        f"{pretrained}: a new head {names} for {model.config.num_labels} classes; with OFT, train it too:"
-        f" oft.modules_to_save: [{names}]"
-    )
-    return heads
+    if of_head:
+        rank_zero_info(
+            f"{pretrained}: a new head {', '.join(heads)} for {model.config.num_labels} classes; with OFT, train it too:"
+            f" oft.modules_to_save: [{', '.join(heads)}]"
+        )
+    return heads if of_head else []
 
 
 def head_modules(model: Any) -> list[str]:

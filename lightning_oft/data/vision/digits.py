@@ -3,20 +3,15 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lightning_oft.data.base import SplitDataModule, require
 from lightning_oft.data.vision.pixels import ImageDataset, image_transform
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Levels = NDArray[np.uint8]
-    """(N, 8, 8) grey levels from 0 to 16; the background is 0."""
-
 HELD_OUT = 0.2
 """Share of the digits that neither pre-training nor adaptation ever sees."""
+Levels = Any
+"""numpy, (N, 8, 8) uint8: grey levels from 0, the background, to 16."""
 
 
 class DigitsDataModule(SplitDataModule):
@@ -70,61 +65,51 @@ class DigitsDataModule(SplitDataModule):
         """Read, turn, invert and split the digits; once."""
         if self.splits:
             return
-        sized = (8, 1) if self.pretrained is None else (None, None)
-        transform = image_transform(self.pretrained, *sized)
         (pool, labels), (held_out, held_out_labels) = load_digits()
+        transform = image_transform(self.pretrained) if self.pretrained else image_transform(None, 8, 1)
         val, train = stratified_split(labels, self.val_fraction, self.seed)
-        new = rows(new_domain(pool, self.rotation, self.invert), labels)
+        new = to_images(new_domain(pool, self.rotation, self.invert), labels)
         found = {
             "train": [new[i] for i in train],
             "val": [new[i] for i in val],
-            "new": rows(new_domain(held_out, self.rotation, self.invert), held_out_labels),
-            "original": rows(held_out, held_out_labels),
+            "new": to_images(new_domain(held_out, self.rotation, self.invert), held_out_labels),
+            "original": to_images(held_out, held_out_labels),
         }
         self.processor = transform.processor
         self.splits = {split: ImageDataset(digits, transform) for split, digits in found.items() if digits}
         self.class_names = [str(digit) for digit in range(10)]
 
 
-def load_digits() -> tuple[tuple["Levels", list[int]], tuple["Levels", list[int]]]:
-    """The digits to train on and the held-out ones, which are the same for everybody.
+def load_digits() -> tuple[tuple[Levels, list[int]], tuple[Levels, list[int]]]:
+    """(levels, labels) of the 1,438 digits to train on, then of the 359 held-out ones: the same for everybody.
 
-    Returns:
-        Twice (grey levels from 0 to 16, (N, 8, 8) uint8; N labels): 1,438 and 359 digits.
-
-    Raises:
-        ModuleNotFoundError: When scikit-learn is not installed; the line names the extra.
+    Raises ModuleNotFoundError, a line that names the extra, when scikit-learn is not installed.
     """
     found = require("sklearn.datasets", "scikit-learn").load_digits()
-    levels, labels = found.images.astype("uint8"), [int(label) for label in found.target]
-    held_out, pool = stratified_split(labels, HELD_OUT)
-    return (levels[pool], [labels[i] for i in pool]), (levels[held_out], [labels[i] for i in held_out])
+    levels, labels = found.images.astype("uint8"), found.target
+    held_out, pool = stratified_split(labels.tolist(), HELD_OUT)
+    return (levels[pool], labels[pool].tolist()), (levels[held_out], labels[held_out].tolist())
 
 
-def new_domain(levels: "Levels", rotation: int, invert: bool) -> "Levels":
-    """Turn digits counterclockwise by a multiple of 90 degrees and invert them. (N, 8, 8) in 0 to 16 -> the same."""
+def new_domain(levels: Levels, rotation: int, invert: bool) -> Levels:
+    """Turn digits counterclockwise by a multiple of 90 degrees and invert them. (N, 8, 8) -> (N, 8, 8)."""
     import numpy as np
 
     turned = np.rot90(levels, rotation // 90, (1, 2))
     return 16 - turned if invert else turned
 
 
-def rows(levels: "Levels", labels: Sequence[int]) -> list[dict[str, Any]]:
-    """Digits as 8-bit grayscale Pillow images, 16 becoming 255, with their labels. levels: (N, 8, 8) in 0 to 16."""
+def to_images(levels: Levels, labels: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows of an ImageDataset: 8-bit grayscale Pillow images, level 16 as 255. levels: (N, 8, 8)."""
     from_array = require("PIL.Image", "pillow").fromarray
     grey = (levels.astype("uint16") * 255 + 8) // 16
-    return [
-        {"image": from_array(image), "label": label} for image, label in zip(grey.astype("uint8"), labels, strict=True)
-    ]
+    return [{"image": from_array(image), "label": n} for image, n in zip(grey.astype("uint8"), labels, strict=True)]
 
 
 def stratified_split(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Take the same share out of every class: the examples whose seed and index have the smallest hashes.
+    """Indices of the same share of every class, and of the rest; both sorted. Every class keeps one in the rest.
 
-    A hash rather than a generator: the shipped base was pre-trained on this split, so it must never change.
-
-    Returns:
-        Indices into `labels`, sorted: those taken out, and the rest.
+    Decided by hashes of seed and index: the shipped base was pre-trained on this split, so it must never change.
     """
     members: defaultdict[int, list[int]] = defaultdict(list)
     for index, label in enumerate(labels):
@@ -132,5 +117,5 @@ def stratified_split(labels: Sequence[int], fraction: float, seed: int = 0) -> t
     taken: set[int] = set()
     for indices in members.values():
         ranked = sorted(indices, key=lambda i: sha256(f"{seed}:{i}".encode()).digest())
-        taken |= set(ranked[: min(round(fraction * len(ranked)), len(ranked) - 1)])
+        taken.update(ranked[: min(round(fraction * len(ranked)), len(ranked) - 1)])
     return sorted(taken), [i for i in range(len(labels)) if i not in taken]

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """From a Pillow image to pixel values (C, H, W) float32: random crop and flip, then the model's image processor."""
+    """From a Pillow image to pixel values (C, H, W) float32: random crop and flip, then the model's image processor.
+
+    Raises ValueError where a number is out of its range.
+    """
 
     processor: Any = None
     """transformers' image processor of the model: resizes, crops and normalises."""
@@ -31,7 +34,7 @@ class ImageTransform:
     """Least share of the image's area that a random crop keeps; 1 turns random crops off."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError where a number is out of its range."""
+        """Check the ranges."""
         flip, crop, channels = self.horizontal_flip, self.min_crop, self.channels
         if not (0 <= flip <= 1 and 0 < crop <= 1 and channels in (1, 3)):
             raise ValueError(
@@ -61,20 +64,18 @@ def random_box(width: int, height: int, min_area: float) -> tuple[int, int, int,
     u = torch.rand(4).tolist()
     area = width * height * (min_area + (1 - min_area) * u[0])
     ratio = math.exp(math.log(3 / 4) + u[1] * math.log(16 / 9))
-    w = max(1, min(round(math.sqrt(area * ratio)), width))
-    h = max(1, min(round(math.sqrt(area / ratio)), height))
+    w, h = (max(1, round(side)) for side in (min(math.sqrt(area * ratio), width), min(math.sqrt(area / ratio), height)))
     left, upper = int(u[2] * (width - w + 1)), int(u[3] * (height - h + 1))
     return left, upper, left + w, upper + h
 
 
 def model_config(pretrained: str | None) -> Any:
     """The model's config, an empty one for None. Raises OSError, one line, where there is none."""
-    # Imported here: transformers takes seconds to import.
     from transformers import AutoConfig, PreTrainedConfig
 
-    if pretrained is None:
-        return PreTrainedConfig()
     try:
+        if pretrained is None:
+            return PreTrainedConfig()
         return AutoConfig.from_pretrained(Path(pretrained).expanduser(), trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -95,8 +96,9 @@ def image_transform(
         OSError: When there is no model at `pretrained`.
         ValueError: When its processor makes images of different sizes, or of neither 1 nor 3 channels.
     """
-    wanted: Any = channels or getattr(model_config(pretrained), "num_channels", 3)
-    processor = _load_processor(pretrained)
+    config = model_config(pretrained)
+    wanted: Any = channels or getattr(config, "num_channels", 3)
+    processor = _load_processor(pretrained, getattr(config, "image_size", 224))
     settings = processor.to_dict()
     changes: dict[str, Any] = {"do_convert_rgb": False} if wanted == 1 else {}
     for name in ("image_mean", "image_std"):
@@ -105,8 +107,7 @@ def image_transform(
             changes[name] = [sum(values) / len(values)] * wanted
     if image_size is not None:
         square = {"height": image_size, "width": image_size}
-        short = "shortest_edge" in settings["size"]
-        changes |= {"size": {"shortest_edge": image_size} if short else square}
+        changes["size"] = {"shortest_edge": image_size} if "shortest_edge" in settings["size"] else square
         changes |= {"crop_size": square} if settings.get("do_center_crop") else {}
     transform = ImageTransform(type(processor).from_dict({**settings, **changes}), wanted)
     blank = require("PIL.Image", "pillow").new("L", (64, 96))
@@ -115,20 +116,25 @@ def image_transform(
     return transform
 
 
-def _load_processor(pretrained: str | None) -> Any:
+def _load_processor(pretrained: str | None, image_size: int | Sequence[int]) -> Any:
     """The model's image processor; where it has none, one of its image size, with mean and std 0.5."""
     import transformers
 
-    path = "" if pretrained is None else str(Path(pretrained).expanduser())
+    if pretrained is not None and _has_processor(path := str(Path(pretrained).expanduser())):
+        return transformers.AutoImageProcessor.from_pretrained(path, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    # Recent releases have the implementation that needs no torchvision under a name of its own.
+    plain = getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
+    return plain(size={"height": height, "width": width})
+
+
+def _has_processor(path: str) -> bool:
+    from transformers import ImageProcessingMixin
+
     try:
-        transformers.ImageProcessingMixin.get_image_processor_dict(path)
-    except (OSError, ValueError):
-        side = getattr(model_config(pretrained), "image_size", 224)
-        height, width = (side, side) if isinstance(side, int) else side
-        # Recent releases have the implementation that needs no torchvision under a name of its own.
-        plain = getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
-        return plain(size={"height": height, "width": width})
-    return transformers.AutoImageProcessor.from_pretrained(path, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        return bool(ImageProcessingMixin.get_image_processor_dict(path))
+    except OSError:
+        return False
 
 
 @dataclass(eq=False)

@@ -1,6 +1,7 @@
-"""Labelled images found, numbered and split by `datasets`: folders, saved data sets and hub ids.
+"""Labelled images found and split by `datasets`: folders, saved data sets and hub ids.
 
-A table is a datasets.Dataset with the columns "image" (undecoded: {"bytes", "path"}) and "label" (ClassLabel).
+A table is a datasets.Dataset with the columns "image" (undecoded: {"bytes", "path"}) and "label" (ClassLabel). Tables are
+kept by split: "train", "val" where there is one, then the test sets, "test" or "test_<name>".
 """
 
 import glob
@@ -16,22 +17,15 @@ from lightning_oft.data.base import require
 from lightning_oft.data.vision.pixels import decode, image_name, unreadable
 
 Tables = dict[str, Any]
-"""Tables by split: "train", "val" where there is one, then the test sets, "test" or "test_<name>"."""
 
 
 def load_images(data: str, image_column: str, label_column: str, label2id: Mapping[str, int] | None = None) -> Tables:
-    """Load labelled images; class ids are the model's where the model has exactly these classes.
-
-    Args:
-        data: A folder with a subfolder per class, or with train/val/test folders of those; or a folder written by
-            `Dataset.save_to_disk`; or a hub id.
-        image_column: The column that holds the images.
-        label_column: The column that holds class ids (ClassLabel) or names.
-        label2id: The model's class ids by name.
+    """Tables of the images at `data`: a folder with a subfolder per class, or with train/val/test folders of those; a
+    folder written by save_to_disk; or a hub id. Class ids are those of `label2id` where it names exactly these classes.
 
     Raises:
         OSError: When there is no data set at `data`.
-        ValueError: When a column is missing, or there are fewer than two classes.
+        ValueError: When a column is missing, there are fewer than two classes, or a label is none of train's.
     """
     tables = _load_splits(data)
     for column in (image_column, label_column):
@@ -45,22 +39,22 @@ def load_images(data: str, image_column: str, label_column: str, label2id: Mappi
     classes = list(names or sorted(set(labels["train"])))
     if len(classes) < 2:
         raise ValueError(f"{data}: only one class, {classes[0]}; classification needs two or more")
-    for split, found in labels.items():
-        if unknown := sorted(set(found) - set(classes)):
-            raise ValueError(f"{data}: {split} has the label {unknown[0]!r}, which is no class of train")
     if label2id and set(label2id) == set(classes):
         classes.sort(key=label2id.__getitem__)
-    return {split: _labelled(table, image_column, labels[split], classes) for split, table in tables.items()}
+    for split, table in tables.items():
+        if unknown := sorted(set(labels[split]) - set(classes)):
+            raise ValueError(f"{data}: {split} has the label {unknown[0]!r}, which is no class of train")
+        tables[split] = _labelled(table, image_column, labels[split], classes)
+    return tables
 
 
 def _labelled(table: Any, image_column: str, labels: list[str], classes: list[str]) -> Any:
     """A table's images with a label column of its own: casting the one that is there would copy the images to a cache."""
     datasets = require("datasets", "datasets")
     images = table.select_columns([image_column]).rename_columns({image_column: "image"})
+    images = images.cast_column("image", datasets.Image(decode=False))
     feature = datasets.ClassLabel(names=classes)
-    return images.cast_column("image", datasets.Image(decode=False)).add_column(
-        "label", feature.str2int(labels), feature=feature
-    )
+    return images.add_column("label", feature.str2int(labels), feature=feature)
 
 
 def _load_splits(data: str) -> Tables:
@@ -94,18 +88,16 @@ def _load_splits(data: str) -> Tables:
 def _split_files(root: Path) -> dict[str, list[str]]:
     """Patterns of each split's files: of the split folders where one is train, else of all files as train.
 
-    Given to `datasets`, which by itself would put test_<name> folders into one test set.
+    `datasets` by itself would put test_<name> folders into one test set.
     """
-    folders = sorted(f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
+    folders = [f.name for f in sorted(root.iterdir()) if f.is_dir() and not f.name.startswith((".", "__"))]
     splits: dict[str, list[str]] = {}
     for folder in folders:
         if split := split_of(folder):
             splits.setdefault(split, []).append(f"{glob.escape(folder)}/**")
-    if "train" in splits:
-        return splits
-    if splits and sum(map(len, splits.values())) == len(folders):
+    if splits and "train" not in splits and sum(map(len, splits.values())) == len(folders):
         raise ValueError(f"{root}: has {', '.join(sorted(splits))} but no train folder; add one")
-    return {"train": ["**"]}  # a class may be called "test"
+    return splits if "train" in splits else {"train": ["**"]}  # a class may be called "test"
 
 
 def split_of(name: str) -> str | None:
@@ -119,13 +111,8 @@ def split_of(name: str) -> str | None:
 def drop_unreadable(tables: Tables, decode_all: bool = True, threads: int = 8) -> Tables:
     """Leave out the images that cannot be read, with one warning that counts and names them.
 
-    Args:
-        tables: Tables by split.
-        decode_all: Decode every pixel, which also finds files cut short. False reads the headers only.
-        threads: Pillow decodes outside Python's lock.
-
-    Raises:
-        ValueError: When a split has no readable image, or a class none to train on.
+    decode_all decodes every pixel, which also finds files cut short; False reads the headers only. Pillow decodes outside
+    Python's lock, in `threads`. Raises ValueError when a split has no readable image, or a class none to train on.
     """
     bad: list[str] = []
     kept: Tables = {}
@@ -135,7 +122,7 @@ def drop_unreadable(tables: Tables, decode_all: bool = True, threads: int = 8) -
         bad += [image_name(table[row]["image"], row) for row, ok in enumerate(good) if not ok]
         if not any(good):
             raise ValueError(f"{split}: none of its {len(table)} images can be read; check the files")
-        kept[split] = table if all(good) else table.select([row for row, ok in enumerate(good) if ok])
+        kept[split] = table.select([row for row, ok in enumerate(good) if ok])
     if bad:
         named = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
         total = sum(map(len, tables.values()))
@@ -160,18 +147,12 @@ def is_readable(table: Any, row: int, decode_all: bool = True) -> bool:
 
 
 def split_train(tables: Tables, fractions: Mapping[str, float], seed: int) -> Tables:
-    """Take the splits that are missing out of train, the same share of every class.
+    """Take "val" and "test" out of train where they are missing, the same share of every class; 0 takes nothing.
 
-    Args:
-        tables: Tables by split.
-        fractions: Share of the training images by split, "val" or "test"; 0 takes nothing.
-        seed: Another seed, another split.
-
-    Raises:
-        ValueError: When there are too few images; one line.
+    Raises ValueError, one line, when there are too few images.
     """
     train = tables["train"]
-    # Split by row number: a table that came from files would write a cache beside them.
+    # Row numbers are split rather than images: a table that came from files would write a cache beside them.
     rest = train.from_dict({"row": range(len(train)), "label": train["label"]})
     rest = rest.cast_column("label", train.features["label"])
     taken: Tables = {}
