@@ -1,6 +1,6 @@
 """SplitDataModule: what a data module declares so that the tasks can train, score and export with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from importlib import import_module
 from typing import Any, ClassVar
@@ -42,6 +42,8 @@ class SplitDataModule(LightningDataModule):
         """Data sets by split: "train", "val" where there is one, then the test sets in order."""
         self.class_names: list[str] = []
         """Names of the classes in the order of their ids; empty where the data has no classes."""
+        self.collate_fn: Callable[[Any], Any] = collate
+        """Makes a batch of examples; a text module sets transformers' collator."""
         self.processor: Any = None
         """The processor or tokenizer that made the examples, once `setup` ran; written beside an export."""
 
@@ -64,13 +66,6 @@ class SplitDataModule(LightningDataModule):
     def companions(self) -> list[Any]:
         """What is written beside an export, so that plain libraries prepare examples alike: by default `processor`."""
         return [] if self.processor is None else [self.processor]
-
-    def collate(self, examples: Sequence[Any]) -> Any:
-        """Make a batch of examples: by default each column is stacked, and None, an unreadable example, is left out."""
-        found = [example for example in examples if example is not None]
-        if not found:
-            raise ValueError(f"a batch of {len(examples)} examples of which none can be read; check the files")
-        return {key: torch.stack([example[key] for example in found]) for key in found[0]}
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches, in an order that depends on `seed` and the epoch only."""
@@ -96,10 +91,21 @@ class SplitDataModule(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=self.persistent_workers,
-            collate_fn=self.collate,
+            collate_fn=self.collate_fn,
             # A generator of its own: the order of the examples does not depend on random numbers that the model draws.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+
+def collate(examples: Sequence[Batch | None]) -> Batch:
+    """Stack examples column by column; None, an example that could not be read, is left out.
+
+    Raises ValueError when none is left.
+    """
+    found = [example for example in examples if example is not None]
+    if not found:
+        raise ValueError(f"a batch of {len(examples)} examples of which none can be read; check the files")
+    return {key: torch.stack([example[key] for example in found]) for key in found[0]}
 
 
 def require(module: str, package: str) -> Any:

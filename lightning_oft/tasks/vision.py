@@ -115,9 +115,8 @@ class ImageClassification(Task):
     @override
     def on_test_start(self) -> None:
         """Called when the number of test sets is known."""
-        self.test_metrics = {
-            split: classification_metrics(self.num_classes).to(self.device) for split in self.test_splits()
-        }
+        metrics = classification_metrics(self.num_classes).to(self.device)
+        self.test_metrics = {split: metrics.clone() for split in self.test_splits()}
 
     @override
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -32,10 +32,8 @@ def load_images(data: str, image_column: str, label_column: str, label2id: Mappi
         if column not in (found := tables["train"].column_names):
             raise ValueError(f"{data}: no column {column!r} among {found}; set image_column and label_column")
     names = getattr(tables["train"].features[label_column], "names", None)
-    labels = {
-        split: [names[value] if names and value >= 0 else str(value) for value in table[label_column]]
-        for split, table in tables.items()
-    }
+    name_of = dict(enumerate(names or []))
+    labels = {split: [str(name_of.get(v, v)) for v in table[label_column]] for split, table in tables.items()}
     classes = list(names or sorted(set(labels["train"])))
     if len(classes) < 2:
         raise ValueError(f"{data}: only one class, {classes[0]}; classification needs two or more")
