@@ -4,7 +4,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from os.path import expanduser, isdir
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ def load_pretrained(
     """
     from transformers import AutoConfig
 
-    path = Path(pretrained).expanduser()
-    if not path.is_dir() and (pretrained.startswith(("/", ".", "~")) or pretrained.count("/") > 1):
+    path = expanduser(pretrained)
+    if not isdir(path) and (pretrained.startswith(("/", ".", "~")) or pretrained.count("/") > 1):
         raise FileNotFoundError(
             f"{pretrained}: no such folder; pretrained is one written by save_pretrained, or a hub id"
         )

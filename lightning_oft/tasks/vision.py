@@ -166,12 +166,10 @@ def classification_metrics(num_classes: int) -> MetricCollection:
 
 def check_batch(batch: Any, num_classes: int) -> None:
     """Raise ValueError, one line, when a batch is not what the task can take or a label is none of its classes."""
-    if not isinstance(batch, dict) or "pixel_values" not in batch:
+    if not isinstance(batch, dict) or not {"pixel_values", "labels"} <= set(batch):
         found = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
         raise ValueError(f"batch: found {found}; a batch is a dict of pixel_values (B, C, H, W) and labels (B,)")
-    labels: Tensor | None = batch.get("labels")
-    if labels is None:
-        raise ValueError("batch: has no labels; only predict goes without")
+    labels: Tensor = batch["labels"]
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         wrong = labels[(labels < 0) | (labels >= num_classes)][0]
         raise ValueError(f"labels: found class {int(wrong)}, the model has 0 to {num_classes - 1}; set num_classes")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ def model_config(pretrained: str | None) -> Any:
     try:
         if pretrained is None:
             return PreTrainedConfig()
-        return AutoConfig.from_pretrained(Path(pretrained).expanduser(), trust_remote_code=False)
+        return AutoConfig.from_pretrained(expanduser(pretrained), trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise OSError(f"{pretrained}: no image model found ({reason}); give a folder or a hub id") from error
@@ -117,24 +118,22 @@ def image_transform(
 
 
 def _load_processor(pretrained: str | None, image_size: int | Sequence[int]) -> Any:
-    """The model's image processor; where it has none, one of its image size, with mean and std 0.5."""
+    """The model's image processor; where it has none, with a warning, one of its image size, mean and std 0.5."""
     import transformers
 
-    if pretrained is not None and _has_processor(path := str(Path(pretrained).expanduser())):
-        return transformers.AutoImageProcessor.from_pretrained(path, trust_remote_code=False)  # type: ignore[no-untyped-call]
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if pretrained is not None:
+        load: Any = transformers.AutoImageProcessor.from_pretrained
+        try:
+            return load(expanduser(pretrained), trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            rank_zero_warn(
+                f"{pretrained}: no image processor ({reason}); using {height}x{width} pixels, mean and std 0.5"
+            )
     # Recent releases have the implementation that needs no torchvision under a name of its own.
     plain = getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
     return plain(size={"height": height, "width": width})
-
-
-def _has_processor(path: str) -> bool:
-    from transformers import ImageProcessingMixin
-
-    try:
-        return bool(ImageProcessingMixin.get_image_processor_dict(path))
-    except OSError:
-        return False
 
 
 @dataclass(eq=False)

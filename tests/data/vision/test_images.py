@@ -238,7 +238,8 @@ def test_classes_are_numbered_as_the_model_numbers_them(tree: Path, tmp_path_fac
     (folder / "config.json").write_text(
         json.dumps({"model_type": "vit", "label2id": {"dog": 0, "cat": 1}, "id2label": {0: "dog", 1: "cat"}})
     )
-    data = made(tree, pretrained=str(folder))
+    with pytest.warns(UserWarning, match="no image processor"):
+        data = made(tree, pretrained=str(folder))
     assert data.class_names == ["dog", "cat"]
     assert sum(int(data.splits["train"][i]["labels"]) for i in range(24)) == 16
 
