@@ -75,7 +75,6 @@ class DigitsDataModule(SplitDataModule):
             "new": to_images(new_domain(held_out, self.rotation, self.invert), held_out_labels),
             "original": to_images(held_out, held_out_labels),
         }
-        self.processor = transform.processor
         self.splits = {split: ImageDataset(digits, transform) for split, digits in found.items() if digits}
         self.class_names = [str(digit) for digit in range(10)]
 

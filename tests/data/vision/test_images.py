@@ -1,12 +1,14 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor
 
 from lightning_oft.data import ImageDataModule
 from lightning_oft.data.vision.pixels import ImageDataset
@@ -248,3 +250,10 @@ def test_classes_are_numbered_as_the_model_numbers_them(tree: Path, tmp_path_fac
 def test_fractions_leave_a_training_set(arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="leave a training set"):
         ImageDataModule("anywhere", **arguments)  # type: ignore[arg-type]
+
+
+def test_processor_of_the_run_is_written_beside_an_export(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    (companion,) = made(tree, channels=1).companions()
+    companion.save_pretrained(folder := tmp_path_factory.mktemp("export"))
+    again: Any = AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+    assert again(Image.new("L", (20, 20)), return_tensors="pt")["pixel_values"].shape == (1, 1, 8, 8)
