@@ -25,11 +25,8 @@ def load_pretrained(
         quantization_config: transformers' description of a quantized base, or None.
         config_overrides: Fields of the model's config, such as num_labels; None leaves a field alone.
 
-    Returns:
-        The model, in train mode, and the names of the modules of its new, untrained head.
-
-    Raises:
-        OSError: When there is no model of this kind at `pretrained`; a FileNotFoundError when it can only be a folder.
+    Returns the model, in train mode, and the names of the modules of its new, untrained head. Raises OSError when there
+    is no model of this kind at `pretrained`, a FileNotFoundError when it can only be a folder.
     """
     from transformers import AutoConfig
 
@@ -38,17 +35,14 @@ def load_pretrained(
         raise FileNotFoundError(
             f"{pretrained}: no such folder; pretrained is one written by save_pretrained, or a hub id"
         )
+    overrides = {name: value for name, value in config_overrides.items() if value is not None}
     options = {"quantization_config": quantization_config} if quantization_config else {}
     try:
         # trust_remote_code=False rather than its default, which asks at the terminal whether to run a hub's Python files.
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        for name, value in config_overrides.items():
-            if value is not None:
-                setattr(config, name, value)
-        options |= {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **overrides)
         with _no_loading_report():
             model, info = auto_class.from_pretrained(
-                path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
+                path, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for the same mistakes
         reason = str(error).strip().split("\n")[0][:300]
