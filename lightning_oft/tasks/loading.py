@@ -38,9 +38,9 @@ def load_pretrained(
     overrides = {name: value for name, value in config_overrides.items() if value is not None}
     options = {"quantization_config": quantization_config} if quantization_config else {}
     try:
-        # trust_remote_code=False rather than its default, which asks at the terminal whether to run a hub's Python files.
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **overrides)
         with _no_loading_report():
+            # trust_remote_code=False: the default asks at the terminal whether to run a hub's Python files.
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, **overrides)
             model, info = auto_class.from_pretrained(
                 path, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
