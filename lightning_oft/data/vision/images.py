@@ -33,8 +33,8 @@ class ImageDataModule(SplitDataModule):
         min_crop: Least share of a training image's area that a random crop keeps; 1 turns random crops off.
         image_column: Column of a data set that holds the images.
         label_column: Column of a data set that holds the labels.
-        verify: How every image is checked once before the first epoch: "decode" also finds files cut short; "header"
-            is for very large sets, where a file that fails later is left out of its batch, with a warning.
+        verify: Decode every image once before the first epoch and leave out those that cannot be read; false is for
+            very large sets, where one that fails later is left out of its batch, with a warning.
         num_workers: Processes that decode images.
         pin_memory: Page-locked batches, for faster copies to a GPU.
         persistent_workers: Keep those processes from epoch to epoch.
@@ -64,7 +64,7 @@ class ImageDataModule(SplitDataModule):
         min_crop: float = 0.6,
         image_column: str = "image",
         label_column: str = "label",
-        verify: Literal["decode", "header"] = "decode",
+        verify: bool = True,
         num_workers: int = 0,
         pin_memory: bool = False,
         persistent_workers: bool = True,
@@ -92,7 +92,7 @@ class ImageDataModule(SplitDataModule):
         plain = image_transform(self.pretrained, self.image_size, self.channels)
         label2id = model_config(self.pretrained).label2id
         tables = load_images(self.data, self.image_column, self.label_column, label2id)
-        tables = drop_unreadable(tables, decode_all=self.verify == "decode")
+        tables = drop_unreadable(tables) if self.verify else tables
         tables = split_train(tables, {"test": self.test_fraction, "val": self.val_fraction}, self.seed)
         augmented = replace(self.augmentation, processor=plain.processor, channels=plain.channels)
         self.processor = plain.processor

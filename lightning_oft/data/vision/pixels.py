@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 class ImageTransform:
     """From a Pillow image to pixel values (C, H, W) float32: random crop and flip, then the model's image processor.
 
-    Raises ValueError where a number is out of its range.
+    Attributes:
+        processor: transformers' image processor of the model: resizes, crops and normalises.
+        channels: 1 (grayscale) or 3 (RGB).
+        horizontal_flip: probability of mirroring left and right.
+        min_crop: least share of the image's area that a random crop keeps; 1 turns random crops off.
     """
 
     processor: Any = None
-    """transformers' image processor of the model: resizes, crops and normalises."""
     channels: int = 3
-    """1 (grayscale) or 3 (RGB)."""
     horizontal_flip: float = 0.0
-    """Probability of mirroring left and right."""
     min_crop: float = 1.0
-    """Least share of the image's area that a random crop keeps; 1 turns random crops off."""
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Raise ValueError where a number is out of its range."""
         flip, crop, channels = self.horizontal_flip, self.min_crop, self.channels
         if not (0 <= flip <= 1 and 0 < crop <= 1 and channels in (1, 3)):
             raise ValueError(
@@ -44,20 +44,15 @@ class ImageTransform:
 
     def __call__(self, image: "Image") -> Tensor:
         """Crop and flip are drawn from torch's global generator, which differs in each loader process."""
-        image = convert(image, self.channels)
+        if image.mode.startswith("I"):  # 16-bit grayscale, which Pillow's own conversion clips at 255, so to white
+            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        image = image.convert("L" if self.channels == 1 else "RGB")
         if self.min_crop < 1:
             image = image.crop(random_box(image.width, image.height, self.min_crop))
         if self.horizontal_flip and torch.rand(()) < self.horizontal_flip:
             image = image.transpose(require("PIL.Image", "pillow").Transpose.FLIP_LEFT_RIGHT)
         pixels: Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
         return pixels.float()
-
-
-def convert(image: "Image", channels: int) -> "Image":
-    """Convert to 8-bit grayscale (1 channel) or RGB (3)."""
-    if image.mode.startswith("I"):  # 16-bit grayscale, which Pillow's own conversion clips at 255, so to white
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    return image.convert("L" if channels == 1 else "RGB")
 
 
 def random_box(width: int, height: int, min_area: float) -> tuple[int, int, int, int]:
@@ -123,8 +118,8 @@ def _load_processor(pretrained: str | None, image_size: int | Sequence[int]) -> 
 
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if pretrained is not None:
-        load: Any = transformers.AutoImageProcessor.from_pretrained
         try:
+            load: Any = transformers.AutoImageProcessor.from_pretrained
             return load(expanduser(pretrained), trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
@@ -138,10 +133,14 @@ def _load_processor(pretrained: str | None, image_size: int | Sequence[int]) -> 
 
 @dataclass(eq=False)
 class ImageDataset(Dataset[Batch]):
-    """Images, decoded and transformed when asked for. An unreadable one is None, warned of; the collation leaves it out."""
+    """Images, decoded and transformed when asked for.
+
+    Attributes:
+        rows: rows with "image" (undecoded: {"bytes", "path"}) and "label" (a class id).
+        transform: makes the pixel values.
+    """
 
     rows: Sequence[Mapping[str, Any]]
-    """Rows with "image" (a Pillow image, or undecoded: {"bytes", "path"}) and "label" (a class id)."""
     transform: ImageTransform
 
     def __len__(self) -> int:
@@ -149,29 +148,25 @@ class ImageDataset(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch | None:  # type: ignore[override]
         row = self.rows[index]
-        try:
-            image = decode(row["image"])
-        except unreadable():
+        image = decode(row["image"])
+        if image is None:  # the collation leaves it out
             rank_zero_warn(f"{image_name(row['image'], index)}: cannot be read and is left out of its batch")
             return None
         return {"pixel_values": self.transform(image), "labels": torch.tensor(row["label"])}
 
 
-def decode(cell: Any) -> "Image":
-    """Decode an image cell of a data set, upright: cameras store how they were held beside the pixels."""
-    if cell is None:
-        raise OSError("an empty cell")
-    if not isinstance(cell, Mapping):
-        return cell  # type: ignore[no-any-return]
+def decode(cell: Any) -> Any:
+    """A Pillow image of an image cell, upright (cameras store how they were held); None where it cannot be read."""
+    if not cell:
+        return None
     content, path = cell["bytes"], cell["path"]
-    if content is None and path and Path(path).is_file():
-        content = Path(path).read_bytes()  # `datasets` leaves a damaged file open
-    return require("datasets", "datasets").Image().decode_example({"bytes": content, "path": path})  # type: ignore[no-any-return]
-
-
-def unreadable() -> tuple[type[Exception], ...]:
-    """What Pillow's decoders raise on damaged files."""
-    return OSError, SyntaxError, ValueError, require("PIL.Image", "pillow").DecompressionBombError
+    bomb = require("PIL.Image", "pillow").DecompressionBombError
+    try:
+        if content is None and path and Path(path).is_file():
+            content = Path(path).read_bytes()  # `datasets` leaves a damaged file open
+        return require("datasets", "datasets").Image().decode_example({"bytes": content, "path": path})
+    except (OSError, SyntaxError, ValueError, bomb):  # Pillow's decoders raise all four on damaged files
+        return None
 
 
 def image_name(cell: Any, row: int) -> str:

@@ -7,14 +7,13 @@ kept by split: "train", "val" where there is one, then the test sets, "test" or 
 import glob
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_oft.data.base import require
-from lightning_oft.data.vision.pixels import decode, image_name, unreadable
+from lightning_oft.data.vision.pixels import decode, image_name
 
 Tables = dict[str, Any]
 
@@ -106,17 +105,17 @@ def split_of(name: str) -> str | None:
     return known if known in ("train", "val", "test") or known.startswith("test_") else None
 
 
-def drop_unreadable(tables: Tables, decode_all: bool = True, threads: int = 8) -> Tables:
-    """Leave out the images that cannot be read, with one warning that counts and names them.
+def drop_unreadable(tables: Tables, threads: int = 8) -> Tables:
+    """Decode every image once, and leave out those that cannot be read, with one warning that counts and names them.
 
-    decode_all decodes every pixel, which also finds files cut short; False reads the headers only. Pillow decodes outside
-    Python's lock, in `threads`. Raises ValueError when a split has no readable image, or a class none to train on.
+    Pillow decodes outside Python's lock, in `threads`. Raises ValueError when a split has no readable image, or a class
+    none to train on.
     """
     bad: list[str] = []
     kept: Tables = {}
     for split, table in tables.items():
         with ThreadPoolExecutor(threads) as pool:
-            good = list(pool.map(partial(is_readable, table, decode_all=decode_all), range(len(table))))
+            good = list(pool.map(lambda row, table=table: decode(table[row]["image"]) is not None, range(len(table))))
         bad += [image_name(table[row]["image"], row) for row, ok in enumerate(good) if not ok]
         if not any(good):
             raise ValueError(f"{split}: none of its {len(table)} images can be read; check the files")
@@ -129,19 +128,6 @@ def drop_unreadable(tables: Tables, decode_all: bool = True, threads: int = 8) -
     if missing := set(range(len(names))) - set(kept["train"]["label"]):
         raise ValueError(f"train: no readable image of {', '.join(names[i] for i in sorted(missing))}; add some")
     return kept
-
-
-def is_readable(table: Any, row: int, decode_all: bool = True) -> bool:
-    """Whether Pillow can open the image of a row, and decode it."""
-    cell = table[row]["image"]
-    try:
-        if decode_all or not cell or cell["bytes"]:
-            decode(cell)
-        else:
-            require("PIL.Image", "pillow").open(cell["path"]).close()
-    except unreadable():
-        return False
-    return True
 
 
 def split_train(tables: Tables, fractions: Mapping[str, float], seed: int) -> Tables:
