@@ -37,7 +37,7 @@ from lightning_oft.formats.checkpoint import is_rotation_key
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers import Rotation, state_of
 from lightning_oft.model import saved_modules as trained
-from lightning_oft.model.traversal import merged_layers
+from lightning_oft.model.traversal import merged_layers, walk
 
 _PROFILES: dict[str, dict[str, Any]] = {
     "ordinary": {"max_examples": 50, "derandomize": True},
@@ -70,7 +70,7 @@ class World:
 
     @property
     def merged(self) -> bool:
-        return bool(merged_layers(self.net))
+        return bool(merged_layers(walk(self.net)))
 
     def output(self, net: nn.Module | None = None) -> Tensor:
         """What a model says in eval mode; its mode is as before afterwards."""
@@ -83,7 +83,7 @@ class World:
 
     def owned(self) -> set[str]:
         """Names of the tensors that have another owner than the base now, by all their names."""
-        live = {id(tensor) for _, tensor, slot in trained.slots(self.net) if slot.live != trained.BASE}
+        live = {id(tensor) for _, tensor, slot in trained.saved_tensors(walk(self.net)) if slot.live != trained.BASE}
         state = {
             **dict(self.net.named_parameters(remove_duplicate=False)),
             **dict(self.net.named_buffers(remove_duplicate=False)),

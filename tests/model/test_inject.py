@@ -13,7 +13,8 @@ from layer_cases import config, randomize, relative
 from torch import Tensor, nn
 
 from lightning_oft import OFTConfig, disable_adapters, inject, merge, oft_layers, set_adapter, unload, unmerge
-from lightning_oft.model import freeze
+from lightning_oft.model.freezing import freeze
+from lightning_oft.model.traversal import walk
 
 
 class Body(nn.Module):
@@ -226,8 +227,8 @@ def test_statistics_belong_to_the_adapter_that_trained_them() -> None:
 
 def test_freeze_alone_is_undone_by_unload_and_idempotent() -> None:
     model = _net()
-    freeze(model)
-    freeze(model)
+    freeze(walk(model))
+    freeze(walk(model))
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.train().norm.training
     unload(model)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_oft import OFTConfig, inject, merge, oft_layers, project, set_adapter, unload, unmerge
 from lightning_oft.layers import LayerState, state_of
 from lightning_oft.model import saved_modules as trained
+from lightning_oft.model.traversal import walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:adapter .* is not active")
 
@@ -48,7 +49,7 @@ def test_a_failure_at_the_nth_layer_leaves_the_model_as_it_was(
 ) -> None:
     model, x = _stack(), torch.randn(3, 8)
     before, output = _weights(model), model(x)
-    kind = type(state_of(model[0]).kind)  # type: ignore[union-attr, index]
+    kind = type(state_of(model[0]).layer_type)  # type: ignore[union-attr, index]
     fold, calls = kind.fold, []
 
     def failing(self: Any, *args: Any) -> Tensor:
@@ -258,7 +259,7 @@ def test_trained_biases_and_modules_stay_in_a_merged_model() -> None:
     inject(model, OFTConfig(oft_block_size=4, bias="all", modules_to_save=["1"]))
     randomize(model)
     with torch.no_grad():
-        for _, tensor, _slot in trained.slots(model):
+        for _, tensor, _slot in trained.saved_tensors(walk(model)):
             tensor.add_(0.5)
     output = model(x)
     merge(model)
@@ -373,7 +374,7 @@ def test_a_failure_unties_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     inject(model, config(target_modules=["embed_tokens", "lm_head"]))
     randomize(model, 0.3)
     adapted = model(ids).logits
-    kind = type(state_of(model.lm_head).kind)  # type: ignore[union-attr]
+    kind = type(state_of(model.lm_head).layer_type)  # type: ignore[union-attr]
     monkeypatch.setattr(kind, "fold", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
     with pytest.raises(MemoryError):
         merge(model)

@@ -26,7 +26,8 @@ from lightning_oft import (
     unmerge,
 )
 from lightning_oft import functional as maths
-from lightning_oft.model import adapter_names, trained
+from lightning_oft.model import saved_modules
+from lightning_oft.model.traversal import adapter_names, walk
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:adapter .* is not active"),
@@ -82,7 +83,7 @@ def test_a_linear_layer_applies_them_in_list_order() -> None:
 
 
 def test_names_are_in_order_of_injection() -> None:
-    assert adapter_names(_three(nn.Sequential(nn.Linear(8, 6)), target_modules=["0"])) == list(NAMES)
+    assert adapter_names(walk(_three(nn.Sequential(nn.Linear(8, 6)), target_modules=["0"]))) == list(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -281,13 +282,13 @@ def test_each_adapter_keeps_its_own_biases_and_modules() -> None:
             assert torch.equal(model(x), base)
         _fit(model)
         outputs[name] = model(x)
-        values[name] = {key: tensor.clone() for key, tensor in trained.values(model, name).items()}
+        values[name] = {key: tensor.clone() for key, tensor in saved_modules.values_of(walk(model), name).items()}
         assert {"head.0.weight", "head.1.running_mean", "conv.bias", "fc.bias"} <= set(values[name])
     for name in ("one", "two", "one"):
         set_adapter(model, name)
         assert torch.equal(model(x), outputs[name])
         for other in ("one", "two"):
-            now = trained.values(model, other)
+            now = saved_modules.values_of(walk(model), other)
             assert all(torch.equal(now[key], tensor) for key, tensor in values[other].items())
     with pytest.raises(ValueError, match=r"'one' and 'two' both train conv.bias: only one of them can be active"):
         set_adapter(model, ["one", "two"])
@@ -300,9 +301,9 @@ def test_values_inside_disable_adapters_are_those_of_the_adapter() -> None:
     model = Net().eval()
     inject(model, OFTConfig(oft_block_size=4, target_modules=["fc"], modules_to_save=["head"]))
     _fit(model)
-    outside = {key: tensor.clone() for key, tensor in trained.values(model, "default").items()}
+    outside = {key: tensor.clone() for key, tensor in saved_modules.values_of(walk(model), "default").items()}
     with disable_adapters(model):
-        inside = trained.values(model, "default")
+        inside = saved_modules.values_of(walk(model), "default")
         assert all(torch.equal(inside[key], tensor) for key, tensor in outside.items())
 
 
