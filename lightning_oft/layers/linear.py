@@ -7,18 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_oft.layers.base import (
-    LayerType,
-    RotatedWeight,
-    add_hook,
-    declare_layer_type,
-    drop_hook,
-    register_layer_type,
-)
+from lightning_oft.layers.base import LayerType, RotatedWeight, add_hook, drop_hook, register_layer_type
 from lightning_oft.layers.state import applied_rotations
 
 _INPUT_NAMES = ("input", "x", "hidden_states")
-_KNOWN_TO_PEFT = (
+_KNOWN_TO_PEFT = {
     "bitsandbytes",
     "hqq",
     "torchao",
@@ -28,7 +21,7 @@ _KNOWN_TO_PEFT = (
     "auto_gptq",
     "eetq",
     "neural_compressor",
-)
+}
 """Packages whose linear layers PEFT adapts without their being an nn.Linear."""
 
 
@@ -141,4 +134,4 @@ class Embedding(LayerType):
 LINEAR, CONV1D, EMBEDDING = LinearLike(), TransposedLinear(), Embedding()
 register_layer_type(nn.Linear, LINEAR)
 register_layer_type(nn.Embedding, EMBEDDING)
-declare_layer_type(CONV1D)
+register_layer_type(None, CONV1D)

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
-from torch import nn
-
-from lightning_oft.layers.state import make_record, record_of
-from lightning_oft.model.traversal import Modules, class_names, own_parameters, some
+from lightning_oft.layers.state import make_record
+from lightning_oft.model.traversal import Modules, class_names, own_parameters, records, some
 
 log = logging.getLogger(__name__)
 
 
 def shared_parameters(modules: Modules) -> set[int]:
     """ids of parameters that more than one module holds."""
-    seen: set[int] = set()
-    return {key for key in map(id, own_parameters(modules)) if key in seen or seen.add(key)}  # type: ignore[func-returns-value]
-
-
-def _tied_config(module: nn.Module) -> Any:
-    config = getattr(module, "config", None)
-    return config if "PreTrainedModel" in class_names(module) and hasattr(config, "tie_word_embeddings") else None
+    return {key for key, holders in Counter(map(id, own_parameters(modules))).items() if holders > 1}
 
 
 def untie_configs(modules: Modules, untied: list[str]) -> None:
@@ -30,16 +23,15 @@ def untie_configs(modules: Modules, untied: list[str]) -> None:
         return
     log.warning("merge: %s shared a weight with another module; it has a copy of its own now", some(untied))
     for module in modules.values():
-        config = _tied_config(module)
-        if config is not None and config.tie_word_embeddings:
+        config: Any = getattr(module, "config", None)
+        if "PreTrainedModel" in class_names(module) and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
             make_record(module).tied = True
 
 
 def retie_configs(modules: Modules) -> None:
     """Undo `untie_configs`."""
-    for module in modules.values():
-        record = record_of(module)
-        if record is not None and record.tied:
+    for _, module, record in records(modules):
+        if record.tied:
             record.tied = False
-            _tied_config(module).tie_word_embeddings = True
+            module.config.tie_word_embeddings = True  # type: ignore[union-attr]

@@ -89,7 +89,7 @@ def test_a_large_weight_is_folded_piece_by_piece(case: Case, monkeypatch: pytest
     inject(model, config())
     randomize(model)
     adapted = model(*inputs)
-    monkeypatch.setattr(importlib.import_module("lightning_oft.model.merging"), "PIECE", 20)
+    monkeypatch.setattr(importlib.import_module("lightning_oft.model.folding"), "PIECE", 20)
     merge(model, keep_base="never")
     assert relative(model(*inputs), adapted) < 1e-5
     unmerge(model)
