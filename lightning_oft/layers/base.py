@@ -60,13 +60,9 @@ class LayerType(ABC):
         """Give the layer its own forward back."""
         restore_class(layer)
 
-    def accepts(self, module: nn.Module) -> bool:
-        """Whether a module of a registered class, or one that resembles it, computes this arithmetic."""
-        return True
-
-    def resembles(self, module: nn.Module) -> bool:
-        """Whether a module of a class that nobody registered looks like this arithmetic."""
-        return False
+    def matches(self, module: nn.Module, is_registered: bool) -> bool:
+        """Whether a module computes this arithmetic: one of a registered class, or one that only resembles it."""
+        return is_registered
 
     def is_known_to_peft(self, layer: nn.Module) -> bool:
         """Whether PEFT computes the same with the generators of this layer."""
@@ -140,9 +136,10 @@ def _type_of_class(module_class: Any) -> LayerType | None:
 
 def layer_type_of(module: nn.Module) -> LayerType | None:
     """The arithmetic of a module; None where it is not known."""
-    every = (layer_type for _, layer_type in _registered.values())
-    found = _type_of_class(type(module)) or next((one for one in every if one.resembles(module)), None)
-    return found if found is not None and found.accepts(module) else None
+    found = _type_of_class(type(module))
+    if found is not None:
+        return found if found.matches(module, True) else None
+    return next((one for _, one in _registered.values() if one.matches(module, False)), None)
 
 
 def layer_types() -> dict[str, LayerType]:

@@ -11,17 +11,7 @@ from lightning_oft.layers.base import LayerType, RotatedWeight, add_hook, drop_h
 from lightning_oft.layers.state import applied_rotations
 
 _INPUT_NAMES = ("input", "x", "hidden_states")
-_KNOWN_TO_PEFT = {
-    "bitsandbytes",
-    "hqq",
-    "torchao",
-    "aqlm",
-    "awq",
-    "gptqmodel",
-    "auto_gptq",
-    "eetq",
-    "neural_compressor",
-}
+_KNOWN_TO_PEFT = ["bitsandbytes", "hqq", "torchao", "aqlm", "awq", "gptqmodel", "auto_gptq", "eetq", "neural_compressor"]
 """Packages whose linear layers PEFT adapts without their being an nn.Linear."""
 
 
@@ -57,16 +47,13 @@ class LinearLike(LayerType):
         drop_hook(layer, _rotate_input)
 
     @override
-    def accepts(self, module: nn.Module) -> bool:
-        """A block may be named and sized like a linear layer without being one: then it has layers of its own."""
+    def matches(self, module: nn.Module, is_registered: bool) -> bool:
+        """Quantized layers of many packages are no nn.Linear and have its sizes. A block may have them too without
+        being one: then it has layers of its own."""
+        sized = all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
         own = ("oft_R", "parametrizations")
         children = [child for name, child in module._modules.items() if child is not None and name not in own]
-        return all(next(child.parameters(), None) is None for child in children)
-
-    @override
-    def resembles(self, module: nn.Module) -> bool:
-        """Quantized layers of many packages are no nn.Linear and have its sizes."""
-        return all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
+        return (is_registered or sized) and all(next(child.parameters(), None) is None for child in children)
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:
@@ -80,9 +67,11 @@ class TransposedLinear(LinearLike):
     row_dim = 1
 
     @override
-    def resembles(self, module: nn.Module) -> bool:
+    def matches(self, module: nn.Module, is_registered: bool) -> bool:
         """Known by name, so that nobody who has no transformers model pays for its import."""
-        return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")
+        return is_registered or (
+            any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")
+        )
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:

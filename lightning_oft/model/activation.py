@@ -10,17 +10,9 @@ import torch
 from torch import nn
 
 from lightning_oft.layers.state import every_rotation, rotations_of
-from lightning_oft.model import saved_modules
+from lightning_oft.model import saved_modules, traversal
 from lightning_oft.model.freezing import freeze_norms, sync_nested_tensors
-from lightning_oft.model.traversal import (
-    Modules,
-    adapted,
-    require_adapter,
-    require_enabled,
-    require_unmerged,
-    reset_compiled_code,
-    walk,
-)
+from lightning_oft.model.traversal import Modules, adapted, walk
 
 
 def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[str] | None = None) -> None:
@@ -39,19 +31,19 @@ def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[
     chosen = [names] if isinstance(names, str) else list(names)
     training = chosen if trainable is None else [trainable] if isinstance(trainable, str) else list(trainable)
     for name in training:
-        require_adapter(modules, name)
+        traversal.require_adapter(modules, name)
     check_choice(modules, chosen)
     if not set(training) <= set(chosen):
         raise ValueError(f"trainable={training}: only active adapters train, and those are {chosen}; name one of them")
-    require_unmerged(modules, "choose adapters")
-    require_enabled(modules, "choose adapters")
+    traversal.require_unmerged(modules, "choose adapters")
+    traversal.require_enabled(modules, "choose adapters")
     activate(modules, chosen, training)
 
 
 def check_choice(modules: Modules, names: list[str]) -> None:
     """Raise ValueError where these adapters cannot be active together."""
     for name in names:
-        require_adapter(modules, name)
+        traversal.require_adapter(modules, name)
     if len(set(names)) < len(names):
         raise ValueError(f"adapters {names}: each can be active once; name it once")
     clash = saved_modules.conflict(modules, names)
@@ -100,7 +92,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         RuntimeError: the model is merged, where the base is no longer at hand; call unmerge first.
     """
     modules = walk(model)
-    require_unmerged(modules, "disable adapters")
+    traversal.require_unmerged(modules, "disable adapters")
     fused = _layers_of_fused_encoders(modules)
     restore = remember_choice(modules)
     try:
@@ -121,7 +113,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         if fused:
             sync_nested_tensors(modules)
         if fused and _is_compiled(modules):  # compiled in between, when the hooks were away
-            reset_compiled_code()
+            traversal.reset_compiled_code()
 
 
 def _layers_of_fused_encoders(modules: Modules) -> dict[str, nn.Module]:

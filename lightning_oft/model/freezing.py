@@ -9,7 +9,7 @@ from torch import nn
 from lightning_oft.layers.class_swap import SwappedClass, restore_class, swap_class
 from lightning_oft.layers.state import drop_empty_record, make_record, record_of
 from lightning_oft.model.saved_modules import BASE, saved_tensors
-from lightning_oft.model.traversal import Modules, adapted, records
+from lightning_oft.model.traversal import Modules, adapted, records, reset_compiled_code
 
 
 class _FrozenNorm(SwappedClass):
@@ -131,3 +131,9 @@ def sync_nested_tensors(modules: Modules) -> None:
         elif not rotated and record.nested_tensor is not None:
             encoder.use_nested_tensor, record.nested_tensor = record.nested_tensor, None
         drop_empty_record(encoder)
+
+
+def layers_changed(modules: Modules) -> None:
+    """What depends on which layers rotate follows: packed batches and compiled code."""
+    sync_nested_tensors(modules)
+    reset_compiled_code()

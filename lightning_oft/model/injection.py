@@ -11,24 +11,12 @@ from lightning_oft.codecs import parameter_of
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import LayerState, drop_empty_record, make_record, state_of
-from lightning_oft.model import saved_modules
+from lightning_oft.model import saved_modules, traversal
 from lightning_oft.model.activation import activate
 from lightning_oft.model.fingerprint import layer_fingerprint
-from lightning_oft.model.freezing import freeze, sync_nested_tensors, unfreeze
+from lightning_oft.model.freezing import freeze, layers_changed, unfreeze
 from lightning_oft.model.plan import Plan, PlannedLayer, plan_injection
-from lightning_oft.model.traversal import (
-    Modules,
-    adapted,
-    adapter_names,
-    merged_layers,
-    require_adapter,
-    require_enabled,
-    require_unmerged,
-    reset_compiled_code,
-    rotations,
-    some,
-    walk,
-)
+from lightning_oft.model.traversal import Modules, adapted, adapter_names, some, walk
 
 
 def inject(model: Any, config: OFTConfig, adapter_name: str = "default") -> list[str]:
@@ -66,7 +54,7 @@ def carry_out(modules: Modules, plan: Plan) -> list[str]:
     for module, key in plan.saved:
         saved_modules.claim(module, key, plan.adapter_name, active, known)
     freeze(modules)
-    _layers_changed(modules)
+    layers_changed(modules)
     if waiting:
         warnings.warn(
             f"adapter {plan.adapter_name!r} is not active on {some(waiting)}, where another adapter is: "
@@ -74,11 +62,6 @@ def carry_out(modules: Modules, plan: Plan) -> list[str]:
             stacklevel=3,
         )
     return list(plan.layers)
-
-
-def _layers_changed(modules: Modules) -> None:
-    sync_nested_tensors(modules)
-    reset_compiled_code()
 
 
 def _adapt(planned: PlannedLayer, plan: Plan) -> LayerState:
@@ -125,15 +108,17 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         RuntimeError: the model is merged, or inside disable_adapters.
     """
     modules = walk(model)
-    require_adapter(modules, adapter_name)
-    require_unmerged(modules, "delete an adapter")
-    require_enabled(modules, "delete an adapter")
+    traversal.require_adapter(modules, adapter_name)
+    traversal.require_unmerged(modules, "delete an adapter")
+    traversal.require_enabled(modules, "delete an adapter")
     left = [name for name in adapter_names(modules) if name != adapter_name]
     if not left:
         _unload(modules)
         return
     active = list(dict.fromkeys(name for _, _, state in adapted(modules) for name in state.active))
-    trains = [name for name in active if any(r.weight.requires_grad for r in rotations(modules, name).values())]
+    trains = [
+        name for name in active if any(r.weight.requires_grad for r in traversal.rotations(modules, name).values())
+    ]
     saved_modules.release(modules, [adapter_name])
     for _, layer, state in list(adapted(modules)):
         if state.configs.pop(adapter_name, None) is not None:
@@ -144,7 +129,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         active = trains = left[:1]
         warnings.warn(f"adapter {adapter_name!r} was active and is deleted; {left[0]!r} is active now", stacklevel=2)
     activate(modules, [name for name in active if name != adapter_name], trains)
-    _layers_changed(modules)
+    layers_changed(modules)
 
 
 def unload(model: nn.Module) -> None:
@@ -157,17 +142,17 @@ def unload(model: nn.Module) -> None:
         RuntimeError: inside disable_adapters.
     """
     modules = walk(model)
-    require_enabled(modules, "unload")
+    traversal.require_enabled(modules, "unload")
     _unload(modules)
 
 
 def _unload(modules: Modules) -> None:
-    names, merged = adapter_names(modules), bool(merged_layers(modules))
+    names, merged = adapter_names(modules), bool(traversal.merged_layers(modules))
     for _, layer, state in list(adapted(modules)):
         _strip(layer, state)
     saved_modules.release(modules, names, to_base=not merged)
     unfreeze(modules)
-    _layers_changed(modules)
+    layers_changed(modules)
 
 
 def _strip(layer: nn.Module, state: LayerState) -> None:

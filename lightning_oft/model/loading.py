@@ -10,23 +10,14 @@ import torch
 from torch import nn
 
 from lightning_oft.codecs import cut_like, local_part
+from lightning_oft.model import traversal
 from lightning_oft.model.adapter_state import AdapterState
 from lightning_oft.model.fingerprint import other_bases
 from lightning_oft.model.injection import carry_out
 from lightning_oft.model.placement import AdapterError, Place, find_place, plan_of
 from lightning_oft.model.plan import check
 from lightning_oft.model.saved_modules import saved_tensors
-from lightning_oft.model.traversal import (
-    Modules,
-    adapted,
-    adapter_names,
-    is_inside,
-    joined,
-    require_unmerged,
-    rotations,
-    some,
-    walk,
-)
+from lightning_oft.model.traversal import Modules, adapted, is_inside, joined, rotations, some
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +44,11 @@ def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) 
         RuntimeError: the model is merged.
     """
     name = state.name if adapter_name is None else adapter_name
-    modules = walk(model)
-    require_unmerged(modules, "load an adapter")
+    modules = traversal.walk(model)
+    traversal.require_unmerged(modules, "load an adapter")
     place = find_place(modules, state)
     plan = plan_of(modules, state, place, name)
-    present = name in adapter_names(modules)
+    present = name in traversal.adapter_names(modules)
     if present and (difference := _difference(modules, state, place, name)):
         raise AdapterError(
             f"the model has another adapter {name!r} already, {difference}; "

@@ -12,21 +12,13 @@ from torch import nn
 
 from lightning_oft.codecs import codec_of, is_sharded, whole
 from lightning_oft.layers.state import LayerState, rotations_of
+from lightning_oft.model import traversal
 from lightning_oft.model.activation import activate, check_choice, remember_choice
 from lightning_oft.model.fingerprint import same_base
 from lightning_oft.model.folding import Device, folded_weights
-from lightning_oft.model.freezing import freeze_unmerged, sync_nested_tensors, unfreeze_norms
+from lightning_oft.model.freezing import freeze_unmerged, layers_changed, unfreeze_norms
 from lightning_oft.model.tied_weights import retie_configs, shared_parameters, untie_configs
-from lightning_oft.model.traversal import (
-    Modules,
-    adapted,
-    merged_layers,
-    require_enabled,
-    require_unmerged,
-    reset_compiled_code,
-    some,
-    walk,
-)
+from lightning_oft.model.traversal import Modules, adapted, merged_layers, some, walk
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +56,7 @@ def merge(
         RuntimeError: already merged, or inside disable_adapters.
     """
     modules = walk(model)
-    require_unmerged(modules, "merge again")
+    traversal.require_unmerged(modules, "merge again")
     return merge_layers(modules, adapter_name, keep_base, device)
 
 
@@ -83,7 +75,7 @@ def merge_layers(
     layers = {name: layer for name, layer, _ in adapted(modules) if only is None or name in only}
     if not layers:
         raise ValueError("nothing to merge: the model has no adapter; call inject or load_adapter first")
-    require_enabled(modules, "merge")
+    traversal.require_enabled(modules, "merge")
     restore = remember_choice(modules)
     done: list[tuple[nn.Module, LayerState]] = []
     try:
@@ -107,8 +99,7 @@ def merge_layers(
     untie_configs(modules, [name for name, own in bases.items() if any(isinstance(one, nn.Parameter) for one in own)])
     if len(merged_layers(modules)) == sum(1 for _ in adapted(modules)):
         unfreeze_norms(modules)
-    sync_nested_tensors(modules)
-    reset_compiled_code()
+    layers_changed(modules)
     return list(layers)
 
 
@@ -175,8 +166,7 @@ def unmerge(model: nn.Module) -> list[str]:
         _unmerge_layer(layer, state)
     retie_configs(modules)
     freeze_unmerged(modules)
-    sync_nested_tensors(modules)
-    reset_compiled_code()
+    layers_changed(modules)
     return list(layers)
 
 

@@ -10,20 +10,12 @@ from torch import Tensor, nn
 from lightning_oft.codecs import is_sharded
 from lightning_oft.functional import block_size_of
 from lightning_oft.layers.base import layer_type_named, layer_type_of, refusal
+from lightning_oft.model import traversal
 from lightning_oft.model.adapter_state import AdapterState, LayerRotations
 from lightning_oft.model.plan import Plan, PlannedLayer
 from lightning_oft.model.saved_modules import base_value
 from lightning_oft.model.targets import matches, owners_of
-from lightning_oft.model.traversal import (
-    LIBRARY_MODELS,
-    Modules,
-    class_names,
-    is_inside,
-    joined,
-    own_tensors,
-    some,
-    tensor_of,
-)
+from lightning_oft.model.traversal import Modules, is_inside, joined, some
 
 Owners = dict[str, tuple[str, str]]
 
@@ -41,7 +33,7 @@ class PlacedTensor(NamedTuple):
 
     def tensor(self) -> Tensor:
         """The model's own tensor."""
-        return tensor_of(self.module, self.key)
+        return traversal.tensor_of(self.module, self.key)
 
 
 class Place(NamedTuple):
@@ -65,7 +57,7 @@ def find_place(modules: Modules, state: AdapterState) -> Place:
     spots = {name: _tensor_place(modules, joined(root, name)) for name in state.saved}
     saved = {name: PlacedTensor(*spot, state.saved[name]) for name, spot in spots.items() if spot is not None}
     for name, (module, key, value) in saved.items():
-        theirs, mine = tuple(value.shape), tuple(tensor_of(module, key).shape)
+        theirs, mine = tuple(value.shape), tuple(traversal.tensor_of(module, key).shape)
         if theirs != mine:
             raise AdapterError(
                 f"{name} has shape {mine} in the model and {theirs} in the file; build the model with the sizes it was "
@@ -98,7 +90,7 @@ def _missing(modules: Modules, owners: Owners, root: str, state: AdapterState) -
 
 def _find_root(modules: Modules, owners: Owners, state: AdapterState) -> str:
     """The module below which every name exists: where it was, the model, a model inside it, any module."""
-    inner = [name for name, module in modules.items() if class_names(module) & LIBRARY_MODELS]
+    inner = [name for name, module in modules.items() if traversal.class_names(module) & traversal.LIBRARY_MODELS]
     stored = [state.root] if state.root is not None and state.root in modules else []
     for candidates in (stored, [""], inner, list(modules)):
         found = [root for root in candidates if not _missing(modules, owners, root, state)]
@@ -166,7 +158,7 @@ def _expected_tensors(modules: Modules, state: AdapterState, root: str) -> set[s
     # Ours are whole names; PEFT also compares their ends.
     tops = [name for name in inside if (name in heads if state.root is not None else matches(name, heads))]
     below = {id(module) for top in tops for module in modules.below(joined(root, top)).values()}
-    expected = {joined(name, key) for name, m in inside.items() if id(m) in below for key in own_tensors(m)}
+    expected = {joined(name, key) for name, m in inside.items() if id(m) in below for key in traversal.own_tensors(m)}
     for name in state.layers if state.config.bias != "none" else ():
         layer = modules.get(joined(root, name))
         if layer is not None and layer._parameters.get("bias") is not None:
