@@ -50,10 +50,12 @@ class LinearLike(LayerType):
     def matches(self, module: nn.Module, is_registered: bool) -> bool:
         """Quantized layers of many packages are no nn.Linear and have its sizes. A block may have them too without
         being one: then it has layers of its own."""
-        sized = all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
+        sizes = (getattr(module, size, None) for size in ("in_features", "out_features"))
+        if not is_registered and not all(isinstance(size, int) for size in sizes):
+            return False
         own = ("oft_R", "parametrizations")
         children = [child for name, child in module._modules.items() if child is not None and name not in own]
-        return (is_registered or sized) and all(next(child.parameters(), None) is None for child in children)
+        return all(next(child.parameters(), None) is None for child in children)
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:

@@ -162,7 +162,10 @@ def test_a_name_that_cannot_be_a_key_is_refused(name: Any) -> None:
 def test_the_same_adapter_with_another_configuration_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     inject(model, config(target_modules=["0"]))
-    with pytest.raises(ValueError, match=r"0: adapter 'default' is already there with another configuration .coft=False, now True.: unload"):
+    with pytest.raises(
+        ValueError,
+        match=r"0: adapter 'default' is already there with another configuration .coft=False, now True.: unload",
+    ):
         inject(model, config(target_modules=["0"], coft=True))
 
 
