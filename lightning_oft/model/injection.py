@@ -115,7 +115,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     if not left:
         _unload(modules)
         return
-    active = list(dict.fromkeys(name for _, _, state in adapted(modules) for name in state.active))
+    active = traversal.active_names(modules)
     trains = [
         name for name in active if any(r.weight.requires_grad for r in traversal.rotations(modules, name).values())
     ]

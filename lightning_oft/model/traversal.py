@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from graphlib import TopologicalSorter
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +114,15 @@ def oft_layers(model: nn.Module) -> dict[str, nn.Module]:
 def adapter_names(modules: Modules) -> list[str]:
     """Names of the adapters that any layer has, in order of injection."""
     return list(dict.fromkeys(name for _, _, state in adapted(modules) for name in state.configs))
+
+
+def active_names(modules: Modules) -> list[str]:
+    """Names of the active adapters, in an order that agrees with that of every layer."""
+    order: TopologicalSorter[str] = TopologicalSorter()
+    for _, _, state in adapted(modules):
+        for index, name in enumerate(state.active):
+            order.add(name, *state.active[:index])
+    return list(order.static_order())
 
 
 def rotations(modules: Modules, adapter_name: str) -> dict[tuple[str, str], Rotation]:
