@@ -106,7 +106,8 @@ def _difference(modules: Modules, state: AdapterState, place: Place, adapter_nam
     owned = {id(one.tensor): one.name for one in saved_tensors(modules) if adapter_name in one.slot.owners}
     stored = {id(one.tensor()): name for name, one in place.saved.items()}
     if owned.keys() != stored.keys():
-        return f"only one of them trains {some([{**owned, **stored}[key] for key in owned.keys() ^ stored.keys()])}"
+        names = sorted({**owned, **stored}[key] for key in owned.keys() ^ stored.keys())
+        return f"only one of them trains {some(names)}"
     torn = _torn(modules, place)
     if torn:
         return f"which trains {some(torn)} together with what shares its memory"

@@ -81,7 +81,12 @@ def test_the_order_of_active_adapters_agrees_with_every_layer() -> None:
 
 @pytest.mark.parametrize(
     ("names", "trainable", "training"),
-    [("two", None, {"two"}), (["three", "one"], ["three"], {"three"}), (["three", "one"], [], set()), ([], None, set())],
+    [
+        ("two", None, {"two"}),
+        (["three", "one"], ["three"], {"three"}),
+        (["three", "one"], [], set()),
+        ([], None, set()),
+    ],
 )
 def test_only_the_trainable_train_and_stale_gradients_go(names: Any, trainable: Any, training: set[str]) -> None:
     model = _linear()

@@ -33,7 +33,9 @@ def _trained(**options: Any) -> nn.Module:
     ids=["rotations", "own biases", "norms"],
 )
 @pytest.mark.parametrize("mode", [False, True], ids=["eval", "train"])
-def test_disabled_is_the_base_to_the_bit_and_afterwards_nothing_has_changed(options: dict[str, Any], mode: bool) -> None:
+def test_disabled_is_the_base_to_the_bit_and_afterwards_nothing_has_changed(
+    options: dict[str, Any], mode: bool
+) -> None:
     model, x = net().eval(), batch(4)
     base = snapshot(model)
     expected = model(x)
