@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ class AdapterState:
         carried: base values that PEFT expects in a file beside `saved`.
         fingerprints: fingerprints of the base weights by layer.
         base: the model at the root.
-        has_unique_names: whether no other module of the model has a name that ends like one of the layers'.
+        has_unique_names: whether no other module of the model has a name that ends like that of a layer PEFT knows.
         source: the path it was read from, for messages.
         extra: what a file says besides, such as `peft_version`.
     """
@@ -85,6 +86,28 @@ class AdapterState:
             for name, rotations in self.layers.items()
             for part, generator in rotations.generators.items()
         }
+
+    def known_to_peft(self) -> list[str]:
+        """Names of the layers with which PEFT computes the same."""
+        return [name for name, rotations in self.layers.items() if rotations.is_known_to_peft]
+
+    def rooted(self, root: str) -> AdapterState:
+        """The same adapter with names that start at another module; at '' they are those of the model it was taken from.
+
+        Raises:
+            ValueError: a layer or tensor is not below that module.
+        """
+        cut = len(root) + 1 if root else 0
+
+        def moved(name: str) -> str:
+            full = joined(self.root or "", name)
+            if not is_inside(full, root):
+                raise ValueError(f"{full} is not below {root}")
+            return full[cut:]
+
+        tables = ("layers", "saved", "carried", "fingerprints")
+        named: Any = {table: {moved(name): v for name, v in getattr(self, table).items()} for table in tables}
+        return replace(self, root=root, modules_to_save=[moved(name) for name in self.modules_to_save], **named)
 
 
 def take(model: nn.Module, adapter_name: str = "default") -> AdapterState:
@@ -125,7 +148,7 @@ def describe(modules: Modules, adapter_name: str, value_of: Any = torch.Tensor.d
     config = next(iter(layers.values()))[1].configs[adapter_name]
     saved = {name[cut:]: tensor for name, tensor in saved.items()}
     inside = {name[cut:]: module for name, module in modules.items() if is_inside(name, root_name)}
-    heads = _outermost(inside, config, saved)
+    heads = modules_trained_whole(saved, config)
     fingerprints = {name[cut:]: state.fingerprint for name, (_, state) in layers.items()}
     rotations = {name[cut:]: _rotations(*found, adapter_name, value_of) for name, found in layers.items()}
     carried = _carried(inside, (*heads, *saved_names(config)[1]), saved, rotations)
@@ -139,7 +162,7 @@ def describe(modules: Modules, adapter_name: str, value_of: Any = torch.Tensor.d
         carried={name: value_of(tensor) for name, tensor in carried.items()},
         fingerprints={name: value for name, value in fingerprints.items() if value is not None},
         base=Base(type(root).__name__, type(root).__module__, _name_or_path(root)),
-        has_unique_names=not _is_ambiguous(inside, set(rotations)),
+        has_unique_names=not _is_ambiguous(inside, {name for name, one in rotations.items() if one.is_known_to_peft}),
     )
 
 
@@ -165,16 +188,18 @@ def _saved(modules: Modules, adapter_name: str) -> dict[str, Tensor]:
     return saved
 
 
-def _outermost(inside: Mapping[str, nn.Module], config: OFTConfig, saved: Mapping[str, Tensor]) -> list[str]:
-    """Names of the modules trained whole, the outermost of each."""
+def modules_trained_whole(saved: Iterable[str], config: OFTConfig) -> list[str]:
+    """The modules that tensors belong to: the outermost that modules_to_save names, else the owner of a tensor that is
+    no bias, such as an embedding tied to a head."""
     items = [item for items in saved_names(config) for item in items]
-    found: list[str] = []
-    for name, module in inside.items() if saved else ():
-        if name and not any(is_inside(name, above) for above in found):
-            direct = any(joined(name, key) in saved and "bias" not in key for key in own_tensors(module))
-            if direct or (matches(name, items) and any(is_inside(key, name) for key in saved)):
-                found.append(name)
-    return found
+    found: dict[str, None] = {}
+    for name in saved:
+        owner, _, key = name.rpartition(".")
+        above = accumulate(owner.split("."), joined)
+        head = next((module for module in above if matches(module, items)), "" if "bias" in key else owner)
+        if head:
+            found[head] = None
+    return [name for name in found if not any(is_inside(name, other) for other in found if other != name)]
 
 
 def _carried(
@@ -185,7 +210,7 @@ def _carried(
     swept = [name for name in inside if endings and name.endswith(endings)]
     tops = [name for name in swept if not any(is_inside(layer, name) for layer in layers)]
     return {
-        joined(name, key): traversal.tensor_of(module, key)
+        joined(name, key): saved_modules.base_value(module, key)
         for name, module in inside.items()
         if any(is_inside(name, top) for top in tops)
         for key in own_tensors(module)
