@@ -21,16 +21,13 @@ from lightning_oft.layers.class_swap import restore_class
 
 
 class RotatedWeight(NamedTuple):
-    """One weight of a layer that a rotation turns.
-
-    Attributes:
-        parameter: name of the parameter, `weight` or `out_proj.weight`.
-        fan: size of the dimension that is rotated.
-        side: whether the layer's input is rotated, W' = W . blockdiag(R)^T, or its output, W' = blockdiag(R)^T . W.
-    """
+    """One weight of a layer that a rotation turns: by its input, W' = W . blockdiag(R)^T, or by its output,
+    W' = blockdiag(R)^T . W."""
 
     parameter: str
+    """Name of the parameter, `weight` or `out_proj.weight`."""
     fan: int
+    """Size of the dimension that is rotated."""
     side: Literal["input", "output"] = "input"
 
 

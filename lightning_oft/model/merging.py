@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
@@ -11,13 +12,12 @@ import torch
 from torch import nn
 
 from lightning_oft.codecs import codec_of, is_sharded, whole
-from lightning_oft.layers.state import LayerState, rotations_of
+from lightning_oft.layers.state import LayerState, make_record, rotations_of
 from lightning_oft.model import traversal
 from lightning_oft.model.activation import activate, check_choice, remember_choice
 from lightning_oft.model.fingerprint import same_base
 from lightning_oft.model.folding import Device, folded_weights
 from lightning_oft.model.freezing import freeze_unmerged, layers_changed, unfreeze_norms
-from lightning_oft.model.tied_weights import retie_configs, shared_parameters, untie_configs
 from lightning_oft.model.traversal import Modules, adapted, merged_layers, some, walk
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def merge_layers(
             check_choice(modules, names)
             activate(modules, names, names)
         _check_mergeable(layers, gathered)
-        keep, shared = _keeps(layers, keep_base), shared_parameters(modules)
+        keep, shared = _keeps(layers, keep_base), _shared_parameters(modules)
         for _, layer, state in adapted(layers):
             with gathered(layer):
                 done.append((layer, state))
@@ -96,7 +96,7 @@ def merge_layers(
         restore()
         raise
     bases = {name: state.base.values() for name, _, state in adapted(layers)}
-    untie_configs(modules, [name for name, own in bases.items() if any(isinstance(one, nn.Parameter) for one in own)])
+    _untie_configs(modules, [name for name, own in bases.items() if any(isinstance(one, nn.Parameter) for one in own)])
     if len(merged_layers(modules)) == sum(1 for _ in adapted(modules)):
         unfreeze_norms(modules)
     layers_changed(modules)
@@ -164,7 +164,7 @@ def unmerge(model: nn.Module) -> list[str]:
         )
     for _, layer, state in adapted(layers):
         _unmerge_layer(layer, state)
-    retie_configs(modules)
+    _retie_configs(modules)
     freeze_unmerged(modules)
     layers_changed(modules)
     return list(layers)
@@ -187,3 +187,28 @@ def _changed_since_merge(layer: nn.Module, state: LayerState) -> bool:
     """Whether a merged weight is no longer what merge left: going back to the base would lose the change."""
     left = state.merged_fingerprints
     return not all(same_base(weight.fingerprint(), left.get(weight.name)) for weight in folded_weights(layer, state))
+
+
+def _shared_parameters(modules: Modules) -> set[int]:
+    """ids of parameters that more than one module holds."""
+    return {key for key, holders in Counter(map(id, traversal.own_parameters(modules))).items() if holders > 1}
+
+
+def _untie_configs(modules: Modules, untied: list[str]) -> None:
+    """A merged weight is tied no longer, and a transformers model must say so or its reload would tie it again."""
+    if not untied:
+        return
+    log.warning("merge: %s shared a weight with another module; it has a copy of its own now", some(untied))
+    for module in modules.values():
+        config: Any = getattr(module, "config", None)
+        if "PreTrainedModel" in traversal.class_names(module) and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+            make_record(module).tied = True
+
+
+def _retie_configs(modules: Modules) -> None:
+    """Undo `untie_configs`."""
+    for _, module, record in traversal.records(modules):
+        if record.tied:
+            record.tied = False
+            module.config.tie_word_embeddings = True  # type: ignore[union-attr]

@@ -28,14 +28,8 @@ class PlannedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What inject will do.
-
-    Attributes:
-        adapter_name: the name of the adapter.
-        config: its configuration, as it is kept with every layer.
-        layers: the layers to adapt by name; those that have the adapter already stay as they are.
-        saved: the tensors to train whole, (module, name of its own parameter or buffer).
-    """
+    """What inject will do: the layers to adapt by name (those that have the adapter already stay as they are), and the
+    tensors to train whole, (module, name of its own parameter or buffer)."""
 
     adapter_name: str
     config: OFTConfig
@@ -44,13 +38,7 @@ class Plan:
 
 
 def plan_injection(modules: Modules, config: OFTConfig, adapter_name: str, strict: bool = True) -> Plan:
-    """Resolve a configuration on a model, which stays untouched.
-
-    Args:
-        modules: the walked model.
-        config: what to adapt and how.
-        adapter_name: the name of the adapter.
-        strict: names that match nothing are an error.
+    """Resolve a configuration on a model, which stays untouched; `strict` makes names that match nothing an error.
 
     Raises:
         ValueError: nothing matches, or a target cannot be adapted; names it and the remedy.
@@ -66,7 +54,11 @@ def plan_injection(modules: Modules, config: OFTConfig, adapter_name: str, stric
 
 def check(modules: Modules, plan: Plan) -> None:
     """Raise where a plan cannot be carried out, wherever it comes from."""
-    _check_name(plan.adapter_name)
+    name: Any = plan.adapter_name
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"adapter_name={name!r}: must be a non-empty string without dots and no name of nn.ModuleDict's own"
+        )
     require_unmerged(modules, "inject an adapter")
     require_enabled(modules, "inject an adapter")
     _check_same_config(plan)
@@ -139,19 +131,11 @@ def _saved_tensors(
     return found
 
 
-def _check_name(adapter_name: Any) -> None:
-    is_name = isinstance(adapter_name, str) and adapter_name and "." not in adapter_name
-    if not is_name or hasattr(nn.ModuleDict(), adapter_name):
-        raise ValueError(
-            f"adapter_name={adapter_name!r}: must be a non-empty string without dots and no name of nn.ModuleDict's own"
-        )
-
-
 def _check_same_config(plan: Plan) -> None:
+    mine = asdict(plan.config)
     for name, planned in plan.layers.items():
         state = state_of(planned.layer)
-        known = plan.config if state is None else state.configs.get(plan.adapter_name, plan.config)
-        mine, theirs = asdict(plan.config), asdict(known)
+        theirs = asdict(state.configs.get(plan.adapter_name, plan.config)) if state is not None else mine
         changed = [f"{key}={theirs[key]!r}, now {mine[key]!r}" for key in mine if mine[key] != theirs[key]]
         if changed:
             raise ValueError(
@@ -195,12 +179,12 @@ def _is_dead(layer: Any) -> bool:
         return False
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
     device = next((p.device for p in layer._parameters.values() if p is not None), None)
-    with torch.enable_grad():
-        try:
+    try:
+        with torch.enable_grad():
             probe = torch.zeros(1, layer.in_features, dtype=dtype, device=device, requires_grad=True)
             output = layer(probe)
             if not isinstance(output, Tensor) or not output.requires_grad:
                 return isinstance(output, Tensor)
             return torch.autograd.grad(output.sum(), probe, allow_unused=True)[0] is None
-        except Exception:  # a layer that cannot run here and now; the guard after the first backward sees it
-            return False
+    except Exception:  # a layer that cannot run here and now; the guard after the first backward sees it
+        return False

@@ -39,11 +39,6 @@ def saved_tensors(modules: Modules) -> Iterator[Saved]:
             yield Saved(joined(name, key), tensor_of(module, key), slot)
 
 
-def values_of(modules: Modules, adapter_name: str) -> dict[str, Tensor]:
-    """The values that an adapter trained whole by full name."""
-    return {one.name: one.value(adapter_name) for one in saved_tensors(modules) if adapter_name in one.slot.owners}
-
-
 def base_value(module: nn.Module, key: str) -> Tensor:
     """The base's own value of a tensor, whoever's is in it now."""
     record = record_of(module)

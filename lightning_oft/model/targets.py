@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -45,13 +46,8 @@ class Target(NamedTuple):
 def find_targets(modules: Modules, config: OFTConfig, strict: bool = True) -> dict[str, Target]:
     """The modules that the configuration selects, by name, in the order of the model.
 
-    Args:
-        modules: a walked model; names are relative to it.
-        config: what to select.
-        strict: nothing selected is an error.
-
     Raises:
-        ValueError: nothing is selected, or something is that cannot be adapted; names the modules and the remedy.
+        ValueError: something is selected that cannot be adapted, or `strict` and nothing is; with names and the remedy.
     """
     owners = owners_of(modules)
     found: dict[str, Target] = {}
@@ -139,21 +135,18 @@ def _in_layers(name: str, wanted: list[str], config: OFTConfig) -> bool:
 
 
 def _all_linear(modules: Modules, owners: dict[str, tuple[str, str]]) -> list[str]:
-    heads = {id(_output_embedding(module)) for module in modules.values() if "PreTrainedModel" in class_names(module)}
+    heads = set()
+    for module in modules.values():
+        if "PreTrainedModel" in class_names(module):
+            with contextlib.suppress(AttributeError, NotImplementedError):
+                heads.add(id(module.get_output_embeddings()))  # type: ignore[operator]
     types = {name: layer_type_of(module) for name, module in modules.items() if id(module) not in heads}
     return [name for name, found in types.items() if found is not None and found.in_all_linear and name not in owners]
 
 
-def _output_embedding(model: Any) -> Any:
-    try:
-        return model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-
-
 def owners_of(modules: Modules) -> dict[str, tuple[str, str]]:
-    """By the name of a module whose weight another one reads and never calls, such as an attention's out_proj: that
-    other one's name, and the part of it."""
+    """By the name of a module whose weight another one reads and never calls, such as an attention's out_proj: the other
+    one's name, and the part of it."""
     found = {}
     for name, module in modules.items():
         layer_type = layer_type_of(module) if module._modules else None  # only a module with children reads theirs

@@ -13,11 +13,15 @@ from norm_net import batch, flags, net, same, snapshot, train
 from torch import Tensor, nn
 
 from lightning_oft import OFTConfig, disable_adapters, inject, merge, set_adapter, unload
-from lightning_oft.model import saved_modules
+from lightning_oft.model.saved_modules import saved_tensors
 from lightning_oft.model.traversal import walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:adapter .* is not active", "ignore:block sizes adjusted")
 WHOLE: dict[str, Any] = {"oft_block_size": 4, "target_modules": ["fc"], "bias": "all", "modules_to_save": ["head"]}
+
+
+def _values(model: nn.Module, name: str) -> dict[str, Tensor]:
+    return {one.name: one.value(name) for one in saved_tensors(walk(model)) if name in one.slot.owners}
 
 
 def _trained(**options: Any) -> nn.Module:
@@ -65,7 +69,7 @@ def test_each_adapter_keeps_its_own_values() -> None:
         set_adapter(model, name)
         train(model)
         outputs[name] = model.eval()(x)
-        values[name] = {key: tensor.clone() for key, tensor in saved_modules.values_of(walk(model), name).items()}
+        values[name] = {key: tensor.clone() for key, tensor in _values(model, name).items()}
         assert {"head.0.weight", "head.1.running_mean", "conv.bias", "fc.bias"} <= set(values[name])
     for name in ("one", "two", "one"):
         set_adapter(model, name)
@@ -73,7 +77,7 @@ def test_each_adapter_keeps_its_own_values() -> None:
         with disable_adapters(model):
             assert torch.equal(model(x), base)
             for other in ("one", "two"):  # also inside, values are those of the adapter
-                now = saved_modules.values_of(walk(model), other)
+                now = _values(model, other)
                 assert all(torch.equal(now[key], tensor) for key, tensor in values[other].items())
     with pytest.raises(ValueError, match=r"'one' and 'two' both train conv.bias: only one of them can be active"):
         set_adapter(model, ["one", "two"])
