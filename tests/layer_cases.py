@@ -61,7 +61,7 @@ KINDS: dict[str, Case] = {
     "linear_2d": Case(_held(nn.Linear, 12, 6), _floats(3, 12)),
     "linear_3d": Case(_held(nn.Linear, 12, 6, bias=False), _floats(3, 5, 12)),
     "conv1d_hf": Case(_held(Conv1D, 6, 12), _floats(3, 5, 12)),
-    "embedding_2d": Case(_held(nn.Embedding, 11, 8, padding_idx=0), _ids(2, 5)),
+    "embedding_1d": Case(_held(nn.Embedding, 11, 8, padding_idx=0), _ids(5)),
     "conv2d_1x1": Case(_held(nn.Conv2d, 8, 6, 1), _floats(2, 8, 5, 5)),
     "conv2d_3x3": Case(_held(nn.Conv2d, 4, 6, 3, padding="same"), _floats(2, 4, 6, 6)),
     "conv2d_1x3": Case(_held(nn.Conv2d, 4, 6, (1, 3), stride=2, dilation=(1, 2)), _floats(2, 4, 7, 7)),
@@ -73,10 +73,9 @@ KINDS: dict[str, Case] = {
     "conv_transpose1d": Case(_held(nn.ConvTranspose1d, 4, 6, 3, stride=2, output_padding=1), _floats(2, 4, 5)),
     "conv_transpose2d_groups": Case(_held(nn.ConvTranspose2d, 8, 6, 3, groups=2), _floats(2, 8, 5, 5)),
     "conv_transpose3d": Case(_held(nn.ConvTranspose3d, 4, 2, 2, dilation=2), _floats(1, 4, 3, 3, 3)),
-    "attention_batch_first": Case(lambda: SelfAttention(batch_first=True), _floats(2, 5, 8)),
-    "attention_bias_kv": Case(
-        lambda: SelfAttention(bias=False, add_bias_kv=True, add_zero_attn=True), _floats(5, 2, 8)
-    ),
+    "attention": Case(lambda: SelfAttention(batch_first=True), _floats(2, 5, 8)),
+    "attention_no_bias": Case(lambda: SelfAttention(bias=False, add_zero_attn=True), _floats(5, 2, 8)),
+    "attention_bias_kv": Case(lambda: SelfAttention(add_bias_kv=True), _floats(5, 2, 8)),
     "attention_kdim_vdim": Case(
         lambda: SelfAttention(batch_first=True, kdim=12, vdim=6),
         lambda: (torch.randn(2, 5, 8), torch.randn(2, 4, 12), torch.randn(2, 4, 6)),

@@ -39,7 +39,7 @@ def _linear(**options: Any) -> nn.Module:
 # ---- several adapters ------------------------------------------------------------------------------------------------
 
 ORDERS = [order for length in (1, 2, 3) for order in itertools.permutations(NAMES, length)]
-SOME = {key: KINDS[key] for key in ("linear_3d", "embedding_2d", "conv2d_3x3", "attention_kdim_vdim")}
+SOME = {key: KINDS[key] for key in ("linear_3d", "embedding_1d", "conv2d_3x3", "attention_kdim_vdim")}
 
 
 @pytest.mark.parametrize("case", SOME.values(), ids=SOME)
@@ -267,7 +267,7 @@ def test_compiled_around_an_encoder_the_first_pass_does_not_decide_the_others(fi
 # ---- threads, generation ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["attention_batch_first", "linear_3d", "conv2d_3x3"])
+@pytest.mark.parametrize("name", ["attention", "linear_3d", "conv2d_3x3"])
 def test_two_threads_through_one_layer_get_what_one_gets(name: str) -> None:
     model = KINDS[name].build().eval()
     inject(model, config())

@@ -126,7 +126,7 @@ def test_a_public_call_walks_the_model_once(name: str, tmp_path: Path) -> None:
     call(model, tmp_path)
     walks = [counter.walks for counter in counters]
     assert len(walks) >= 5
-    assert max(walks) == (2 if name in TWICE else 1), walks
+    assert 1 <= max(walks) <= (2 if name in TWICE else 1), walks
 
 
 def test_the_counter_sees_every_way_of_walking() -> None:
