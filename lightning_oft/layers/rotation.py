@@ -62,13 +62,8 @@ class Rotation(nn.Module):
     """A learned block-diagonal rotation of a fan-in; the identity until it is trained.
 
     `weight` holds the generators, (n, b(b-1)/2) float32 whatever the precision of the model, or (1, b(b-1)/2) where
-    one block is shared. Calling the module rotates the last dimension of its input.
-
-    Args:
-        fan_in: size of the dimension that is rotated, a multiple of `block_size`.
-        block_size: size b of a block, at least 2.
-        config: the adapter's configuration.
-        device: where the generators live.
+    one block is shared. Calling the module rotates the last dimension of its input, `fan_in`, a multiple of
+    `block_size`, which is at least 2.
     """
 
     weight: nn.Parameter

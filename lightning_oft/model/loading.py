@@ -54,19 +54,20 @@ def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) 
             f"the model has another adapter {name!r} already, {difference}; "
             "call unload(model) first, or load it under another adapter_name"
         )
-    changed = other_bases(modules, {joined(place.root, key): value for key, value in state.fingerprints.items()})
-    if changed:
-        warnings.warn(
-            f"{state.source or 'the adapter'} was trained on another base, {some(changed)} differ; load the one it was "
-            "trained on",
-            stacklevel=3,
-        )
+    _warn_of_another_base(modules, state, place.root)
     if not present:
         check(modules, plan)
         _untie(_torn(modules, place), place)
         carry_out(modules, plan)
     _copy(modules, place, name)
     return list(plan.layers)
+
+
+def _warn_of_another_base(modules: Modules, state: AdapterState, root: str) -> None:
+    changed = other_bases(modules, {joined(root, name): value for name, value in state.fingerprints.items()})
+    if changed:
+        what = f"{state.source or 'the adapter'} was trained on another base, {some(changed)} differ"
+        warnings.warn(f"{what}; load the one it was trained on", stacklevel=4)
 
 
 def _torn(modules: Modules, place: Place) -> list[str]:
@@ -88,12 +89,12 @@ def _torn(modules: Modules, place: Place) -> list[str]:
 
 def _untie(names: list[str], place: Place) -> None:
     """Give tensors memory of their own: what they shared it with keeps its values."""
-    if names:
-        log.warning("load: %s shared a weight with another module; it has a copy of its own now", some(names))
     for name in names:
         module, key, _ = place.saved[name]
         tensor = module.get_parameter(key)
         module._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+    if names:
+        log.warning("load: %s shared a weight with another module; it has a copy of its own now", some(names))
 
 
 def _difference(modules: Modules, state: AdapterState, place: Place, adapter_name: str) -> str:

@@ -128,12 +128,11 @@ def _check_rotation(
             "use its own model"
         )
     blocks, size, fan = generator.shape[0], block_size_of(generator.shape[1]), weights[part].fan
-    if fan % size or blocks != (1 if state.config.block_share else fan // size):
-        shared, turned = (" with one shared block", "another one") if state.config.block_share else ("", blocks * size)
-        raise AdapterError(
-            f"{where} has fan-in {fan}, the file's {blocks} blocks of {size}{shared} turn {turned}; load the adapter into "
-            "the model it was trained on"
-        )
+    shared = state.config.block_share
+    if fan % size or blocks != (1 if shared else fan // size):
+        turned = "with one shared block turn another one" if shared else f"turn {blocks * size}"
+        what = f"{where} has fan-in {fan}, the file's {blocks} blocks of {size} {turned}"
+        raise AdapterError(f"{what}; load the adapter into the model it was trained on")
 
 
 def plan_of(modules: Modules, state: AdapterState, place: Place, adapter_name: str) -> Plan:
