@@ -124,8 +124,7 @@ def _layers_of_fused_encoders(modules: Modules) -> dict[str, nn.Module]:
     encoders = [name for name, module in modules.items() if isinstance(module, nn.TransformerEncoderLayer)]
     if not encoders or _is_compiled(modules):
         return {}
-    below = [found for name in encoders for found in adapted(modules.below(name))]
-    return {name: layer for name, layer, state in below if state.enabled}
+    return {name: layer for name, layer, state in adapted(modules.below(*encoders)) if state.enabled}
 
 
 def _is_compiled(modules: Modules) -> bool:

@@ -156,7 +156,7 @@ def _expected_tensors(modules: Modules, state: AdapterState, root: str) -> set[s
     heads = state.modules_to_save
     # Ours are whole names; PEFT also compares their ends.
     tops = [name for name in inside if (name in heads if state.root is not None else matches(name, heads))]
-    below = {id(module) for top in tops for module in modules.below(joined(root, top)).values()}
+    below = set(map(id, modules.below(*(joined(root, top) for top in tops)).values()))
     expected = {joined(name, key) for name, m in inside.items() if id(m) in below for key in traversal.own_tensors(m)}
     for name in state.layers if state.config.bias != "none" else ():
         layer = modules.get(joined(root, name))

@@ -121,9 +121,9 @@ def _saved_tensors(
     modules: Modules, saved: list[str], planned: Mapping[str, PlannedLayer], config: OFTConfig
 ) -> list[tuple[nn.Module, str]]:
     """What modules_to_save and `bias` train whole."""
-    below = {id(module) for top in saved for module in modules.below(top).values()}
+    below = set(map(id, modules.below(*saved).values()))
     found = [(module, key) for module in modules.values() if id(module) in below for key in own_tensors(module)]
-    owners = {id(module) for name in planned for module in modules.below(name).values()}
+    owners = {id(module) for layer, _, _ in planned.values() for module in layer.modules()}
     for module in modules.values() if config.bias != "none" else ():
         if id(module) not in below and (config.bias == "all" or id(module) in owners):
             biases = (key for key, parameter in module._parameters.items() if parameter is not None and "bias" in key)

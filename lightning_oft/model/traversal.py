@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from graphlib import TopologicalSorter
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +40,16 @@ class Modules(dict[str, nn.Module]):
         self.aliases: dict[str, str] = {}
         self.compiled: set[int] = set()
 
-    def below(self, top: str) -> dict[str, nn.Module]:
-        """A module and everything inside it, by first names, wherever those are."""
-        found: dict[str, nn.Module] = {}
-        pending = [top]
-        for name in pending:
-            found.update({key: module for key, module in self.items() if is_inside(key, name)})
-            inside = [first for alias, first in self.aliases.items() if is_inside(alias, name)]
-            pending += [first for first in inside if first not in found]
-        return found
+    def below(self, *tops: str) -> dict[str, nn.Module]:
+        """Modules and everything inside them, by first names, wherever those are."""
+        chosen = set(tops)
+
+        def is_below(name: str) -> bool:
+            return any(above in chosen for above in ("", *accumulate(name.split("."), joined)))
+
+        while more := {first for alias, first in self.aliases.items() if is_below(alias)} - chosen:
+            chosen |= more
+        return {name: module for name, module in self.items() if is_below(name)}
 
 
 def walk(model: nn.Module) -> Modules:

@@ -10,7 +10,6 @@ from typing import Any
 
 import peft
 import pytest
-import torch
 import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -251,14 +250,6 @@ def test_a_block_with_the_sizes_of_a_linear_layer_is_none() -> None:
     assert _found(model) == ["mixer.inner"]
     with pytest.raises(ValueError, match="mixer: a _Mixer cannot be adapted"):
         _found(model, target_modules=["mixer"])
-
-
-def test_wrappers_are_no_part_of_a_name() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
-    model[1] = torch.compile(model[1], backend="eager")  # type: ignore[assignment]
-    assert _found(model) == ["0", "1.0"]
-    assert _found(nn.DataParallel(model)) == ["0", "1.0"]
-    assert _found(torch.compile(model, backend="eager")) == ["0", "1.0"]  # type: ignore[arg-type]
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
