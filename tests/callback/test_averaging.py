@@ -18,6 +18,7 @@ from small import Small, difference, loader, oft, state, trainer
 from torch import Tensor
 
 from lightning_oft import load_from_checkpoint, merge, oft_layers
+from lightning_oft.callback.random_state import RandomState
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
@@ -56,7 +57,7 @@ def fit(root: Path, callback: Any, epochs: int, ckpt: Any = None, seed: int = 0,
     torch.manual_seed(seed)
     model = Small()
     keeper = ModelCheckpoint(root, monitor="val", save_last=True, save_top_k=2, filename="{epoch}")
-    run = trainer(root, oft(), callback, *more, keeper, max_epochs=epochs)
+    run = trainer(root, oft(), callback, RandomState(), *more, keeper, max_epochs=epochs)
     run.fit(model, loader(), loader(False), ckpt_path=ckpt)
     return run, model, keeper
 
@@ -165,7 +166,7 @@ def test_swa_resumes_and_its_checkpoint_is_an_adapter(tmp_path: Path, epoch: int
         torch.manual_seed(seed)
         model, keeper = Bare(), ModelCheckpoint(root, save_top_k=-1, filename="{epoch}")
         average = StochasticWeightAveraging(1e-2, swa_epoch_start=2)
-        trainer(root, oft(), average, keeper, max_epochs=4).fit(model, loader(), ckpt_path=ckpt)
+        trainer(root, oft(), average, RandomState(), keeper, max_epochs=4).fit(model, loader(), ckpt_path=ckpt)
         return state(model)
 
     straight = fit_swa(tmp_path)

@@ -9,12 +9,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from small import Small, loader, oft, trainer
+from small import Small, loader, merged_layers, oft, trainer
 from torch import nn
 
 from lightning_oft import OFTConfig, OFTFinetuning, inject, merge, oft_layers, unload, unmerge
 from lightning_oft.callback.checkpoint_io import AtomicCheckpointIO
-from lightning_oft.model.traversal import merged_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 

@@ -15,7 +15,9 @@ from small import Small, difference, inputs, loader, oft, state, trainer
 from torch import Tensor
 
 from lightning_oft import load_from_checkpoint, merge, oft_layers, unload
-from lightning_oft.formats.checkpoint import CheckpointError, content_of, read
+from lightning_oft.callback.random_state import RandomState
+from lightning_oft.formats.checkpoint import content_of
+from lightning_oft.formats.checkpoint_file import CheckpointError, read
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
@@ -35,7 +37,7 @@ def fit(
     model = model or Small(options.pop("built_in", "init"))
     torch.manual_seed(seed)
     checkpoint = ModelCheckpoint(root, monitor="val", save_last=True, save_top_k=2)
-    callbacks = [oft(**options.pop("oft", {})), checkpoint, *options.pop("callbacks", [])]
+    callbacks = [oft(**options.pop("oft", {})), RandomState(), checkpoint, *options.pop("callbacks", [])]
     run = trainer(root, *callbacks, max_epochs=epochs, accumulate_grad_batches=3, **options)
     run.fit(model, loader(), loader(False), ckpt_path=ckpt)
     return run, model

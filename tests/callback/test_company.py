@@ -20,12 +20,12 @@ from lightning.pytorch.callbacks import (
     RichProgressBar,
     Timer,
 )
-from small import FEATURES, HIDDEN, Small, difference, loader, oft, state, trainer
+from small import FEATURES, HIDDEN, Small, difference, loader, merged_layers, oft, state, trainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_oft import oft_layers, unmerge
-from lightning_oft.model.traversal import merged_layers
+from lightning_oft.callback.random_state import RandomState
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
@@ -147,7 +147,7 @@ def fit(
     torch.manual_seed(seed)
     keeper = ModelCheckpoint(root, monitor="val", save_last=True, save_top_k=2, filename="{epoch}")
     bar = any(isinstance(callback, RichProgressBar) for callback in callbacks)
-    run = trainer(root, *callbacks, keeper, max_epochs=epochs, enable_progress_bar=bar, **options)
+    run = trainer(root, *callbacks, RandomState(), keeper, max_epochs=epochs, enable_progress_bar=bar, **options)
     run.fit(model, loader(), loader(False), ckpt_path=ckpt)
     return run, model, keeper
 
@@ -266,7 +266,7 @@ def test_another_trainer_resumes(tmp_path: Path) -> None:
     options: dict[str, Any] = {"gradient_clip_val": 1e9, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
     other = Small()
     run = trainer(
-        tmp_path / "other", ModelSummary(), oft(), Timer(), max_epochs=4, enable_model_summary=True, **options
+        tmp_path / "other", ModelSummary(), oft(), RandomState(), Timer(), max_epochs=4, enable_model_summary=True, **options
     )
     run.fit(other, loader(), loader(False), ckpt_path=str(tmp_path / "last.ckpt"))
     assert difference(state(other), state(straight)) == 0.0

@@ -89,10 +89,10 @@ def test_a_rotation_without_gradient_is_refused_at_the_first_real_step(model: nn
 
 def test_rotations_are_looked_for_where_deepspeed_holds_them(model: nn.Sequential, engine: Engine) -> None:
     trainer = _trainer(engine, model)
-    checks.check_optimizers(DeepSpeedAdapter().held(trainer), model, "default")
+    checks.check_optimizers(DeepSpeedAdapter().optimized(trainer), model, "default")
     trainer.optimizers = [Optimizer([])]
     with pytest.raises(RuntimeError, match="the rotations of 0 are in no optimizer"):
-        checks.check_optimizers(DeepSpeedAdapter().held(trainer), model, "default")
+        checks.check_optimizers(DeepSpeedAdapter().optimized(trainer), model, "default")
 
 
 def test_a_rotation_outside_its_ball_is_pulled_in_before_the_first_step(model: nn.Sequential, engine: Engine) -> None:

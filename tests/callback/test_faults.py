@@ -16,13 +16,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
-from small import Small, difference, loader, oft, state, trainer
+from small import Small, difference, loader, merged_layers, oft, state, trainer
 from torch import Tensor
 
 from lightning_oft import oft_layers
 from lightning_oft.formats import read_adapter
-from lightning_oft.formats.checkpoint import read
-from lightning_oft.model.traversal import merged_layers
+from lightning_oft.formats.checkpoint_file import read
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
@@ -275,10 +274,10 @@ def test_a_full_disk_at_the_merged_model(tmp_path: Path, monkeypatch: pytest.Mon
             return save(*args, **kwargs)
 
     options = {"export_dir": str(tmp_path / "export")}
-    model, save = Small(), export.save_merged
+    model, save = Small(), export.write_pretrained
     fit(run_with(tmp_path, oft(**options)), model)
     before = files(tmp_path / "export" / "merged")
-    monkeypatch.setattr(export, "save_merged", full)
+    monkeypatch.setattr(export, "write_pretrained", full)
     run = run_with(tmp_path, oft(**options))
     with pytest.raises(OSError, match="export/merged: the merged model cannot be written"):
         fit(run, model)

@@ -10,11 +10,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
-from small import Small, difference, inputs, oft, state, trainer
+from small import Small, difference, inputs, merged_layers, oft, state, trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_oft import oft_layers
-from lightning_oft.model.traversal import merged_layers
 
 
 class Batched(Small):

@@ -12,7 +12,8 @@ from small import FEATURES, Small, difference, inputs, loader, net, oft, state
 from torch import Tensor, nn
 
 from lightning_oft import OFTConfig, inject, merge, oft_layers, project, unload, unmerge
-from lightning_oft.formats.checkpoint import is_rotation_key
+from lightning_oft.callback.random_state import RandomState
+from lightning_oft.formats.checkpoint_file import is_rotation_key
 from lightning_oft.functional import angle_radius, frobenius_norm
 
 pytestmark = [
@@ -155,7 +156,7 @@ def test_the_other_namespace_takes_the_callback_as_it_is(tmp_path: Path) -> None
         keeper = ptl.callbacks.ModelCheckpoint(root, monitor="val", save_last=True)
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
         run = ptl.Trainer(
-            max_epochs=epochs, callbacks=[oft(max_angle=20.0), keeper], default_root_dir=str(root), **quiet
+            max_epochs=epochs, callbacks=[oft(max_angle=20.0), RandomState(), keeper], default_root_dir=str(root), **quiet
         )
         model = Other()
         run.fit(model, loader(), loader(False), ckpt_path=ckpt)

@@ -33,9 +33,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from lightning_oft import OFTConfig, OFTFinetuning, inject, merge, oft_layers, unmerge
-from lightning_oft.callback.strategies.fsdp1 import FlatShards
-from lightning_oft.layers import Rotation
+from lightning_oft.callback.strategies.fsdp1 import FSDP1Adapter
 from lightning_oft.codecs import reshard
+from lightning_oft.layers import Rotation
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -54,7 +54,7 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 def whole_state(model: nn.Module, run: pl.Trainer) -> dict[str, torch.Tensor]:
     """The model's whole state on every rank, under plain names."""
     if isinstance(run.strategy, CPUFSDP):
-        return FlatShards().whole_state(run, model) or {}
+        return FSDP1Adapter().whole_state(run, model) or {}
     return {name: whole(value) for name, value in model.state_dict().items()}
 
 
@@ -162,11 +162,11 @@ class Counted(OFTFinetuning):
         self.live = LiveBytes(pl_module.parameters())
         self.live.__enter__()
 
-    def _merge(self, trainer: Any, root: nn.Module, only: list[str] | None = None) -> None:
+    def _merge(self, *args: Any) -> None:
         trained = self.live.peak
         gc.collect()  # what the trainer's cycles still hold is not the merge's
         before = self.live.restart()
-        super()._merge(trainer, root, only)
+        super()._merge(*args)
         self.live.__exit__(None, None, None)
         self.counts = {
             "train": trained,
