@@ -55,28 +55,8 @@ def submodule(pl_module: nn.Module, path: str | None, required: bool) -> nn.Modu
     return None
 
 
-def check_callbacks(trainer: Any, callback: Any, stage: str) -> None:
-    """Raise ValueError where the Trainer's callbacks, or its launcher, would lose what this callback does."""
-    _check_callback_order(trainer, callback)
-    if stage == "fit":
-        _check_directories(trainer, callback)
-        _check_launcher(trainer, callback)
-
-
-def _check_callback_order(trainer: Any, callback: Any) -> None:
-    """A callback that copies the model must stand behind the one that changes it."""
-    for other in trainer.callbacks:
-        if other is callback:
-            return
-        if class_names(other) & {"WeightAveraging", "StochasticWeightAveraging"}:
-            raise ValueError(
-                f"{type(other).__name__} stands before OFTFinetuning in Trainer(callbacks=...) and would average a model "
-                "without rotations: put OFTFinetuning first"
-            )
-
-
-def _check_directories(trainer: Any, callback: Any) -> None:
-    """Two callbacks must not write into one directory."""
+def check_directories(trainer: Any, callback: Any) -> None:
+    """Raise ValueError where two callbacks would write into one directory."""
     others = [other for other in trainer.callbacks if isinstance(other, type(callback)) and other.enabled]
     places = [os.path.realpath(other.export_dir) for other in others if other.export_dir is not None]
     if callback.export_dir is not None and places.count(os.path.realpath(callback.export_dir)) > 1:
@@ -86,8 +66,8 @@ def _check_directories(trainer: Any, callback: Any) -> None:
         )
 
 
-def _check_launcher(trainer: Any, callback: Any) -> None:
-    """A launcher that spawns or forks brings home weights alone, so the adapter would be lost.
+def check_launcher(trainer: Any, callback: Any) -> None:
+    """Raise ValueError where the adapter would be lost: a launcher that spawns or forks brings home weights alone.
 
     Lightning loads the state dict of the first process into the main process's model, which has no rotations, and
     passes over all that the model lacks.
@@ -122,11 +102,10 @@ def trainable_rotations(root: nn.Module, adapter_name: str) -> dict[str, Rotatio
     }
 
 
-def check_optimizers(optimized: Iterable[Tensor], root: nn.Module, adapter_name: str) -> None:
+def check_optimizers(optimized: Iterable[Tensor], rotations: Mapping[str, Rotation]) -> None:
     """Raise RuntimeError where a rotation is not among what optimizers hold: a list of parameters was taken before
     injection, and the rotation would never train."""
     ids = {id(tensor) for tensor in optimized}
-    rotations = trainable_rotations(root, adapter_name)
     idle = [name for name, rotation in rotations.items() if id(rotation.weight) not in ids]
     if idle:
         raise RuntimeError(
@@ -137,11 +116,9 @@ def check_optimizers(optimized: Iterable[Tensor], root: nn.Module, adapter_name:
 
 def check_gradients(rotations: Mapping[str, Rotation]) -> None:
     """Raise RuntimeError where a rotation got no gradient from the backward that preceded the first step."""
-    weights = {name: rotation.weight for name, rotation in rotations.items()}
+    untouched = {name: one.weight for name, one in rotations.items() if one.weight.grad is None}
     # An FSDP1 process that holds nothing of a rotation gets no gradient for it.
-    refuse_idle(
-        [name for name, weight in weights.items() if weight.requires_grad and weight.grad is None and weight.numel()]
-    )
+    refuse_idle([name for name, weight in untouched.items() if weight.requires_grad and weight.numel()])
 
 
 def refuse_idle(idle: list[str]) -> None:

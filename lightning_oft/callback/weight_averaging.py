@@ -11,6 +11,18 @@ from torch import Tensor, nn
 from lightning_oft.model.freezing import is_frozen_norm
 from lightning_oft.model.traversal import class_names, some, walk
 
+_AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
+
+
+def check_order(trainer: Any, callback: Any) -> None:
+    """Raise ValueError where a callback that copies the model stands before the one that changes it."""
+    for other in trainer.callbacks[: trainer.callbacks.index(callback) if callback in trainer.callbacks else None]:
+        if class_names(other) & _AVERAGES:
+            raise ValueError(
+                f"{type(other).__name__} stands before OFTFinetuning in Trainer(callbacks=...) and would average a model "
+                "without rotations: put OFTFinetuning first"
+            )
+
 
 def check_averages(trainer: Any, pl_module: nn.Module) -> None:
     """Check callbacks that average weights, and let an average of equal numbers be that number.
@@ -23,7 +35,7 @@ def check_averages(trainer: Any, pl_module: nn.Module) -> None:
     for callback in trainer.callbacks:
         names = class_names(callback)
         average = getattr(callback, "_average_model", None)
-        if not names & {"WeightAveraging", "StochasticWeightAveraging"} or average is None:
+        if not names & _AVERAGES or average is None:
             continue
         if len(list(average.parameters())) != parameters:
             raise ValueError(

@@ -89,7 +89,7 @@ def test_another_configuration_of_an_adapter_that_is_there_is_refused(tmp_path: 
     trainer(tmp_path, oft(merge_on_fit_end=merge)).fit(model, loader())
     before = _looks(model)
     other = oft(max_angle=1.0)
-    message = r"'default' is there already with another configuration \(max_angle=None, now 1\.0\): unload\(model\) to"
+    message = r"'default' is already there with another configuration \(max_angle=None, now 1\.0\): unload\(model\) to"
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, other).fit(model, loader())
     assert _same(_looks(model), before)

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from lightning_oft import OFTFinetuning
-from lightning_oft.callback.checks import check_callbacks
+from lightning_oft.callback.checks import check_launcher
 from lightning_oft.callback.strategies import strategy_adapter
 
 
@@ -61,7 +61,7 @@ def test_spawned_fits_must_merge(launcher: Any, merge: bool, refused: bool) -> N
     callback = OFTFinetuning(merge_on_fit_end=merge)
     running = trainer(SimpleNamespace(launcher=launcher))
     if not refused:
-        check_callbacks(running, callback, "fit")
+        check_launcher(running, callback)
         return
     with pytest.raises(ValueError, match=r"would be lost: leave merge_on_fit_end=True, or use strategy='ddp'"):
-        check_callbacks(running, callback, "fit")
+        check_launcher(running, callback)

@@ -54,8 +54,14 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 def whole_state(model: nn.Module, run: pl.Trainer) -> dict[str, torch.Tensor]:
     """The model's whole state on every rank, under plain names."""
     if isinstance(run.strategy, CPUFSDP):
-        return FSDP1Adapter().whole_state(run, model) or {}
+        return whole_of_fsdp1(model, run)
     return {name: whole(value) for name, value in model.state_dict().items()}
+
+
+def whole_of_fsdp1(model: nn.Module, run: pl.Trainer) -> dict[str, torch.Tensor]:
+    adapter = FSDP1Adapter(run)
+    with adapter.whole():
+        return adapter.whole_state(model) or {}
 
 
 def strategy(name: str) -> Any:

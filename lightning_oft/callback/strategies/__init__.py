@@ -20,14 +20,8 @@ _ADAPTERS = {
 
 def strategy_adapter(trainer: Any) -> StrategyAdapter:
     """The adapter for a Trainer's strategy. Raises ValueError for one that cannot work."""
-    names = class_names(trainer.strategy)
-    if getattr(trainer.strategy, "zero_stage_3", False):
-        raise ValueError(
-            "OFTFinetuning does not support DeepSpeed stage 3, which partitions the weights that a merge folds: "
-            "use stage 1 or 2, or ModelParallelStrategy (FSDP2)"
-        )
-    for name, (file, cls) in _ADAPTERS.items():
-        if name in names:
-            found: StrategyAdapter = getattr(import_module(f"{__name__}.{file}"), cls)()
-            return found
-    return StrategyAdapter()
+    for name in class_names(trainer.strategy) & _ADAPTERS.keys():
+        file, cls = _ADAPTERS[name]
+        found: StrategyAdapter = getattr(import_module(f"{__name__}.{file}"), cls)(trainer)
+        return found
+    return StrategyAdapter(trainer)
