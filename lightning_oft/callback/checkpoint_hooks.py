@@ -7,7 +7,7 @@ be used: Lightning would unwrap it and take the hook for the user's own.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -47,8 +47,8 @@ def add_checkpoint_hooks(pl_module: nn.Module) -> None:
 
 def drop_checkpoint_hooks(pl_module: nn.Module) -> None:
     """Give the module its own checkpoint hooks back."""
-    for hook in (on_save_checkpoint, on_load_checkpoint):
-        pl_module.__dict__.pop(hook.__name__, None)
+    for name in ("on_save_checkpoint", "on_load_checkpoint"):
+        pl_module.__dict__.pop(name, None)
 
 
 def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
@@ -98,26 +98,8 @@ def _forget_run(checkpoint: dict[str, Any]) -> None:
             checkpoint[key] = []
 
 
-def replaces_base(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint that was loaded held the base too; a strategy that loads by itself takes the tensors out."""
-    return "state_dict" in checkpoint and not _entry(checkpoint).get("adapter_only")
-
-
-def unfrozen_names(checkpoint: Mapping[str, Any]) -> list[str]:
-    """What trained, of the base, when a checkpoint was written: another callback had unfrozen it."""
-    names = _entry(checkpoint).get("unfrozen")
-    return names if isinstance(names, list) else []
-
-
-def _entry(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    from lightning_oft.formats.checkpoint import ENTRY
-
-    entry: Mapping[str, Any] = checkpoint.get(ENTRY, {})
-    return entry
-
-
 def retrain(pl_module: nn.Module, names: list[str]) -> None:
-    """Let what trained when the loaded checkpoint was written train again.
+    """Let what another callback had unfrozen when the loaded checkpoint was written train again.
 
     Lightning's BackboneFinetuning freezes in every setup and unfreezes at one epoch only, so that after a resume behind
     that epoch its backbone would rest (https://github.com/Lightning-AI/pytorch-lightning/issues/21901).

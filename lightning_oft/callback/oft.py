@@ -222,9 +222,12 @@ class OFTFinetuning(Callback):
         """Called when a checkpoint has been loaded: recognises a new base, and what another callback had unfrozen."""
         if self._run is None:
             return
-        if checkpoint_hooks.replaces_base(checkpoint):
+        from lightning_oft.formats.checkpoint import ENTRY
+
+        entry = checkpoint.get(ENTRY, {})
+        if "state_dict" in checkpoint and not entry.get("adapter_only"):  # FSDP takes it out, and loads no other base
             refresh_fingerprints(walk(pl_module))
-        self._run.unfrozen = checkpoint_hooks.unfrozen_names(checkpoint)
+        self._run.unfrozen = list(entry.get("unfrozen", ()))
         if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start is over by then
             checkpoint_hooks.retrain(pl_module, self._run.unfrozen)
 
