@@ -81,11 +81,10 @@ def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         check_loaded(self, checkpoint)
     elif (content := complete(self, checkpoint)) in ("plain", "merged"):
         _forget_run(checkpoint)
-        kind = "a plain model" if content == "plain" else "a merged model, whose weights hold its rotations"
         kept = "the adapter is kept" if content == "plain" else "the adapter starts again from the identity"
         rank_zero_info(
-            f"OFT: the checkpoint is {kind}: it becomes the base, {kept}, and the optimizer state and epoch count of "
-            "that run are left behind"
+            f"OFT: the checkpoint is a {content} model: it becomes the base, {kept}, and the optimizer state and epoch "
+            "count of that run are left behind"
         )
     type(self).on_load_checkpoint(self, checkpoint)
 

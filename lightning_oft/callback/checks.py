@@ -17,42 +17,36 @@ from lightning_oft.layers.state import rotations_of
 from lightning_oft.model.freezing import only_norms_rest
 from lightning_oft.model.traversal import adapted, class_names, joined, some, walk
 
+_CHOICES = {"keep_base": ("auto", "always", "never"), "export_from": ("last", "best")}
+_SWITCHES = ("enabled", "merge_on_fit_end", "save_adapter_only")
+_PATHS = ("pretrained_adapter", "export_dir")
 
-def check_options(config: Mapping[str, Any], **choices: str) -> None:
-    """Raise TypeError for a keyword that OFTConfig lacks, ValueError for a choice that does not exist."""
+
+def check_arguments(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise TypeError for a keyword that OFTConfig lacks or a value of a wrong type, ValueError for no such choice."""
     fields = [field.name for field in dataclasses.fields(OFTConfig)]
-    for name in config:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(fields)}"
-            raise TypeError(f"OFTFinetuning has no option {name!r}{hint}")
-    takes = {"keep_base": ("auto", "always", "never"), "export_from": ("last", "best")}
-    for name, value in choices.items():
-        if value not in takes[name]:
-            raise ValueError(f"{name}={value!r}: must be one of {', '.join(takes[name])}")
+    for name in config.keys() - fields:
+        near = difflib.get_close_matches(name, fields, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(fields)}"
+        raise TypeError(f"OFTFinetuning has no option {name!r}; {hint}")
+    for name, value in given.items():
+        wanted: Any = bool if name in _SWITCHES else str | os.PathLike if name in _PATHS else str
+        if value is not None and not isinstance(value, wanted):
+            what = "true or false" if wanted is bool else "a string"
+            raise TypeError(f"{name}={value!r}: must be {what}, got {type(value).__name__}")
+        if value not in _CHOICES.get(name, (value,)):
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(_CHOICES[name])}")
 
 
-def check_types(kinds: Any, **values: Any) -> None:
-    """Raise TypeError for an argument that is neither None nor of one of these types."""
-    for name, value in values.items():
-        if value is not None and not isinstance(value, kinds):
-            wanted = "true or false" if kinds is bool else "a string"
-            raise TypeError(f"{name}={value!r}: must be {wanted}, got {type(value).__name__}")
-
-
-def submodule(pl_module: nn.Module, path: str | None, required: bool) -> nn.Module | None:
-    """The module under a dotted path; None where it is not built yet. Raises ValueError where it is `required`."""
-    if not path:
-        return pl_module
+def submodule(pl_module: nn.Module, path: str | None) -> nn.Module:
+    """The module under a dotted path. Raises ValueError where there is none."""
     modules = walk(pl_module)
-    if path in modules:
-        return modules[path]
-    if required:
+    if path and path not in modules:
         near = difflib.get_close_matches(path, [name for name in modules if name], 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         children = some([name for name, _ in pl_module.named_children()])
         raise ValueError(f"oft.module={path!r}: the LightningModule has no such part{hint} (it has {children})")
-    return None
+    return modules[path] if path else pl_module
 
 
 def check_directories(trainer: Any, callback: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_oft.callback.checks import submodule
 from lightning_oft.callback.strategies import StrategyAdapter
 from lightning_oft.codecs import cut_like, local_part
 from lightning_oft.formats.checkpoint import frozen_names
@@ -23,30 +24,6 @@ from lightning_oft.model.merging import merge, unmerge
 from lightning_oft.model.traversal import walk
 
 
-def check_place(trainer: Any, directory: str) -> None:
-    """Raise OSError, on every process, where a fit's results could not be written; asked before it begins.
-
-    A directory `merged` that holds anything but a model stays as it is, which is an error too.
-    """
-    problem: str | None = None
-    if trainer.is_global_zero:
-        try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=directory):
-                pass
-            check_replaceable(Path(directory) / "merged")
-            if (Path(directory) / "adapter").is_file():
-                raise FileExistsError(
-                    f"{directory}/adapter: is a file where a directory is wanted: give another directory"
-                )
-        except OSError as error:  # ours say all by themselves, and have no number
-            said = f"export_dir={directory!r}: cannot be written ({error.strerror}): give another directory"
-            problem = str(error) if error.errno is None else said
-    problem = trainer.strategy.broadcast(problem)
-    if problem is not None:
-        raise OSError(problem)
-
-
 class Exporter:
     """Writes `adapter/` and `merged/` at the end of a fit. Every process takes part, rank zero writes.
 
@@ -54,14 +31,20 @@ class Exporter:
         callback: the OFTFinetuning whose options say what to write, and where.
         strategy: the adapter for the Trainer's strategy.
         pl_module: the LightningModule.
+
+    Raises:
+        OSError: on every process, where the results could not be written; before the fit begins.
     """
 
     def __init__(self, callback: Any, strategy: StrategyAdapter, pl_module: nn.Module) -> None:
         self._strategy, self._trainer, self._pl_module = strategy, strategy.trainer, pl_module
-        self._root, self._adapter_name = callback.root(pl_module), callback.adapter_name
-        self._directory = Path(callback.export_dir)
-        self._best = _best_checkpoint(self._trainer) if callback.export_from == "best" else None
-        self._ends_merged = callback.merge_on_fit_end and self._best is None
+        self._root, self._adapter_name = submodule(pl_module, callback.module), callback.adapter_name
+        self._directory, self._merges = Path(callback.export_dir), callback.merge_on_fit_end
+        self._from_best = callback.export_from == "best"
+        problem = _problem_with(self._directory) if self._trainer.is_global_zero else None
+        problem = self._trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise OSError(problem)
 
     def write_unmerged(self) -> dict[str, str]:
         """Write `adapter/`; and `merged/` too, where it is another state than the fit ends with.
@@ -70,11 +53,13 @@ class Exporter:
             Where each was written. The model is unmerged afterwards, as it was before.
         """
         written = {"adapter": str(self._directory / "adapter")}
-        with self._strategy.whole(), _state_of_checkpoint(self._pl_module, self._best):
+        best = _best_checkpoint(self._trainer) if self._from_best else None
+        self._merges = self._merges and best is None
+        with self._strategy.whole(), _state_of_checkpoint(self._pl_module, best):
             state = take(self._root, self._adapter_name)
             if self._trainer.is_global_zero:
                 write_peft(state, written["adapter"])
-            if not self._ends_merged:
+            if not self._merges:
                 merge(self._root, keep_base="always", device=self._strategy.merge_device())
                 try:
                     written |= self._write_merged()
@@ -86,7 +71,7 @@ class Exporter:
     def write_merged(self) -> dict[str, str]:
         """Write `merged/` from the model that the fit ends with, now that it is merged; nothing if it is not."""
         written = {}
-        if self._ends_merged:
+        if self._merges:
             with self._strategy.whole():
                 written = self._write_merged()
             self._trainer.strategy.barrier("export")
@@ -99,6 +84,21 @@ class Exporter:
             companions = _companions(self._pl_module) + _companions(getattr(self._trainer, "datamodule", None))
             write_pretrained(self._root, place, companions, state)
         return {"merged model": place}
+
+
+def _problem_with(directory: Path) -> str | None:
+    """Why results cannot be written into a directory. One that holds something else than a model stays as it is."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        check_replaceable(directory / "merged")
+        if (directory / "adapter").is_file():
+            raise FileExistsError(f"{directory}/adapter: is a file where a directory is wanted: give another directory")
+    except OSError as error:  # ours say all by themselves, and have no number
+        said = f"export_dir={str(directory)!r}: cannot be written ({error.strerror}): give another directory"
+        return str(error) if error.errno is None else said
+    return None
 
 
 def _companions(owner: Any) -> list[Any]:

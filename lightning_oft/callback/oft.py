@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.callbacks import Callback
@@ -78,22 +77,17 @@ class OFTFinetuning(Callback):
         **config: Any,
     ) -> None:
         super().__init__()
-        checks.check_options(config, keep_base=keep_base, export_from=export_from)
-        checks.check_types(
-            bool, enabled=enabled, merge_on_fit_end=merge_on_fit_end, save_adapter_only=save_adapter_only
-        )
-        checks.check_types(str, module=module, adapter_name=adapter_name)
-        checks.check_types((str, PathLike), pretrained_adapter=pretrained_adapter, export_dir=export_dir)
-        self.config = OFTConfig(**config)
         self.enabled = enabled
         self.module = module
         self.adapter_name = adapter_name
-        self.pretrained_adapter = None if pretrained_adapter is None else str(pretrained_adapter)
+        self.pretrained_adapter = pretrained_adapter
         self.merge_on_fit_end = merge_on_fit_end
         self.keep_base = keep_base
         self.save_adapter_only = save_adapter_only
-        self.export_dir = None if export_dir is None else str(export_dir)
+        self.export_dir = export_dir
         self.export_from = export_from
+        checks.check_arguments(config, vars(self))
+        self.config = OFTConfig(**config)
         self._run: Run | None = None
 
     @property
@@ -101,12 +95,6 @@ class OFTFinetuning(Callback):
     def state_key(self) -> str:
         """Two of these callbacks may adapt two parts of one model."""
         return self._generate_state_key(module=self.module, adapter_name=self.adapter_name)
-
-    def root(self, pl_module: nn.Module) -> nn.Module:
-        """The part of the LightningModule that this callback adapts."""
-        root = checks.submodule(pl_module, self.module, required=True)
-        assert root is not None
-        return root
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -143,9 +131,9 @@ class OFTFinetuning(Callback):
         checks.ignore_eval_warning(pl_module)
 
     def _inject(self, run: Run, pl_module: nn.Module, built: bool) -> None:
-        root = checks.submodule(pl_module, self.module, required=built)
-        if root is None:
+        if self.module and not built and self.module not in walk(pl_module):
             return
+        root = checks.submodule(pl_module, self.module)
         modules = walk(root)
         if self.pretrained_adapter is None:
             carry_out(modules, plan_injection(modules, self.config, self.adapter_name, strict=built))
@@ -165,15 +153,15 @@ class OFTFinetuning(Callback):
         """Called when the fit begins: the model is built, restored and wrapped, the optimizers exist."""
         if (run := self._run) is None:
             return
-        root = self.root(pl_module)
+        root = checks.submodule(pl_module, self.module)
         checks.check_layers(run.layers, self._layers(root))
         rotations = checks.trainable_rotations(root, self.adapter_name)
         checks.check_optimizers(run.strategy.optimized(), rotations)
         run.steps = run.strategy.watch_steps(rotations, run.undo)
         if self.export_dir is not None:
-            from lightning_oft.callback.export import check_place
+            from lightning_oft.callback.export import Exporter
 
-            check_place(trainer, self.export_dir)
+            run.exporter = Exporter(self, run.strategy, pl_module)
         check_averages(trainer, pl_module)
         checkpoint_hooks.retrain(pl_module, run.unfrozen)
         rank_zero_info(report.start_line(self.adapter_name, len(run.layers), rotations, pl_module))
@@ -200,22 +188,14 @@ class OFTFinetuning(Callback):
             return
         run.undo.close()
         run.strategy.reshard(pl_module)
-        root, exporter = self.root(pl_module), self._exporter(run, pl_module)
-        written = exporter.write_unmerged() if exporter is not None else {}
+        root = checks.submodule(pl_module, self.module)
+        written = run.exporter.write_unmerged() if run.exporter is not None else {}
         waiting = [name for name, _, state in adapted(walk(root)) if state.merged is None]
         if self.merge_on_fit_end and waiting:  # another callback may have merged all of it already
             self._merge(run, pl_module, root, waiting)
-        if exporter is not None:
-            written |= exporter.write_merged()
+        if run.exporter is not None:
+            written |= run.exporter.write_merged()
         rank_zero_info(report.end_line(self.adapter_name, walk(root), written))
-
-    def _exporter(self, run: Run, pl_module: nn.Module) -> Any:
-        """What writes the fit's results; None where nobody asked for them."""
-        if self.export_dir is None:
-            return None
-        from lightning_oft.callback.export import Exporter
-
-        return Exporter(self, run.strategy, pl_module)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -243,14 +223,11 @@ class OFTFinetuning(Callback):
                 with contextlib.suppress(RuntimeError):  # inside disable_adapters, which is about to be left
                     unload(pl_module)
                 checkpoint_hooks.drop_checkpoint_hooks(pl_module)
-        self._end_run(pl_module)
+        self.teardown(trainer, pl_module, "")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when a run ends: a merge that setup took back is made again."""
-        self._end_run(pl_module)
-
-    def _end_run(self, pl_module: nn.Module) -> None:
         pl_module.__dict__.pop("configure_model", None)  # ours, where nobody has called it
         if (run := self._run) is None:
             return

@@ -41,12 +41,8 @@ def warn_about_constraint(rotations: Mapping[str, Rotation]) -> None:
             "nothing: raise eps, or give max_angle in degrees",
             stacklevel=2,
         )
-    series = {name: (rotation, rotation.terms) for name, rotation in held.items() if rotation.terms is not None}
-    loose = {
-        name: _largest_angle(rotation)
-        for name, (rotation, terms) in series.items()
-        if (rotation.radius or 0.0) / 2**0.5 > functional.series_reach(terms)
-    }
+    reach = {name: functional.series_reach(one.terms) for name, one in held.items() if one.terms is not None}
+    loose = {name: _largest_angle(held[name]) for name in reach if (held[name].radius or 0) / 2**0.5 > reach[name]}
     if loose:
         warnings.warn(
             f"the constraint lets {some(loose)} turn by up to {max(loose.values()):.3g} degrees, where the truncated "

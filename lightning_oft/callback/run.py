@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -24,6 +25,7 @@ class Run:
         unfrozen: what trained, of the base, when the loaded checkpoint was written.
         has_begun: whether a batch of training has started: what is trained is kept from then on.
         steps: acts after every optimizer step.
+        exporter: writes the fit's results, where anybody asked for them.
         undo: takes away whatever the run has registered.
     """
 
@@ -35,4 +37,5 @@ class Run:
     unfrozen: list[str] = field(default_factory=list)
     has_begun: bool = False
     steps: Steps | None = None
+    exporter: Any = None
     undo: ExitStack = field(default_factory=ExitStack)

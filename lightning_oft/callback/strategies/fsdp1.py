@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp.wrap import _Policy
+from torch.distributed.fsdp.wrap import CustomPolicy, _or_policy, _Policy, lambda_auto_wrap_policy
 from typing_extensions import override
 
 from lightning_oft.callback.strategies.base import StrategyAdapter
@@ -22,7 +22,7 @@ from lightning_oft.callback.strategies.steps import Steps
 from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import every_rotation
 from lightning_oft.model.merging import KeepBase, merge_layers
-from lightning_oft.model.traversal import oft_layers, walk
+from lightning_oft.model.traversal import walk
 
 
 @contextlib.contextmanager
@@ -93,24 +93,26 @@ class FSDP1Adapter(StrategyAdapter):
         }
 
 
+_ROTATIONS = CustomPolicy(lambda module: {"mixed_precision": None} if isinstance(module, Rotation) else False)
+"""Every rotation is a unit of its own, in float32 whatever the mixed precision."""
+
+
+class _Both(_Policy):
+    """What either of two policies makes a unit."""
+
+    def __init__(self, one: _Policy, other: _Policy) -> None:
+        self._policies = one, other
+
+    def _run_policy(self, *args: Any) -> Any:
+        first, second = (policy._run_policy(*args) for policy in self._policies)
+        return {**first, **second}
+
+
 def with_rotations(policy: Any) -> Any:
-    """A wrap policy that also makes every rotation a unit of its own, in float32 whatever the mixed precision."""
-    if policy is None or isinstance(policy, _Policy):
-        return policy if isinstance(policy, _WithRotations) else _WithRotations(policy)
-    return functools.partial(_function_with_rotations, policy)
-
-
-class _WithRotations(_Policy):
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def _run_policy(self, root_module: nn.Module, ignored_modules: Any, root_kwargs: Any) -> Any:
-        found = self.inner._run_policy(root_module, ignored_modules, root_kwargs) if self.inner is not None else {}
-        for layer in oft_layers(root_module).values():
-            found |= {rotation: {**root_kwargs, "mixed_precision": None} for rotation in every_rotation(layer)}
-        return found
-
-
-def _function_with_rotations(policy: Any, module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    inner = policy(module=module, recurse=recurse, nonwrapped_numel=nonwrapped_numel)
-    return True if recurse else isinstance(module, Rotation) or bool(inner)
+    """A wrap policy that makes every rotation a unit too."""
+    if policy is None or policy is _ROTATIONS:
+        return _ROTATIONS
+    if isinstance(policy, _Policy):
+        return policy if isinstance(policy, _Both) else _Both(policy, _ROTATIONS)
+    rotations = functools.partial(lambda_auto_wrap_policy, lambda_fn=lambda module: isinstance(module, Rotation))
+    return functools.partial(_or_policy, policies=[policy, rotations])

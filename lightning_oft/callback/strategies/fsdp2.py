@@ -93,7 +93,7 @@ def _only_trained(module: Any, state_dict: dict[str, Any], prefix: str, local_me
 
 
 def _check_clipping(trainer: Any) -> None:
-    """Raise ValueError where torch cannot clip all gradients together."""
+    """Raise ValueError where torch cannot clip all gradients together: they are split in several ways, or not at all."""
     by_value = trainer.gradient_clip_algorithm == "value"
     for optimizer in trainer.optimizers if trainer.gradient_clip_val else ():
         trained = [tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.requires_grad]
@@ -101,9 +101,8 @@ def _check_clipping(trainer: Any) -> None:
         if len(meshes) > 1 and (not by_value or None in meshes):
             ways = "" if by_value or None in meshes else "set gradient_clip_algorithm='value', or "
             raise ValueError(
-                f"gradient_clip_val={trainer.gradient_clip_val}: torch cannot clip together what is split over "
-                "different processes, and the trained parameters are (rotations, biases, modules_to_save): "
-                f"{ways}train only what is split in one way (bias='none'), or do not clip"
+                f"gradient_clip_val={trainer.gradient_clip_val}: torch cannot clip together rotations, biases and "
+                f"modules_to_save that are split in different ways: {ways}set bias='none', or do not clip"
             )
 
 
