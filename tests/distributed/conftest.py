@@ -6,23 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-
-
-class Runs(NamedTuple):
-    """What tests/distributed/launch.py leaves behind: its directory, and the results of each rank by group."""
-
-    output: Path
-    two: list[dict[str, Any]]
-    one: dict[str, Any]
-    four: list[dict[str, Any]]
-    forks: dict[str, Any]
+from launch import Runs, load_runs  # noqa: E402 - the importlib mode leaves the tests' own folder out
 
 
 @pytest.fixture(scope="session")
@@ -33,10 +22,4 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     logs = "\n".join(log.read_text(errors="replace")[-3000:] for log in sorted(output.glob("*.log")))
     assert done.returncode == 0, done.stderr + logs
-
-    def load(group: str, rank: int) -> dict[str, Any]:
-        found: dict[str, Any] = torch.load(output / f"{group}-rank{rank}.pt", weights_only=False)
-        return found
-
-    two, four = ([load(group, rank) for rank in range(world)] for group, world in (("two", 2), ("four", 4)))
-    return Runs(output, two, load("one", 0), four, load("forks", 0))
+    return load_runs(output)

@@ -13,7 +13,7 @@ import sys
 import traceback
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import spawning
 import tasks_worker
@@ -65,6 +65,27 @@ GROUPS: dict[str, tuple[int, list[str]]] = {
     "four": (4, ["fit:tp-fsdp2"]),
     "forks": (0, []),
 }
+
+
+class Runs(NamedTuple):
+    """What `main` leaves behind: its directory, and the results of each rank by group."""
+
+    output: Path
+    two: list[dict[str, Any]]
+    one: dict[str, Any]
+    four: list[dict[str, Any]]
+    forks: dict[str, Any]
+
+
+def load_runs(output: Path) -> Runs:
+    """The results of every group."""
+
+    def load(group: str, rank: int) -> dict[str, Any]:
+        found: dict[str, Any] = torch.load(output / f"{group}-rank{rank}.pt", weights_only=False)
+        return found
+
+    two, four = ([load(group, rank) for rank in range(GROUPS[group][0])] for group in ("two", "four"))
+    return Runs(output, two, load("one", 0), four, load("forks", 0))
 
 
 def run_rank(group: str, rank: int, port: int, output: Path) -> None:

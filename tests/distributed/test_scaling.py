@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Runs
+from launch import Runs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_oft import OFTConfig, inject

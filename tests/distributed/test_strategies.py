@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Runs
-from launch import BYTES, CELLS, CROSSED, FITS, RESUMED_ALONE, ROUNDED
+from launch import BYTES, CELLS, CROSSED, FITS, RESUMED_ALONE, ROUNDED, Runs
 from safetensors.torch import load_file
 from scenario import Model, callback, data, trainer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Runs
+from launch import Runs
 from tasks_worker import fit_vision
 from torch import nn
 from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM

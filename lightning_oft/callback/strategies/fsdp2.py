@@ -137,8 +137,11 @@ def _agree(root: nn.Module, mesh: Any) -> None:
     for name, layer, state in adapted(walk(root)):
         weights = state.layer_type.rotated_weights(layer)
         for part, rotation in (item for adapter in state.configs for item in rotations_of(layer, adapter).items()):
-            weight = layer.get_parameter(weights[part].parameter)
-            parts = _cuts_of_fan_in(weight, state.layer_type.row_dim, mesh)
+            weight: Any = layer.get_parameter(weights[part].parameter)
+            names, places = (weight.device_mesh.mesh_dim_names, weight.placements) if is_sharded(weight) else ((), ())
+            place = dict(zip(names or (), places, strict=False)).get(mesh.mesh_dim_names[0])
+            # Replicated, or cut by rows, the fan-in is in one part.
+            parts = 1 if getattr(place, "dim", state.layer_type.row_dim) == state.layer_type.row_dim else mesh.size()
             if not divides(rotation.block_size, parts, rotation.fan_in):
                 raise ValueError(f"{name}: {cut_inside(rotation.fan_in, parts, rotation.block_size)}")
             if rotation.dropout > 0:
@@ -148,13 +151,3 @@ def _agree(root: nn.Module, mesh: Any) -> None:
                 )
             if not rotation.identity_init and not is_sharded(rotation.weight):
                 torch.distributed.broadcast(rotation.weight.detach(), group=mesh.get_group(), group_src=0)
-
-
-def _cuts_of_fan_in(weight: Any, row_dim: int, mesh: Any) -> int:
-    """Into how many parts tensor parallelism cuts the dimension that is rotated."""
-    if not is_sharded(weight):
-        return 1
-    places = dict(zip(weight.device_mesh.mesh_dim_names or (), weight.placements, strict=False))
-    place = places.get(mesh.mesh_dim_names[0])
-    along_rows = place is None or place.is_replicate() or place.dim == row_dim
-    return 1 if along_rows else int(mesh.size())
