@@ -38,7 +38,7 @@ class Exporter:
 
     def __init__(self, callback: Any, strategy: StrategyAdapter, pl_module: nn.Module) -> None:
         self._strategy, self._trainer, self._pl_module = strategy, strategy.trainer, pl_module
-        self._root, self._adapter_name = submodule(pl_module, callback.module), callback.adapter_name
+        self._root, self._adapter_name = submodule(walk(pl_module), callback.module), callback.adapter_name
         self._directory, self._merges = Path(callback.export_dir), callback.merge_on_fit_end
         self._from_best = callback.export_from == "best"
         problem = _problem_with(self._directory) if self._trainer.is_global_zero else None

@@ -18,7 +18,6 @@ from typing_extensions import override
 from lightning_oft.callback import checkpoint_hooks, checks, report
 from lightning_oft.callback.run import Run
 from lightning_oft.callback.strategies import strategy_adapter
-from lightning_oft.callback.weight_averaging import check_averages, check_order
 from lightning_oft.config import OFTConfig
 from lightning_oft.model.fingerprint import refresh_fingerprints
 from lightning_oft.model.freezing import freeze, unfreeze_merged
@@ -26,7 +25,7 @@ from lightning_oft.model.injection import carry_out, unload
 from lightning_oft.model.merging import unmerge
 from lightning_oft.model.plan import plan_injection
 from lightning_oft.model.targets import find_targets
-from lightning_oft.model.traversal import adapted, adapter_names, merged_layers, walk
+from lightning_oft.model.traversal import Modules, adapted, adapter_names, merged_layers, walk
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -102,16 +101,12 @@ class OFTFinetuning(Callback):
         if not self.enabled:
             return
         self._forget_run()  # one that failed, and whose other callbacks failed at that
-        check_order(trainer, self)
-        if stage == "fit":
-            checks.check_directories(trainer, self)
-            checks.check_launcher(trainer, self)
+        checks.check_callbacks(trainer, self, stage)
         modules = walk(pl_module)
-        was_plain, was_merged = not adapter_names(modules), list(merged_layers(modules))
-        run = self._run = Run(strategy_adapter(trainer), was_plain, was_merged)
+        run = self._run = Run(strategy_adapter(trainer), not adapter_names(modules), list(merged_layers(modules)))
         run.strategy.before_inject(pl_module)
         run.strategy.prepare_checkpoints(pl_module, checkpoint_hooks.writes_adapter_only(trainer), run.undo)
-        if was_merged:
+        if run.was_merged:
             unmerge(pl_module)
         if run.strategy.injects_early():
             self._inject(run, pl_module, built=False)
@@ -128,46 +123,54 @@ class OFTFinetuning(Callback):
             parameter.requires_grad_(True)
         run.trainable = []
         self._inject(run, pl_module, built=True)
-        checks.ignore_eval_warning(pl_module)
+        checks.ignore_eval_warning(walk(pl_module))
 
     def _inject(self, run: Run, pl_module: nn.Module, built: bool) -> None:
-        if self.module and not built and self.module not in walk(pl_module):
+        everything = walk(pl_module)
+        if self.module and not built and self.module not in everything:
             return
-        root = checks.submodule(pl_module, self.module)
+        root = checks.submodule(everything, self.module)
         modules = walk(root)
         if self.pretrained_adapter is None:
             carry_out(modules, plan_injection(modules, self.config, self.adapter_name, strict=built))
-        elif self.adapter_name not in adapter_names(modules) and (built or find_targets(modules, self.config, False)):
+        elif self.adapter_name not in adapter_names(modules) and (
+            built or find_targets(modules, self.config, strict=False)
+        ):
             from lightning_oft.formats import load_adapter
 
             load_adapter(root, self.pretrained_adapter, self.adapter_name)
         run.strategy.after_inject(root)
-        run.layers = self._layers(root)
-        freeze(walk(pl_module))
+        run.layers = self._layers(modules)
+        freeze(everything)
 
-    def _layers(self, root: nn.Module) -> list[str]:
-        return [name for name, _, state in adapted(walk(root)) if self.adapter_name in state.configs]
+    def _layers(self, modules: Modules) -> list[str]:
+        return [name for name, _, state in adapted(modules) if self.adapter_name in state.configs]
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when the fit begins: the model is built, restored and wrapped, the optimizers exist."""
         if (run := self._run) is None:
             return
-        root = checks.submodule(pl_module, self.module)
-        checks.check_layers(run.layers, self._layers(root))
-        rotations = checks.trainable_rotations(root, self.adapter_name)
+        modules = walk(checks.submodule(walk(pl_module), self.module))
+        checks.check_layers(run.layers, self._layers(modules))
+        rotations = checks.trainable_rotations(modules, self.adapter_name)
         checks.check_optimizers(run.strategy.optimized(), rotations)
         run.steps = run.strategy.watch_steps(rotations, run.undo)
-        if self.export_dir is not None:
-            from lightning_oft.callback.export import Exporter
-
-            run.exporter = Exporter(self, run.strategy, pl_module)
-        check_averages(trainer, pl_module)
+        run.exporter = self._exporter(run, pl_module)
+        checks.check_averages(trainer, pl_module)
         checkpoint_hooks.retrain(pl_module, run.unfrozen)
         rank_zero_info(report.start_line(self.adapter_name, len(run.layers), rotations, pl_module))
         report.warn_about_constraint(rotations)
         for logger in trainer.loggers:
             logger.log_hyperparams({"oft": dataclasses.asdict(self.config)})
+
+    def _exporter(self, run: Run, pl_module: nn.Module) -> Any:
+        """What writes the fit's results; None where nobody asked for them."""
+        if self.export_dir is None:
+            return None
+        from lightning_oft.callback.export import Exporter
+
+        return Exporter(self, run.strategy, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -188,7 +191,7 @@ class OFTFinetuning(Callback):
             return
         run.undo.close()
         run.strategy.reshard(pl_module)
-        root = checks.submodule(pl_module, self.module)
+        root = checks.submodule(walk(pl_module), self.module)
         written = run.exporter.write_unmerged() if run.exporter is not None else {}
         waiting = [name for name, _, state in adapted(walk(root)) if state.merged is None]
         if self.merge_on_fit_end and waiting:  # another callback may have merged all of it already

@@ -16,6 +16,7 @@ from lightning_oft import OFTConfig, inject
 from lightning_oft.callback import checks
 from lightning_oft.callback.strategies.deepspeed import DeepSpeedAdapter
 from lightning_oft.layers import Rotation
+from lightning_oft.model.traversal import walk
 
 
 class Engine:
@@ -67,7 +68,7 @@ def _trainer(engine: Engine, model: nn.Module) -> Any:
 
 def _watch(engine: Engine, model: nn.Module) -> ExitStack:
     undo = ExitStack()
-    DeepSpeedAdapter(_trainer(engine, model)).watch_steps(checks.trainable_rotations(model, "default"), undo)
+    DeepSpeedAdapter(_trainer(engine, model)).watch_steps(checks.trainable_rotations(walk(model), "default"), undo)
     return undo
 
 
@@ -95,7 +96,7 @@ def test_a_rotation_without_gradient_is_refused_at_the_first_real_step(model: nn
 
 
 def test_rotations_are_looked_for_where_deepspeed_holds_them(model: nn.Sequential, engine: Engine) -> None:
-    trainer, rotations = _trainer(engine, model), checks.trainable_rotations(model, "default")
+    trainer, rotations = _trainer(engine, model), checks.trainable_rotations(walk(model), "default")
     checks.check_optimizers(DeepSpeedAdapter(trainer).optimized(), rotations)
     trainer.optimizers = [Optimizer([])]
     with pytest.raises(RuntimeError, match="the rotations of 0 are in no optimizer"):
