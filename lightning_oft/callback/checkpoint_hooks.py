@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_oft.callback.strategies import strategy_adapter
+from lightning_oft.callback.strategies.base import strategy_adapter
 
 
 def after_configure_model(pl_module: nn.Module, then: Callable[[nn.Module], None]) -> None:

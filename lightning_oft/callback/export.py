@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_oft.callback.checks import submodule
-from lightning_oft.callback.strategies import StrategyAdapter
+from lightning_oft.callback.strategies.base import StrategyAdapter
 from lightning_oft.codecs import cut_like, local_part
 from lightning_oft.formats.checkpoint import frozen_names
 from lightning_oft.formats.checkpoint_file import CheckpointError, read

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_oft.callback import checkpoint_hooks, checks, report
 from lightning_oft.callback.run import Run
-from lightning_oft.callback.strategies import strategy_adapter
+from lightning_oft.callback.strategies.base import strategy_adapter
 from lightning_oft.config import OFTConfig
 from lightning_oft.model.fingerprint import refresh_fingerprints
 from lightning_oft.model.freezing import freeze, unfreeze_merged

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_oft import OFTConfig, OFTFinetuning, inject, merge, oft_layers, unload, unmerge
 from lightning_oft.callback.checks import check_launcher
-from lightning_oft.callback.strategies import strategy_adapter
+from lightning_oft.callback.strategies.base import strategy_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 

@@ -1,10 +1,11 @@
-"""One process, or DDP: what a strategy is asked, and the answers where every process has all parameters."""
+"""What a strategy is asked; the answers of one process and of DDP; and which adapter answers for which strategy."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection
 from contextlib import AbstractContextManager, ExitStack
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -72,3 +73,20 @@ class StrategyAdapter:
     def whole_state(self, root: nn.Module) -> dict[str, Tensor] | None:
         """The whole tensors of a model by name, on rank zero, called within `whole`; None where they lie there anyway."""
         return None
+
+
+_ADAPTERS = {
+    "DeepSpeedStrategy": ("deepspeed", "DeepSpeedAdapter"),
+    "ModelParallelStrategy": ("fsdp2", "FSDP2Adapter"),
+    "FSDPStrategy": ("fsdp1", "FSDP1Adapter"),
+}
+"""By the name of Lightning's class: the file and the class of ours, imported where that strategy is in use."""
+
+
+def strategy_adapter(trainer: Any) -> StrategyAdapter:
+    """The adapter for a Trainer's strategy. Raises ValueError for one that cannot work."""
+    for name in class_names(trainer.strategy) & _ADAPTERS.keys():
+        file, cls = _ADAPTERS[name]
+        found: StrategyAdapter = getattr(import_module(f"lightning_oft.callback.strategies.{file}"), cls)(trainer)
+        return found
+    return StrategyAdapter(trainer)

@@ -129,11 +129,8 @@ def _check_optimizer_states(path: Any, trainer: Any) -> None:
 
 
 def _agree(root: nn.Module, mesh: Any) -> None:
-    """Make sure that all processes of a tensor-parallel group train the same rotations.
-
-    Raises:
-        ValueError: a cut goes through a block, or blocks drop out at random; names the layer.
-    """
+    """Start all processes of a tensor-parallel group with the same rotations. Raises ValueError where they could not
+    stay the same: a cut goes through a block, or blocks drop out at random."""
     for name, layer, state in adapted(walk(root)):
         weights = state.layer_type.rotated_weights(layer)
         for part, rotation in (item for adapter in state.configs for item in rotations_of(layer, adapter).items()):
