@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_oft.callback import OFTFinetuning, load_from_checkpoint
+    from lightning_oft.callback.loading import load_from_checkpoint
+    from lightning_oft.callback.oft import OFTFinetuning
     from lightning_oft.config import OFTConfig
     from lightning_oft.formats import load_adapter, save_adapter
     from lightning_oft.layers.base import register_layer_type
@@ -23,12 +24,12 @@ __version__ = "0.1.0"
 _HOME = {
     "AdapterState": "model.adapter_state",
     "OFTConfig": "config",
-    "OFTFinetuning": "callback",
+    "OFTFinetuning": "callback.oft",
     "delete_adapter": "model.injection",
     "disable_adapters": "model.activation",
     "inject": "model.injection",
     "load_adapter": "formats",
-    "load_from_checkpoint": "callback",
+    "load_from_checkpoint": "callback.loading",
     "merge": "model.merging",
     "oft_layers": "model.traversal",
     "project": "model.activation",

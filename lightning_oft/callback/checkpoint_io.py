@@ -42,17 +42,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except BaseException as error:
             with contextlib.suppress(OSError):
                 part.unlink()
-            reason = _os_error(error)
-            if reason is None:
+            cause: BaseException | None = error  # torch.save hides the system's error behind one about positions
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            if cause is None:
                 raise
             raise OSError(
-                f"{path}: the checkpoint cannot be written ({reason.strerror or reason}); what was there is unchanged: "
+                f"{path}: the checkpoint cannot be written ({cause.strerror or cause}); what was there is unchanged: "
                 "free space there or give another directory"
             ) from None
 
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """What the system said; torch.save hides it behind an error of its own about positions in the file."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__context__
-    return error
+    @override
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Called for every checkpoint that is resumed or tested; torch says of a damaged one anything but its name."""
+        try:
+            loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        except (FileNotFoundError, PermissionError, ImportError, AttributeError, MemoryError):
+            raise
+        except Exception as error:
+            reason = str(getattr(error, "strerror", None) or error).strip().split("\n")[0]
+            raise ValueError(f"{path}: cannot be read as a checkpoint file ({reason}); copy it again") from None
+        return loaded

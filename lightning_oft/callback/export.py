@@ -5,73 +5,46 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_oft.callback.strategies import strategy_adapter
-from lightning_oft.formats.checkpoint_file import CheckpointError, is_rotation_key, read
+from lightning_oft.callback.checks import submodule
+from lightning_oft.callback.strategies.base import StrategyAdapter
+from lightning_oft.codecs import cut_like, local_part
+from lightning_oft.formats.checkpoint import frozen_names
+from lightning_oft.formats.checkpoint_file import CheckpointError, read
 from lightning_oft.formats.peft import write_peft
 from lightning_oft.formats.pretrained import check_replaceable, root_of, write_pretrained
-from lightning_oft.model import saved_modules
 from lightning_oft.model.adapter_state import take
 from lightning_oft.model.merging import merge, unmerge
 from lightning_oft.model.traversal import walk
-
-
-def check_place(trainer: Any, directory: str) -> None:
-    """Raise OSError, on every process, where a fit's results could not be written; asked before it begins.
-
-    A directory `merged` that holds anything but a model stays as it is, which is an error too.
-    """
-    problem: str | None = None
-    if trainer.is_global_zero:
-        try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=directory):
-                pass
-            check_replaceable(Path(directory) / "merged")
-            if (Path(directory) / "adapter").is_file():
-                raise FileExistsError(
-                    f"{directory}/adapter: is a file where a directory is wanted: give another directory"
-                )
-        except OSError as error:  # ours say all by themselves, and have no number
-            said = f"export_dir={directory!r}: cannot be written ({error.strerror}): give another directory"
-            problem = str(error) if error.errno is None else said
-    problem = trainer.strategy.broadcast(problem)
-    if problem is not None:
-        raise OSError(problem)
 
 
 class Exporter:
     """Writes `adapter/` and `merged/` at the end of a fit. Every process takes part, rank zero writes.
 
     Args:
-        trainer: the Trainer whose fit ends.
-        pl_module: its LightningModule.
-        root: the part of it that is adapted.
-        adapter_name: the adapter to write.
-        directory: where to write.
-        source: the "last" state of the fit, or ModelCheckpoint's "best".
-        merges: whether the fit ends with a merged model.
+        callback: the OFTFinetuning whose options say what to write, and where.
+        strategy: the adapter for the Trainer's strategy.
+        pl_module: the LightningModule.
+
+    Raises:
+        OSError: on every process, where the results could not be written; before the fit begins.
     """
 
-    def __init__(
-        self,
-        trainer: Any,
-        pl_module: nn.Module,
-        root: nn.Module,
-        adapter_name: str,
-        directory: str,
-        source: str,
-        merges: bool,
-    ) -> None:
-        self._trainer, self._pl_module, self._root = trainer, pl_module, root
-        self._adapter_name, self._directory, self._merges = adapter_name, Path(directory), merges
-        self._best = _best_checkpoint(trainer) if source == "best" else None
+    def __init__(self, callback: Any, strategy: StrategyAdapter, pl_module: nn.Module) -> None:
+        self._strategy, self._trainer, self._pl_module = strategy, strategy.trainer, pl_module
+        self._root, self._adapter_name = submodule(walk(pl_module), callback.module), callback.adapter_name
+        self._directory, self._merges = Path(callback.export_dir), callback.merge_on_fit_end
+        self._from_best = callback.export_from == "best"
+        problem = _problem_with(self._directory) if self._trainer.is_global_zero else None
+        problem = self._trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise OSError(problem)
 
     def write_unmerged(self) -> dict[str, str]:
         """Write `adapter/`; and `merged/` too, where it is another state than the fit ends with.
@@ -80,13 +53,14 @@ class Exporter:
             Where each was written. The model is unmerged afterwards, as it was before.
         """
         written = {"adapter": str(self._directory / "adapter")}
-        with _state_of_checkpoint(self._pl_module, self._best):
+        best = _best_checkpoint(self._trainer) if self._from_best else None
+        self._merges = self._merges and best is None
+        with self._strategy.whole(), _state_of_checkpoint(self._pl_module, best):
             state = take(self._root, self._adapter_name)
             if self._trainer.is_global_zero:
                 write_peft(state, written["adapter"])
-            if self._best is not None or not self._merges:
-                device = strategy_adapter(self._trainer).merge_device(self._trainer)
-                merge(self._root, keep_base="always", device=device)
+            if not self._merges:
+                merge(self._root, keep_base="always", device=self._strategy.merge_device())
                 try:
                     written |= self._write_merged()
                 finally:
@@ -96,25 +70,43 @@ class Exporter:
 
     def write_merged(self) -> dict[str, str]:
         """Write `merged/` from the model that the fit ends with, now that it is merged; nothing if it is not."""
-        if not self._merges or self._best is not None:
-            return {}
-        written = self._write_merged()
-        self._trainer.strategy.barrier("export")
+        written = {}
+        if self._merges:
+            with self._strategy.whole():
+                written = self._write_merged()
+            self._trainer.strategy.barrier("export")
         return written
 
     def _write_merged(self) -> dict[str, str]:
         place = str(self._directory / "merged")
-        state = strategy_adapter(self._trainer).whole_state(self._trainer, root_of(self._root))
+        state = self._strategy.whole_state(root_of(self._root))
         if self._trainer.is_global_zero:
-            write_pretrained(self._root, place, _companions(self._trainer, self._pl_module), state)
+            companions = _companions(self._pl_module) + _companions(getattr(self._trainer, "datamodule", None))
+            write_pretrained(self._root, place, companions, state)
         return {"merged model": place}
 
 
-def _companions(trainer: Any, pl_module: Any) -> list[Any]:
-    """Processors and tokenizers that a plain reader of the merged model needs beside it."""
-    owners = (pl_module, getattr(trainer, "datamodule", None))
+def _problem_with(directory: Path) -> str | None:
+    """Why results cannot be written into a directory. One that holds something else than a model stays as it is."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        check_replaceable(directory / "merged")
+        if (directory / "adapter").is_file():
+            raise FileExistsError(f"{directory}/adapter: is a file where a directory is wanted: give another directory")
+    except OSError as error:  # ours say all by themselves, and have no number
+        said = f"export_dir={str(directory)!r}: cannot be written ({error.strerror}): give another directory"
+        return str(error) if error.errno is None else said
+    return None
+
+
+def _companions(owner: Any) -> list[Any]:
+    """The processors and tokenizers that belong beside a merged model: what a task or its data declares as
+    `companions`, else what it has under the usual names."""
     names = ("image_processor", "processor", "tokenizer", "feature_extractor")
-    found = (getattr(owner, name, None) for owner in owners if owner is not None for name in names)
+    declared = getattr(owner, "companions", None)
+    found = [getattr(owner, name, None) for name in names] if declared is None else declared
     return [item for item in found if hasattr(item, "save_pretrained")]
 
 
@@ -130,17 +122,20 @@ def _best_checkpoint(trainer: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def _state_of_checkpoint(pl_module: nn.Module, best: str | None) -> Iterator[None]:
-    """Within this context the model has the trained tensors of a checkpoint; its own return afterwards."""
-    if best is None:
+def _state_of_checkpoint(pl_module: nn.Module, path: str | None) -> Iterator[None]:
+    """Within this context the model has the trained tensors of a checkpoint; its own return afterwards.
+
+    By name and not as an AdapterState: another callback may have merged its part of the model already.
+    """
+    if path is None:
         yield
         return
-    theirs = read(best)["state_dict"]
-    mine = _trained_tensors(pl_module)
-    missing = [name for name in mine if name not in theirs]
-    if missing:
+    theirs, frozen = read(path)["state_dict"], frozen_names(pl_module, walk(pl_module))
+    mine = {name: tensor for name, tensor in pl_module.state_dict().items() if name not in frozen}
+    missing = next((name for name in mine if name not in theirs), None)
+    if missing is not None:
         raise CheckpointError(
-            f"{best}: lacks {missing[0]}, which this run trained; nothing was exported: set export_from='last'"
+            f"{path}: lacks {missing}, which this run trained; nothing was exported: set export_from='last'"
         )
     last = {name: tensor.detach().clone() for name, tensor in mine.items()}
     try:
@@ -151,14 +146,6 @@ def _state_of_checkpoint(pl_module: nn.Module, best: str | None) -> Iterator[Non
 
 
 @torch.no_grad()
-def _copy(into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+def _copy(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, tensor in into.items():
-        tensor.copy_(values[name])
-
-
-def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Everything of a model that an adapter trains, by state-dict name."""
-    saved = saved_modules.saved_tensors(walk(model))
-    owned = {id(tensor) for _, tensor, slot in saved if slot.live != saved_modules.BASE}
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor for name, tensor in tensors.items() if is_rotation_key(name) or id(tensor) in owned}
+        local_part(tensor).copy_(cut_like(values[name], tensor))

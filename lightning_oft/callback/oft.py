@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.callbacks import Callback
@@ -16,27 +15,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from lightning_oft.callback import checks, report
-from lightning_oft.callback.checkpoint_hooks import (
-    add_checkpoint_hooks,
-    after_configure_model,
-    base_was_replaced,
-    drop_checkpoint_hooks,
-    drop_configure_model,
-    retrain_unfrozen,
-    writes_adapter_only,
-)
+from lightning_oft.callback import checkpoint_hooks, checks, report
 from lightning_oft.callback.run import Run
-from lightning_oft.callback.strategies import strategy_adapter
-from lightning_oft.callback.weight_averaging import check_averages
+from lightning_oft.callback.strategies.base import strategy_adapter
 from lightning_oft.config import OFTConfig
 from lightning_oft.model.fingerprint import refresh_fingerprints
 from lightning_oft.model.freezing import freeze, unfreeze_merged
 from lightning_oft.model.injection import carry_out, unload
-from lightning_oft.model.merging import merge_layers, unmerge
+from lightning_oft.model.merging import unmerge
 from lightning_oft.model.plan import plan_injection
 from lightning_oft.model.targets import find_targets
-from lightning_oft.model.traversal import adapted, adapter_names, merged_layers, oft_layers, walk
+from lightning_oft.model.traversal import Modules, adapted, adapter_names, merged_layers, walk
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -87,22 +76,17 @@ class OFTFinetuning(Callback):
         **config: Any,
     ) -> None:
         super().__init__()
-        checks.check_options(config, keep_base=keep_base, export_from=export_from)
-        checks.check_types(
-            bool, enabled=enabled, merge_on_fit_end=merge_on_fit_end, save_adapter_only=save_adapter_only
-        )
-        checks.check_types(str, module=module, adapter_name=adapter_name)
-        checks.check_types((str, PathLike), pretrained_adapter=pretrained_adapter, export_dir=export_dir)
-        self.config = OFTConfig(**config)
         self.enabled = enabled
         self.module = module
         self.adapter_name = adapter_name
-        self.pretrained_adapter = None if pretrained_adapter is None else str(pretrained_adapter)
+        self.pretrained_adapter = pretrained_adapter
         self.merge_on_fit_end = merge_on_fit_end
         self.keep_base = keep_base
         self.save_adapter_only = save_adapter_only
-        self.export_dir = None if export_dir is None else str(export_dir)
+        self.export_dir = export_dir
         self.export_from = export_from
+        checks.check_arguments(config, vars(self))
+        self.config = OFTConfig(**config)
         self._run: Run | None = None
 
     @property
@@ -116,79 +100,77 @@ class OFTFinetuning(Callback):
         """Called when a run begins: takes an earlier merge back, and injects where the model is already built."""
         if not self.enabled:
             return
-        if self._run is not None:  # of a run that failed, and whose other callbacks failed at that
-            self._run.unregister()
+        self._forget_run()  # one that failed, and whose other callbacks failed at that
         checks.check_callbacks(trainer, self, stage)
-        strategy, modules = strategy_adapter(trainer), walk(pl_module)
-        run = self._run = Run(was_plain=not adapter_names(modules), was_merged=list(merged_layers(modules)))
-        strategy.before_inject(trainer, pl_module)
-        run.handles = strategy.prepare_checkpoints(pl_module, writes_adapter_only(pl_module))
+        modules = walk(pl_module)
+        run = self._run = Run(strategy_adapter(trainer), not adapter_names(modules), list(merged_layers(modules)))
+        run.strategy.before_inject(pl_module)
+        run.strategy.prepare_checkpoints(pl_module, checkpoint_hooks.writes_adapter_only(trainer), run.undo)
         if run.was_merged:
             unmerge(pl_module)
-        if strategy.injects_early(trainer):
-            self._inject(pl_module, built=False)
-        after_configure_model(pl_module, self._inject_built)
-        add_checkpoint_hooks(pl_module)
+        if run.strategy.injects_early():
+            self._inject(run, pl_module, built=False)
+        checkpoint_hooks.after_configure_model(pl_module, self._inject_built)
+        checkpoint_hooks.add_checkpoint_hooks(pl_module)
         run.trainable = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
 
     def _inject_built(self, pl_module: nn.Module) -> None:
         """Inject into what the module's own setup and configure_model have built since, and into nothing but that: what
         another callback's setup has frozen or unfrozen since ours is as we left it."""
-        if self._run is not None:
-            for parameter in self._run.trainable:
-                parameter.requires_grad_(True)
-            self._run.trainable = []
-        self._inject(pl_module, built=True)
-        checks.ignore_eval_warning(pl_module)
+        run = self._run
+        assert run is not None
+        for parameter in run.trainable:
+            parameter.requires_grad_(True)
+        run.trainable = []
+        self._inject(run, pl_module, built=True)
+        checks.ignore_eval_warning(walk(pl_module))
 
-    def _inject(self, pl_module: Any, built: bool) -> None:
-        root = checks.submodule(pl_module, self.module, required=built)
-        if root is None:
+    def _inject(self, run: Run, pl_module: nn.Module, built: bool) -> None:
+        everything = walk(pl_module)
+        if self.module and not built and self.module not in everything:
             return
+        root = checks.submodule(everything, self.module)
         modules = walk(root)
-        known = self.adapter_name in adapter_names(modules)
         if self.pretrained_adapter is None:
-            plan = plan_injection(modules, self.config, self.adapter_name, strict=built)
-            if plan.layers or built or not known:
-                carry_out(modules, plan)
-        elif not known and (built or find_targets(modules, self.config, strict=False)):
+            carry_out(modules, plan_injection(modules, self.config, self.adapter_name, strict=built))
+        elif self.adapter_name not in adapter_names(modules) and (
+            built or find_targets(modules, self.config, strict=False)
+        ):
             from lightning_oft.formats import load_adapter
 
             load_adapter(root, self.pretrained_adapter, self.adapter_name)
-        strategy_adapter(pl_module.trainer).after_inject(pl_module.trainer, root)
-        if self._run is not None:
-            self._run.layers = self._own_layers(root)
-        freeze(walk(pl_module))
+        run.strategy.after_inject(root)
+        run.layers = self._layers(modules)
+        freeze(everything)
 
-    def _own_layers(self, root: nn.Module) -> list[str]:
-        return [name for name, _, state in adapted(walk(root)) if self.adapter_name in state.configs]
-
-    def root(self, pl_module: nn.Module) -> nn.Module:
-        """The part of the LightningModule that this callback adapts."""
-        root = checks.submodule(pl_module, self.module, required=True)
-        assert root is not None
-        return root
+    def _layers(self, modules: Modules) -> list[str]:
+        return [name for name, _, state in adapted(modules) if self.adapter_name in state.configs]
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when the fit begins: the model is built, restored and wrapped, the optimizers exist."""
-        if self._run is None:
+        if (run := self._run) is None:
             return
-        root, strategy = self.root(pl_module), strategy_adapter(trainer)
-        checks.check_layers(self._run.layers, self._own_layers(root))
-        checks.check_optimizers(strategy.optimized(trainer), root, self.adapter_name)
-        self._run.steps = strategy.watch_steps(trainer, root, self.adapter_name)
-        strategy.project(trainer, root)
-        if self.export_dir is not None:
-            from lightning_oft.callback.export import check_place
-
-            check_place(trainer, self.export_dir)
-        check_averages(trainer, pl_module)
-        retrain_unfrozen(pl_module)
-        rank_zero_info(report.start_line(pl_module, root, self.adapter_name))
-        report.warn_about_constraint(root, self.adapter_name)
+        modules = walk(checks.submodule(walk(pl_module), self.module))
+        checks.check_layers(run.layers, self._layers(modules))
+        rotations = checks.trainable_rotations(modules, self.adapter_name)
+        checks.check_optimizers(run.strategy.optimized(), rotations)
+        run.steps = run.strategy.watch_steps(rotations, run.undo)
+        run.exporter = self._exporter(run, pl_module)
+        checks.check_averages(trainer, pl_module)
+        checkpoint_hooks.retrain(pl_module, run.unfrozen)
+        rank_zero_info(report.start_line(self.adapter_name, len(run.layers), rotations, pl_module))
+        report.warn_about_constraint(rotations)
         for logger in trainer.loggers:
             logger.log_hyperparams({"oft": dataclasses.asdict(self.config)})
+
+    def _exporter(self, run: Run, pl_module: nn.Module) -> Any:
+        """What writes the fit's results; None where nobody asked for them."""
+        if self.export_dir is None:
+            return None
+        from lightning_oft.callback.export import Exporter
+
+        return Exporter(self, run.strategy, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -205,86 +187,69 @@ class OFTFinetuning(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when the fit has ended, after all checkpoints and averages: exports and merges."""
-        if self._run is None:
+        if (run := self._run) is None:
             return
-        self._run.unregister()
-        root = self.root(pl_module)
-        written: dict[str, str] = {}
-        strategy_adapter(trainer).reshard(pl_module)
-        exporter = self._exporter(trainer, pl_module, root)
-        if exporter is not None:
-            written |= exporter.write_unmerged()
-        if self.merge_on_fit_end:
-            waiting = [name for name, _, state in adapted(walk(root)) if state.merged is None]
-            if waiting:  # another callback has merged a part already
-                self._merge(trainer, pl_module, root, waiting)
-        if exporter is not None:
-            written |= exporter.write_merged()
-        rank_zero_info(report.end_line(root, self.adapter_name, written))
-
-    def _exporter(self, trainer: Trainer, pl_module: LightningModule, root: nn.Module) -> Any:
-        """What writes the fit's results; None where nobody asked for them."""
-        if self.export_dir is None:
-            return None
-        from lightning_oft.callback.export import Exporter
-
-        return Exporter(
-            trainer, pl_module, root, self.adapter_name, self.export_dir, self.export_from, self.merge_on_fit_end
-        )
+        run.undo.close()
+        run.strategy.reshard(pl_module)
+        root = checks.submodule(walk(pl_module), self.module)
+        written = run.exporter.write_unmerged() if run.exporter is not None else {}
+        waiting = [name for name, _, state in adapted(walk(root)) if state.merged is None]
+        if self.merge_on_fit_end and waiting:  # another callback may have merged all of it already
+            self._merge(run, pl_module, root, waiting)
+        if run.exporter is not None:
+            written |= run.exporter.write_merged()
+        rank_zero_info(report.end_line(self.adapter_name, walk(root), written))
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Called when a checkpoint has been loaded: recognises a new base, and what another callback had unfrozen."""
         if self._run is None:
             return
-        if base_was_replaced(pl_module):
+        from lightning_oft.formats.checkpoint import ENTRY
+
+        entry = checkpoint.get(ENTRY, {})
+        if "state_dict" in checkpoint and not entry.get("adapter_only"):  # FSDP takes it out, and loads no other base
             refresh_fingerprints(walk(pl_module))
+        self._run.unfrozen = list(entry.get("unfrozen", ()))
         if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start is over by then
-            retrain_unfrozen(pl_module)
+            checkpoint_hooks.retrain(pl_module, self._run.unfrozen)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Called when a run fails or is interrupted: nothing stays registered, and a fit that has begun merges nothing.
         What failed before that leaves the model as it was, without rotations or merged."""
-        if self._run is not None:
-            begun = trainer.state.fn == "fit" and self._run.has_begun
+        if (run := self._run) is not None:
+            begun = trainer.state.fn == "fit" and run.has_begun
             if begun or trainer.world_size > 1:  # a process that failed alone must not wait for others
-                self._run.was_merged = []
-            if self._run.was_plain and not begun:
+                run.was_merged = []
+            if run.was_plain and not begun:
                 with contextlib.suppress(RuntimeError):  # inside disable_adapters, which is about to be left
                     unload(pl_module)
-                drop_checkpoint_hooks(pl_module)
-        self._leave(trainer, pl_module)
+                checkpoint_hooks.drop_checkpoint_hooks(pl_module)
+        self.teardown(trainer, pl_module, "")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when a run ends: a merge that setup took back is made again."""
-        self._leave(trainer, pl_module)
-
-    def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        drop_configure_model(pl_module)
-        if self._run is None:
+        pl_module.__dict__.pop("configure_model", None)  # ours, where nobody has called it
+        if (run := self._run) is None:
             return
-        self._run.unregister()
+        self._forget_run()
         modules = walk(pl_module)
-        if self._run.was_merged and adapter_names(modules) and not merged_layers(modules):
-            self._merge(trainer, pl_module, pl_module, self._run.was_merged)
+        if run.was_merged and adapter_names(modules) and not merged_layers(modules):
+            self._merge(run, pl_module, pl_module, run.was_merged)
+
+    def _forget_run(self) -> None:
+        if self._run is not None:
+            self._run.undo.close()
         self._run = None
 
-    def _merge(self, trainer: Trainer, pl_module: LightningModule, root: nn.Module, only: list[str]) -> None:
+    def _merge(self, run: Run, pl_module: nn.Module, root: nn.Module, only: list[str]) -> None:
         """Merge layers of a part; once all parts are merged, the model trains like any other."""
-        strategy = strategy_adapter(trainer)
-        merge_layers(
-            walk(root),
-            keep_base=self.keep_base,
-            device=strategy.merge_device(trainer),
-            gathered=strategy.gathered(trainer),
-            only=only,
-        )
+        run.strategy.merge(root, self.keep_base, only)
         modules = walk(pl_module)
-        if len(merged_layers(modules)) == len(oft_layers(pl_module)):
+        if all(state.merged is not None for _, _, state in adapted(modules)):
             unfreeze_merged(modules)
 
     def __getstate__(self) -> dict[str, Any]:
-        run = self._run and dataclasses.replace(self._run, steps=None, handles=[], trainable=[])
-        return {**self.__dict__, "_run": run}
+        return {**self.__dict__, "_run": None}

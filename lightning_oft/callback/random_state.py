@@ -32,7 +32,10 @@ class RandomState(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Called on every process when a checkpoint is written: the states of all of them."""
-        mine = _to_primitives(_collect_rng_states())
+        mine = _collect_rng_states()
+        if "numpy" in mine:  # arrays are not what torch.load(weights_only=True) reads
+            name, keys, *rest = mine["numpy"]
+            mine["numpy"] = [name, keys.tolist(), *rest]
         if not _is_distributed():
             return {"processes": [mine]}
         states: list[Any] = [None] * torch.distributed.get_world_size()
@@ -56,39 +59,19 @@ class RandomState(Callback):
         states, self._loaded = self._loaded, None
         if states is None:
             return
-        rank, world = (
-            (torch.distributed.get_rank(), torch.distributed.get_world_size()) if _is_distributed() else (0, 1)
-        )
+        rank, world = 0, 1
+        if _is_distributed():
+            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if len(states) != world:
             rank_zero_info(
                 f"RandomState: the checkpoint has the states of {len(states)} processes, this run has {world}: not restored"
             )
             return
-        _set_rng_states(_from_primitives(states[rank]))
+        mine = dict(states[rank])
+        if len(mine["torch.cuda"]) != (torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            del mine["torch.cuda"]  # written on another number of devices
+        _set_rng_states(mine)
 
 
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and bool(torch.distributed.is_initialized())
-
-
-def _to_primitives(states: dict[str, Any]) -> dict[str, Any]:
-    """What torch.load(weights_only=True) reads: no arrays."""
-    version, internal, gauss = states["python"]
-    found = {**states, "python": [version, list(internal), gauss]}
-    if "numpy" in states:
-        name, keys, *rest = states["numpy"]
-        found["numpy"] = [name, torch.from_numpy(keys.astype("int64")), *rest]
-    return found
-
-
-def _from_primitives(states: dict[str, Any]) -> dict[str, Any]:
-    version, internal, gauss = states["python"]
-    found = {**states, "torch": states["torch"].cpu(), "python": (version, tuple(internal), gauss)}
-    if "numpy" in states:
-        name, keys, *rest = states["numpy"]
-        found["numpy"] = (name, keys.cpu().numpy().astype("uint32"), *rest)
-    if len(states.get("torch.cuda", ())) != (torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        found.pop("torch.cuda", None)
-    else:
-        found["torch.cuda"] = [state.cpu() for state in states.get("torch.cuda", ())]
-    return found

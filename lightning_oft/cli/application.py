@@ -21,8 +21,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from lightning_oft import data, tasks
-from lightning_oft.callback import OFTFinetuning
 from lightning_oft.callback.checkpoint_io import AtomicCheckpointIO
+from lightning_oft.callback.oft import OFTFinetuning
 from lightning_oft.callback.random_state import RandomState
 from lightning_oft.cli import COMMANDS, config_files
 from lightning_oft.cli.errors import UserError

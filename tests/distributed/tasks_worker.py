@@ -1,20 +1,14 @@
-"""Our own tasks under FSDP2, and what FSDP2 costs in bytes: every scenario in the two processes of one torchrun.
-
-torchrun --nproc_per_node 2 tests/distributed/tasks_worker.py OUTPUT SCENARIO...
-"""
+"""Our own tasks under FSDP2, and what FSDP2 costs in bytes; launch.py runs the scenarios."""
 
 from __future__ import annotations
 
 import os
-import sys
-import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 import yaml
 from lightning.pytorch.strategies import ModelParallelStrategy
 from scenario import callback, trainer
@@ -190,20 +184,3 @@ def run(name: str, root: Path) -> dict[str, Any]:
     if name in ("vision", "split"):
         return fit_vision(strategy, world, rank, root)
     return count_bytes(strategy, world, root, checkpointing=name == "bytes-checkpointing")
-
-
-def main() -> None:
-    output = Path(sys.argv[1])
-    results: dict[str, Any] = {}
-    for name in sys.argv[2:]:
-        try:
-            results[name] = run(name, output / name)
-        except Exception as error:
-            results[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-    torch.save(results, output / f"rank{os.environ['RANK']}.pt")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

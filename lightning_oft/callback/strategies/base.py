@@ -1,76 +1,92 @@
-"""One process, or DDP: what a strategy is asked, and the answers where every process has all parameters."""
+"""What a strategy is asked; the answers of one process and of DDP; and which adapter answers for which strategy."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from contextlib import AbstractContextManager, ExitStack
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_oft.callback import checks
-from lightning_oft.model.activation import project
-from lightning_oft.model.traversal import class_names
-
-if TYPE_CHECKING:
-    from lightning_oft.callback.strategies.steps import Steps
-
-Gathered = Callable[[nn.Module], AbstractContextManager[Any]]
+from lightning_oft.callback.strategies.steps import Steps
+from lightning_oft.layers.rotation import Rotation
+from lightning_oft.model.merging import KeepBase, merge_layers
+from lightning_oft.model.traversal import class_names, walk
 
 
 class StrategyAdapter:
-    """One process, or DDP: every process has all parameters."""
+    """One process, or DDP: every process has all parameters.
 
-    def before_inject(self, trainer: Any, pl_module: nn.Module) -> None:
+    Functions that register something push its removal onto `undo`.
+    """
+
+    adapter_only = True
+    """Whether checkpoints can leave the base out."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def before_inject(self, pl_module: nn.Module) -> None:
         """Replace layers now that would otherwise be replaced after the injection, rotations and all."""
-        plugin = trainer.precision_plugin
+        plugin = self.trainer.precision_plugin
         if "BitsandbytesPrecision" in class_names(plugin):
             plugin.convert_module(pl_module)
 
-    def injects_early(self, trainer: Any) -> bool:
+    def prepare_checkpoints(self, pl_module: Any, adapter_only: bool, undo: ExitStack) -> None:
+        """Prepare the module for a strategy that reads and writes checkpoints without asking anybody."""
+
+    def injects_early(self) -> bool:
         """Whether rotations may be put into what is built before configure_model."""
         return True
 
-    def after_inject(self, trainer: Any, root: nn.Module) -> None:
+    def after_inject(self, root: nn.Module) -> None:
         """Give new rotations the place that the strategy wants them to have."""
 
-    def optimized(self, trainer: Any) -> list[Tensor]:
+    def optimized(self) -> list[Tensor]:
         """The parameters that the optimizers train."""
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         return [tensor for group in groups for tensor in group["params"]]
 
-    def watch_steps(self, trainer: Any, root: nn.Module, adapter_name: str) -> Steps:
-        """Act after every real step from now on."""
-        from lightning_oft.callback.strategies.steps import Steps
-
-        return Steps(trainer.optimizers, checks.trainable_rotations(root, adapter_name))
-
-    def merge_device(self, trainer: Any) -> torch.device | None:
-        """Where to merge: Lightning has moved the model to the CPU by the end of a fit."""
-        device = trainer.strategy.root_device
-        return device if device.type != "cpu" else None
-
-    def project(self, trainer: Any, root: nn.Module) -> None:
-        """Pull every rotation back into its ball, outside of any step."""
-        project(root)
-
-    def adapter_only(self, wanted: bool) -> bool:
-        """Whether checkpoints can leave the base out."""
-        return wanted
-
-    def gathered(self, trainer: Any) -> Gathered:
-        """For a layer, a context in which its tensors are at hand."""
-        return contextlib.nullcontext
-
-    def prepare_checkpoints(self, pl_module: Any, adapter_only: bool) -> list[Any]:
-        """Prepare the module for a strategy that reads and writes checkpoints without asking anybody; handles to undo."""
-        return []
+    def watch_steps(self, rotations: dict[str, Rotation], undo: ExitStack) -> Steps:
+        """Project the rotations, and act after every real step from now on."""
+        return Steps(self.trainer.optimizers, rotations, undo)
 
     def reshard(self, pl_module: nn.Module) -> None:
         """Called when the fit has ended, before anything is merged or exported: give back what was gathered."""
 
-    def whole_state(self, trainer: Any, root: nn.Module) -> dict[str, Tensor] | None:
-        """The whole tensors of a model by name, on rank zero; None where every process has them anyway."""
+    def merge_device(self) -> torch.device | None:
+        """Where to merge: Lightning has moved the model to the CPU by the end of a fit."""
+        device = self.trainer.strategy.root_device
+        return device if device.type != "cpu" else None
+
+    def merge(self, root: nn.Module, keep_base: KeepBase, only: Collection[str]) -> None:
+        """Merge some layers."""
+        merge_layers(walk(root), keep_base=keep_base, device=self.merge_device(), only=only)
+
+    def whole(self) -> AbstractContextManager[Any]:
+        """A context in which every process has all parameters, or the part of each that a DTensor shows."""
+        return contextlib.nullcontext()
+
+    def whole_state(self, root: nn.Module) -> dict[str, Tensor] | None:
+        """The whole tensors of a model by name, on rank zero, called within `whole`; None where they lie there anyway."""
         return None
+
+
+_ADAPTERS = {
+    "DeepSpeedStrategy": ("deepspeed", "DeepSpeedAdapter"),
+    "ModelParallelStrategy": ("fsdp2", "FSDP2Adapter"),
+    "FSDPStrategy": ("fsdp1", "FSDP1Adapter"),
+}
+"""By the name of Lightning's class: the file and the class of ours, imported where that strategy is in use."""
+
+
+def strategy_adapter(trainer: Any) -> StrategyAdapter:
+    """The adapter for a Trainer's strategy. Raises ValueError for one that cannot work."""
+    for name in class_names(trainer.strategy) & _ADAPTERS.keys():
+        file, cls = _ADAPTERS[name]
+        found: StrategyAdapter = getattr(import_module(f"lightning_oft.callback.strategies.{file}"), cls)(trainer)
+        return found
+    return StrategyAdapter(trainer)

@@ -6,10 +6,11 @@ parameter changed by itself would be overwritten at the next step.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_oft import functional
@@ -22,15 +23,14 @@ from lightning_oft.layers.rotation import Rotation
 class _EngineSteps(Steps):
     """Acts after every step of DeepSpeed's engine, which counts those that were real."""
 
-    def __init__(self, trainer: Any, rotations: dict[str, Rotation]) -> None:
-        super().__init__([], rotations)
-        self._engine = trainer.strategy.model
-        self._idle = set(rotations)
-        self._gradients = [
-            rotation.weight.register_hook(lambda _, name=name: self._idle.discard(name))  # type: ignore[no-untyped-call]
-            for name, rotation in rotations.items()
-        ]
-        self._engine.step = self._step
+    def __init__(self, engine: Any, rotations: dict[str, Rotation], undo: ExitStack) -> None:
+        super().__init__([], rotations, undo)
+        self._engine, self._idle = engine, set(rotations)
+        for name, rotation in rotations.items():
+            hook: Any = rotation.weight.register_hook
+            undo.callback(hook(lambda _, name=name: self._idle.discard(name)).remove)
+        engine.step = self._step
+        undo.callback(engine.__dict__.pop, "step", None)
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         before = self._engine.global_steps
@@ -41,49 +41,37 @@ class _EngineSteps(Steps):
         return result
 
     @override
+    @torch.no_grad()
     def project(self, rotation: Rotation) -> None:
-        project(rotation)
+        """Project the float32 copy that the optimizer trains too; on all processes."""
+        if rotation.radius is None or not bool((functional.frobenius_norm(rotation.weight) > rotation.radius).any()):
+            return
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
-    @override
-    def remove(self) -> None:
-        self._engine.__dict__.pop("step", None)
-        for handle in self._gradients:
-            handle.remove()
-
-
-@torch.no_grad()
-def project(rotation: Rotation) -> None:
-    """Pull a rotation into its ball, and the float32 copy that the optimizer trains with it; on all processes."""
-    if rotation.radius is None or not bool((functional.frobenius_norm(rotation.weight) > rotation.radius).any()):
-        return
-    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
-    whole = safe_get_full_fp32_param(rotation.weight)
-    functional.project(whole, rotation.radius)
-    safe_set_full_fp32_param(rotation.weight, whole)
-    rotation.weight.copy_(whole)
+        whole = safe_get_full_fp32_param(rotation.weight)
+        functional.project(whole, rotation.radius)
+        safe_set_full_fp32_param(rotation.weight, whole)
+        rotation.weight.copy_(whole)
 
 
 class DeepSpeedAdapter(StrategyAdapter):
     """DeepSpeed stages 1 and 2."""
 
-    @override
-    def optimized(self, trainer: Any) -> list[Tensor]:
-        optimized = super().optimized(trainer)
-        for optimizer in trainer.optimizers:
-            optimized += [tensor for group in getattr(optimizer, "bit16_groups", ()) for tensor in group]
-        return optimized
+    adapter_only = False
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        if trainer.strategy.zero_stage_3:
+            raise ValueError(
+                "OFTFinetuning does not support DeepSpeed stage 3, which partitions the weights that a merge folds: "
+                "use stage 1 or 2, or ModelParallelStrategy (FSDP2)"
+            )
 
     @override
-    def watch_steps(self, trainer: Any, root: nn.Module, adapter_name: str) -> Steps:
-        return _EngineSteps(trainer, checks.trainable_rotations(root, adapter_name))
+    def optimized(self) -> list[Tensor]:
+        groups = [group for optimizer in self.trainer.optimizers for group in getattr(optimizer, "bit16_groups", ())]
+        return super().optimized() + [tensor for group in groups for tensor in group]
 
     @override
-    def project(self, trainer: Any, root: nn.Module) -> None:
-        for module in root.modules():
-            if isinstance(module, Rotation):
-                project(module)
-
-    @override
-    def adapter_only(self, wanted: bool) -> bool:
-        return False
+    def watch_steps(self, rotations: dict[str, Rotation], undo: ExitStack) -> Steps:
+        return _EngineSteps(self.trainer.strategy.model, rotations, undo)

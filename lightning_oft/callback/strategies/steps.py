@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,8 +25,7 @@ class Steps:
     optimization, gradient scalers that skip, and LBFGS (measured).
     """
 
-    def __init__(self, optimizers: list[Any], rotations: dict[str, Rotation]) -> None:
-        self._handles = []
+    def __init__(self, optimizers: list[Any], rotations: dict[str, Rotation], undo: ExitStack) -> None:
         self._rotations = rotations
         self._warned = False
         self._count = 0
@@ -33,16 +33,16 @@ class Steps:
             held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
             own = {name: rotation for name, rotation in rotations.items() if id(rotation.weight) in held}
             raw = getattr(optimizer, "optimizer", optimizer)
-            self._handles.append(raw.register_step_post_hook(self._after(own)))
+            undo.callback(raw.register_step_post_hook(self._after(own)).remove)
+        for rotation in rotations.values():
+            self.project(rotation)
 
     def _after(self, own: dict[str, Rotation]) -> Any:
-        checked = False
+        unchecked = dict(own)
 
         def after_step(*_: Any) -> None:
-            nonlocal checked
-            if not checked:
-                checks.check_gradients(own)
-                checked = True
+            checks.check_gradients(unchecked)
+            unchecked.clear()
             self.stepped(own)
 
         return after_step
@@ -63,18 +63,15 @@ class Steps:
         """Warn once where a truncated series is less orthogonal than float32 is. Raises RuntimeError where generators
         are NaN or infinite, before a checkpoint of them replaces a good one."""
         self._check_finite()
-        if self._warned:
-            return
-        errors = {name: rotation.error_bound() for name, rotation in self._rotations.items()}
+        errors = {name: rotation.error_bound() for name, rotation in self._rotations.items() if not self._warned}
         name = max(errors, key=lambda key: errors[key], default=None)
         if name is None or errors[name] <= SERIES_TOLERANCE:
             return
         self._warned = True
-        terms = self._rotations[name].terms
         warnings.warn(
-            f"{name}: its rotation has grown so large that a series of {terms} terms is off orthogonality by "
-            f"{errors[name]:.1e} (above {SERIES_TOLERANCE:.0e}): set use_cayley_neumann=false for the exact map, more "
-            "num_cayley_neumann_terms (even), or max_angle",
+            f"{name}: its rotation has grown so large that a series of {self._rotations[name].terms} terms is off "
+            f"orthogonality by {errors[name]:.1e} (above {SERIES_TOLERANCE:.0e}): set use_cayley_neumann=false for the "
+            "exact map, more num_cayley_neumann_terms (even), or max_angle",
             stacklevel=2,
         )
 
@@ -92,9 +89,3 @@ class Steps:
                 f"the generators of {some(names)} became NaN or infinite in training: lower the learning rate or clip "
                 "gradients (gradient_clip_val), and start again from the last checkpoint"
             )
-
-    def remove(self) -> None:
-        """Unregister from the optimizers."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []

@@ -19,7 +19,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from small import Small, inputs, loader, oft, state, trainer
 from torch import Tensor, nn
 
-from lightning_oft.formats.peft import write_contents
+import lightning_oft.callback.export  # noqa: F401 - `watch` looks for names in modules that are there
+from lightning_oft.callback.checkpoint_io import AtomicCheckpointIO
+from lightning_oft.callback.random_state import RandomState
+from lightning_oft.formats.peft import write_peft
 from lightning_oft.formats.pretrained import write_pretrained
 from lightning_oft.model.merging import merge_layers
 
@@ -115,7 +118,7 @@ class Phases:
     def watch(self) -> None:
         """Stand around every phase but training. The names must exist, or nothing would be watched."""
         Trainer.save_checkpoint = self.during("checkpoint", Trainer.save_checkpoint)  # type: ignore[method-assign]
-        for function, phase in ((write_contents, "adapter"), (merge_layers, "merge"), (save_merged, "export")):
+        for function, phase in ((write_peft, "adapter"), (merge_layers, "merge"), (write_pretrained, "export")):
             places = [
                 (module, name)
                 for module in list(sys.modules.values())
@@ -143,7 +146,8 @@ def live(place: Path, steps: bool, seed: int, epochs: int = 3) -> dict[str, Tens
     options: dict[str, Any] = {"every_n_train_steps": 3} if steps else {"monitor": "val"}
     keeper = ModelCheckpoint(place / "ckpt", save_last=True, save_top_k=-1 if steps else 2, **options)
     adapter = oft(export_dir=str(place / "export"), oft_block_size=8)
-    run = trainer(place, adapter, keeper, max_epochs=epochs, num_sanity_val_steps=0)
+    plugins = [AtomicCheckpointIO()]
+    run = trainer(place, adapter, RandomState(), keeper, plugins=plugins, max_epochs=epochs, num_sanity_val_steps=0)
     data: Any = Stateful() if steps else loader()
     run.fit(model, data, loader(False), ckpt_path="last")
     return state(model)

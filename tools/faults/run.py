@@ -1,6 +1,6 @@
 """Kill a fit again and again, at any moment, and see that no file is ever torn and no result ever another.
 
-    python tests/faults/run.py --kills 50 --seed 0
+    python tools/faults/run.py --kills 50 --seed 0
 
 Every life starts from nothing, or where an earlier run has left an export; it is killed by SIGKILL once or twice: half
 of the times by the clock, at a moment drawn uniformly from the duration of an undisturbed run, else by its own hand at
@@ -28,12 +28,12 @@ from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "tests")]
 
-from faults.life import PHASES, Death, Phases, live, spawn
+from life import PHASES, Death, Phases, live, spawn
 
-from lightning_oft import checkpoints
 from lightning_oft.formats import read_adapter
+from lightning_oft.formats.checkpoint_file import read
 
 Tensors = dict[str, Tensor]
 
@@ -62,8 +62,8 @@ def wait(child: int) -> int:
 
 
 def tensors_of_adapter(directory: Path) -> Tensors:
-    contents = read_adapter(directory)
-    return {**contents.rotations, **contents.saved}
+    state = read_adapter(directory)
+    return {**state.generators(), **state.saved}
 
 
 def keeping_all(save: Callable[..., None], folder: Path) -> Any:
@@ -104,7 +104,7 @@ def undisturbed(root: Path, steps: bool) -> Truth:
         merged,
         [load_file(place / "merged" / "model.safetensors") for place in exports],
         [tensors_of_adapter(place / "adapter") for place in exports],
-        [checkpoints.read(file) for file in (root / "all").iterdir()],
+        [read(file) for file in (root / "all").iterdir()],
         exports[1],
         seconds,
         Counter(events),
@@ -126,7 +126,7 @@ def inspect(place: Path, truth: Truth) -> Iterator[Finding]:
     """Read whatever stands under a final name; hidden names are those of unfinished work."""
     for file in (place / "ckpt").glob("[!.]*"):
         try:
-            found = checkpoints.read(file)
+            found = read(file)
         except ValueError as error:
             yield Finding("corrupt", str(error))
             continue
@@ -135,12 +135,12 @@ def inspect(place: Path, truth: Truth) -> Iterator[Finding]:
             step = [[key for key in keys if not same(found[key], true[key])] for true in truth.checkpoints]
             yield Finding("wrong", f"{file}: another state at step {found['global_step']}: {step}")
     for file in (place / "export").glob("[!.]*"):
-        read: Callable[[Path], Tensors] = tensors_of_adapter
+        reader: Callable[[Path], Tensors] = tensors_of_adapter
         known = truth.adapters
         if file.name == "merged":
-            read, known = (lambda directory: load_file(directory / "model.safetensors")), truth.exports
+            reader, known = (lambda directory: load_file(directory / "model.safetensors")), truth.exports
         try:
-            tensors = read(file)
+            tensors = reader(file)
         except Exception as error:
             yield Finding("corrupt", f"{file}: {error}")
             continue

@@ -1,6 +1,6 @@
 """Two nodes on one machine: two network namespaces, joined by a cable, each with its own elastic torchrun.
 
-    python tests/distributed/two_nodes.py --rounds 10 --seed 0
+    python tools/two_nodes.py --rounds 10 --seed 0
 
 Every round trains, kills (SIGKILL) one of the nodes at a random moment, either its worker or all of it, waits for the
 elastic restart and compares the final merged weights with those of an uninterrupted run: they must be equal to the
@@ -25,6 +25,8 @@ from types import TracebackType
 from typing import IO, Any
 
 HERE = Path(__file__).resolve().parent
+TESTS = HERE.parent / "tests" / "distributed"
+sys.path.insert(0, str(TESTS))
 CANNOT_RUN = 77
 PREFIX = "oft2n"
 PORT = 29600
@@ -130,7 +132,9 @@ class Node:
         ]
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]).rstrip(
+                os.pathsep
+            ),
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": card,
             "TP_SOCKET_IFNAME": card,

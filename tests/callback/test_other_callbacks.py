@@ -12,20 +12,23 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
+    BatchSizeFinder,
     EarlyStopping,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
-    RichProgressBar,
     Timer,
 )
-from small import FEATURES, HIDDEN, Small, difference, loader, oft, state, trainer
+from lightning.pytorch.tuner import Tuner
+from small import FEATURES, HIDDEN, Small, difference, inputs, loader, merged_layers, oft, state, trainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_oft import oft_layers, unmerge
-from lightning_oft.model.traversal import merged_layers
+from lightning_oft.callback.random_state import RandomState
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
@@ -124,15 +127,11 @@ def backbone() -> BackboneFinetuning:
 Row = tuple[Callable[[], Small], Callable[[], list[Any]]]
 ROWS: dict[str, Row] = {
     "accumulation": (Small, lambda: [oft(), GradientAccumulationScheduler({0: 1, 1: 3, 3: 2})]),
-    "early_stopping": (Small, lambda: [oft(), EarlyStopping("val", patience=10)]),
     "stopped_early": (Small, lambda: [oft(), EarlyStopping("val", mode="max", patience=2)]),
-    "timer": (Small, lambda: [oft(), Timer(datetime.timedelta(hours=1))]),
     "backbone_behind": (Backboned, lambda: [backbone_oft(), backbone()]),
     "backbone_before": (Backboned, lambda: [backbone(), backbone_oft()]),
     "summary": (Small, lambda: [ModelSummary(-1), oft()]),
-    "rich": (Small, lambda: [RichProgressBar(), oft()]),
     "manual": (Manual, lambda: [oft(max_angle=20.0)]),
-    "compiled": (Compiled, lambda: [oft()]),
     "compiled_aot": (AotCompiled, lambda: [oft()]),
     "checkpointed": (Checkpointed, lambda: [oft()]),
     "reentrant": (Reentrant, lambda: [oft()]),
@@ -146,8 +145,7 @@ def fit(
     model, callbacks = row[0](), row[1]()
     torch.manual_seed(seed)
     keeper = ModelCheckpoint(root, monitor="val", save_last=True, save_top_k=2, filename="{epoch}")
-    bar = any(isinstance(callback, RichProgressBar) for callback in callbacks)
-    run = trainer(root, *callbacks, keeper, max_epochs=epochs, enable_progress_bar=bar, **options)
+    run = trainer(root, *callbacks, RandomState(), keeper, max_epochs=epochs, **options)
     run.fit(model, loader(), loader(False), ckpt_path=ckpt)
     return run, model, keeper
 
@@ -266,7 +264,74 @@ def test_another_trainer_resumes(tmp_path: Path) -> None:
     options: dict[str, Any] = {"gradient_clip_val": 1e9, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
     other = Small()
     run = trainer(
-        tmp_path / "other", ModelSummary(), oft(), Timer(), max_epochs=4, enable_model_summary=True, **options
+        tmp_path / "other",
+        ModelSummary(),
+        oft(),
+        RandomState(),
+        Timer(),
+        max_epochs=4,
+        enable_model_summary=True,
+        **options,
     )
     run.fit(other, loader(), loader(False), ckpt_path=str(tmp_path / "last.ckpt"))
     assert difference(state(other), state(straight)) == 0.0
+
+
+class Batched(Small):
+    """Makes its own loader, as the tuner wants it."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+        self.batch_size = 2
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(*inputs()), self.batch_size)
+
+    val_dataloader = train_dataloader
+
+
+class Untouched(pl.Callback):
+    """When training starts, every rotation is the identity and nothing is merged."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.asked += 1
+        rotations = [layer.oft_R["default"].weight for layer in oft_layers(pl_module).values()]
+        assert len(rotations) == 2
+        assert not any(bool(weight.any()) for weight in rotations)
+        assert not merged_layers(pl_module)
+
+
+@pytest.mark.parametrize(("finder", "order"), [("rate", 1), ("size", -1)], ids=["rate behind", "size before"])
+def test_finders_leave_no_trace(tmp_path: Path, finder: str, order: int) -> None:
+    callback: Any = LearningRateFinder(num_training_steps=24, early_stop_threshold=None)
+    if finder == "size":
+        callback = BatchSizeFinder(steps_per_trial=1, max_trials=2)
+    torch.manual_seed(0)
+    model, base, look = Batched(), state(Batched()), Untouched()
+    run = trainer(tmp_path, *[oft(), callback][::order], look, enable_checkpointing=True)
+    run.fit(model)
+    assert (model.lr, model.batch_size) != (0.01, 2)
+    assert look.asked == 1
+    plain = Batched()
+    plain.lr, plain.batch_size = model.lr, model.batch_size
+    trainer(tmp_path, oft()).fit(plain)
+    assert difference(state(model), state(plain)) == 0.0
+    assert list(state(model)) == list(base)
+
+
+def test_the_tuner_leaves_no_trace(tmp_path: Path) -> None:
+    model, base = Batched(), state(Batched())
+    run = trainer(tmp_path, oft(), enable_checkpointing=True)
+    Tuner(run).lr_find(model, num_training=24, early_stop_threshold=None)
+    now = state(model)
+    assert all(torch.equal(now[name], base[name]) for name in base)
+    assert not any(bool(now[name].any()) for name in now.keys() - base.keys())
+    assert not merged_layers(model)
+    run.fit(model)
+    plain = Batched()
+    plain.lr, plain.batch_size = model.lr, model.batch_size
+    trainer(tmp_path, oft()).fit(plain)
+    assert difference(state(model), state(plain)) == 0.0

@@ -1,6 +1,6 @@
-"""The fit of one process of tests/distributed/two_nodes.py; torchrun starts it, and starts it again after a failure.
+"""The fit of one process of tools/two_nodes.py; torchrun starts it, and starts it again after a failure.
 
-torchrun ... tests/distributed/elastic_fit.py DIRECTORY NODE
+torchrun ... tools/elastic_fit.py DIRECTORY NODE
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from scenario import FEATURES, Model, callback, trainer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_oft.callback.checkpoint_io import AtomicCheckpointIO
+from lightning_oft.callback.random_state import RandomState
 
 EPOCHS, STEPS_PER_EPOCH, ACCUMULATE = 8, 4, 2
 PAUSE = 0.03
@@ -61,7 +64,8 @@ def main() -> None:
         DDPStrategy(process_group_backend="gloo"),
         str(directory),
         num_nodes=2,
-        callbacks=[callback(module_dropout=0.2), progress, checkpoints],
+        callbacks=[callback(module_dropout=0.2), RandomState(), progress, checkpoints],
+        plugins=[AtomicCheckpointIO()],
         max_steps=-1,
         max_epochs=EPOCHS,
         enable_checkpointing=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import types
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from lightning_oft import OFTConfig, inject
 from lightning_oft.callback import checks
 from lightning_oft.callback.strategies.deepspeed import DeepSpeedAdapter
 from lightning_oft.layers import Rotation
+from lightning_oft.model.traversal import walk
 
 
 class Engine:
@@ -60,12 +62,18 @@ def engine(model: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def _trainer(engine: Engine, model: nn.Module) -> Any:
-    strategy = types.SimpleNamespace(model=engine)
+    strategy = types.SimpleNamespace(model=engine, zero_stage_3=False)
     return types.SimpleNamespace(strategy=strategy, optimizers=[Optimizer(list(model.parameters()))])
 
 
+def _watch(engine: Engine, model: nn.Module) -> ExitStack:
+    undo = ExitStack()
+    DeepSpeedAdapter(_trainer(engine, model)).watch_steps(checks.trainable_rotations(walk(model), "default"), undo)
+    return undo
+
+
 def test_real_steps_end_in_the_ball_with_the_copy_that_trains(model: nn.Sequential, engine: Engine) -> None:
-    steps = DeepSpeedAdapter().watch_steps(_trainer(engine, model), model, "default")
+    undo = _watch(engine, model)
     rotation = model[0].oft_R["default"]
     model(torch.randn(2, 8)).sum().backward()
     for call in range(1, 5):
@@ -75,30 +83,30 @@ def test_real_steps_end_in_the_ball_with_the_copy_that_trains(model: nn.Sequenti
         assert bool((norms <= rotation.radius * (1 + 1e-6)).all())
         assert torch.equal(rotation.weight.detach(), engine.copy)
     assert float(norms.max()) > 0.99 * rotation.radius  # it was pulled back, and not left at rest
-    steps.remove()
+    undo.close()
     engine.step(), engine.step()
     assert float(rotation.weight.detach().max()) > 1.0
 
 
 def test_a_rotation_without_gradient_is_refused_at_the_first_real_step(model: nn.Sequential, engine: Engine) -> None:
-    DeepSpeedAdapter().watch_steps(_trainer(engine, model), model, "default")
+    _watch(engine, model)
     engine.step()
     with pytest.raises(RuntimeError, match="the rotations of 0 got no gradient"):
         engine.step()
 
 
 def test_rotations_are_looked_for_where_deepspeed_holds_them(model: nn.Sequential, engine: Engine) -> None:
-    trainer = _trainer(engine, model)
-    checks.check_optimizers(DeepSpeedAdapter().held(trainer), model, "default")
+    trainer, rotations = _trainer(engine, model), checks.trainable_rotations(walk(model), "default")
+    checks.check_optimizers(DeepSpeedAdapter(trainer).optimized(), rotations)
     trainer.optimizers = [Optimizer([])]
     with pytest.raises(RuntimeError, match="the rotations of 0 are in no optimizer"):
-        checks.check_optimizers(DeepSpeedAdapter().held(trainer), model, "default")
+        checks.check_optimizers(DeepSpeedAdapter(trainer).optimized(), rotations)
 
 
 def test_a_rotation_outside_its_ball_is_pulled_in_before_the_first_step(model: nn.Sequential, engine: Engine) -> None:
     rotation = model[0].oft_R["default"]
     engine.copy += 2.0
     rotation.weight.data.copy_(engine.copy)
-    DeepSpeedAdapter().project(_trainer(engine, model), model)
+    _watch(engine, model)
     assert torch.equal(rotation.weight.detach(), engine.copy)
     assert float(engine.copy.max()) < 0.2
