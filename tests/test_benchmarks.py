@@ -12,7 +12,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 PARTS = ("measuring", "models", "report", "bounds", "suites", "speed")
-SMALL = "--hidden 64 --layers 1 --tokens 1x8 --linear 64 --count 3 3 --unet 32 --vit 64 --image 32"
+SMALL = "--hidden 64 --layers 1 --tokens 1x8 --linear 64 --count 3 3 --unet 32 --vit 64 --image 64"
 QUICK = "--rounds 1 1 --seconds 0.01 --threads 1 --devices cpu"
 COLUMNS = ["frozen base", "PEFT LoRA r=16", "PEFT OFT", "PEFT OFT exact", "ours", "ours exact"]
 

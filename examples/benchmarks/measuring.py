@@ -91,9 +91,11 @@ def no_collector() -> Iterator[None]:
     """Python's collector runs between rounds, not inside one."""
     enabled = gc.isenabled()
     gc.disable()
+    gc.freeze()  # what was there before is not looked through again every round
     try:
         yield
     finally:
+        gc.unfreeze()
         if enabled:
             gc.enable()
 

@@ -123,7 +123,7 @@ def llama(hidden: int, layers: int, batch: int, length: int, device: str, dtype:
     return Case(f"Llama {hidden} x {layers}", base, loss, [embeds], batch * length)
 
 
-def vit(hidden: int, layers: int, device: str, dtype: torch.dtype, size: int = 224, batch: int = 4) -> Case:
+def vit(hidden: int, layers: int, device: str, dtype: torch.dtype, size: int = 256, batch: int = 4) -> Case:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 4 * hidden}
     with torch.device(device):

@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--count", nargs=2, type=int, default=(2000, 1000), help="linears to inject into, and to save and load")
     add("--unet", type=int, default=128, help="channels of the UNet")
     add("--vit", type=int, default=384, help="width of the ViT")
-    add("--image", type=int, default=224, help="pixels of the ViT's images")
+    add("--image", type=int, default=256, help="pixels of the pictures; the UNet's latents have an eighth")
     add("--block-size", type=int, default=32)
     add("--threads", type=int, default=2, help="of the wall clock; the CPU clock has one")
     add("--seconds", type=float, help="rounds of a measurement are added until these are over; 6, or 30 for --list")
@@ -117,7 +117,7 @@ def _rows(options: argparse.Namespace, setup: Setup) -> Iterator[Row]:
     places: dict[str, Any] = {"device": setup.device, "dtype": setup.dtype}
     if "unet" in options.only:
         for convolutions in (False, True):
-            case = models.unet(options.unet, **places, convolutions=convolutions)
+            case = models.unet(options.unet, **places, convolutions=convolutions, size=options.image // 8)
             yield from suites.training(case, setup, "2 pictures")
     if "vit" in options.only:
         case = models.vit(options.vit, options.layers or 6, **places, size=options.image)
