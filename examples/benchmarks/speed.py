@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--list", action="store_true", help="measure what the bounds need, and print only them, each held or not")
     add("--full", action="store_true", help="all widths and sizes")
     add("--compile", action="store_true", help="add the compiled base and ours compiled to the training steps")
-    add("--only", nargs="+", choices=SUITES, default=SUITES, help="measure only these")
+    add("--only", nargs="+", choices=SUITES, help="measure only these")
     add("--hidden", nargs="+", type=int, help="widths of the Llama-like models")
     add("--layers", type=int, help="layers of each; by default what fits")
     add("--tokens", nargs="+", help="sizes of a training step, as batch x length: 2x64 2x512 8x1024")
@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--count", nargs=2, type=int, default=(2000, 1000), help="linears to inject into, and to save and load")
     add("--unet", type=int, default=128, help="channels of the UNet")
     add("--vit", type=int, default=384, help="width of the ViT")
-    add("--image", type=int, default=256, help="pixels of the pictures; the UNet's latents have an eighth")
+    add("--image", type=int, help="pixels of the pictures; the UNet's latents have an eighth; 128, or 256 for --list")
     add("--block-size", type=int, default=32)
     add("--threads", type=int, default=2, help="of the wall clock; the CPU clock has one")
     add("--seconds", type=float, help="rounds of a measurement are added until these are over; 6, or 30 for --list")
@@ -63,7 +63,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", help="save every sample as JSON")
     add("--plot", help="draw one picture; needs the extra `plot`")
     add("--read", help="print or draw a saved JSON instead of measuring")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.only = options.only or [name for name in SUITES if name != "vit" or not options.list]  # no bound for a ViT
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
@@ -75,31 +77,36 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         environment, rows = _measure(options)
     print("\n".join(f"{key}: {value}" for key, value in environment.items()), end="\n\n")
     print(listed(rows) if options.list else markdown(rows))
-    if options.output and not options.read:
-        save(options.output, environment, rows)
     if options.plot:
         draw(options.plot, environment, rows)
     return rows
 
 
-def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
+def _measure(options: argparse.Namespace) -> tuple[dict[str, str], list[Row]]:
     started = time.perf_counter()
     devices = options.devices or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    rows = []
+    environment, rows = _environment(options, devices), []
     with warnings.catch_warnings(), threads(1):  # counts need no second one; clocks set their own
         warnings.simplefilter("ignore")  # PEFT's and transformers' own
         for setup in _setups(options, devices):
             for row in _rows(options, setup):
-                print(f"{time.perf_counter() - started:6.0f} s  {row.model}: {row.what}, {row.clock}", file=sys.stderr)
                 rows.append(row)
-    environment = {device: device_name(device) for device in devices}
-    environment |= {"torch": str(torch.__version__), "block size": str(options.block_size)}
+                taken = time.perf_counter() - started
+                environment["measured"] = f"{time.strftime('%Y-%m-%d')}, in {taken:.0f} s"
+                print(f"{taken:6.0f} s  {row.model}: {row.what}, {row.clock}", file=sys.stderr)
+                if options.output:  # a run of hours that is interrupted has its rows
+                    save(options.output, environment, rows)
+    return environment, rows
+
+
+def _environment(options: argparse.Namespace, devices: Sequence[str]) -> dict[str, str]:
+    found = {device: device_name(device) for device in devices}
+    found |= {"torch": str(torch.__version__), "block size": str(options.block_size)}
     if models.HAS_PEFT:
         import peft
 
-        environment["peft"] = peft.__version__
-    environment["measured"] = f"{time.strftime('%Y-%m-%d')}, in {time.perf_counter() - started:.0f} s"
-    return environment, rows
+        found["peft"] = peft.__version__
+    return found
 
 
 def _setups(options: argparse.Namespace, devices: Sequence[str]) -> Iterator[Setup]:
@@ -115,12 +122,13 @@ def _setups(options: argparse.Namespace, devices: Sequence[str]) -> Iterator[Set
 def _rows(options: argparse.Namespace, setup: Setup) -> Iterator[Row]:
     """All rows of one device and number format."""
     places: dict[str, Any] = {"device": setup.device, "dtype": setup.dtype}
+    image = options.image or (256 if options.list or options.full else 128)
     if "unet" in options.only:
         for convolutions in (False, True):
-            case = models.unet(options.unet, **places, convolutions=convolutions, size=options.image // 8)
+            case = models.unet(options.unet, **places, convolutions=convolutions, size=image // 8)
             yield from suites.training(case, setup, "2 pictures")
     if "vit" in options.only:
-        case = models.vit(options.vit, options.layers or 6, **places, size=options.image)
+        case = models.vit(options.vit, options.layers or 6, **places, size=image)
         yield from suites.training(case, setup, "4 pictures")
     yield from _llamas(options, setup)
     if "merging" in options.only:
