@@ -88,8 +88,16 @@ def build(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's deprecations
             model = disturb(adapt(copy.deepcopy(base, memo), name, targets, block_size))
-        models[name] = torch.compile(model, dynamic=False) if name.endswith("compiled") else model
+        models[name] = _compiled(model) if name.endswith("compiled") else model
     return models  # type: ignore[return-value]
+
+
+def _compiled(model: nn.Module) -> Any:
+    """Compiled with guards on hooks: without, the adapted model runs the code that was compiled for its bare twin."""
+    import torch._dynamo
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    return torch.compile(model, dynamic=False)
 
 
 def adapted_layers(model: nn.Module) -> int:

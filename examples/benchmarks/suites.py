@@ -66,7 +66,17 @@ def training(case: Case, setup: Setup, size: str) -> Iterator[Row]:
         name: {"training step": partial(case.step, model), "_clear": partial(case.clear, model)}
         for name, model in models.items()
     }
+    for name, model in models.items():
+        _check_gradients(case, name, model)
     yield from setup.timed(case.name, cycles, what=f"{{}}, {size}")
+
+
+def _check_gradients(case: Case, name: str, model: nn.Module) -> None:
+    """An adapter that is left out would look fast."""
+    case.step(model)
+    if any(tensor.grad is None for tensor in model.parameters() if tensor.requires_grad):
+        raise RuntimeError(f"{case.name}, {name}: a step gave a trainable parameter no gradient; nothing was measured")
+    case.clear(model)
 
 
 def operators(case: Case, setup: Setup, size: str) -> Iterator[Row]:
