@@ -102,11 +102,11 @@ def _problem_with(directory: Path) -> str | None:
 
 
 def _companions(owner: Any) -> list[Any]:
-    """The processors and tokenizers that belong beside a merged model: what a task or its data declares as
-    `companions`, else what it has under the usual names."""
+    """The processors and tokenizers that belong beside a merged model: what a task or its data declares in
+    `companions()`, else what it has under the usual names."""
     names = ("image_processor", "processor", "tokenizer", "feature_extractor")
     declared = getattr(owner, "companions", None)
-    found = [getattr(owner, name, None) for name in names] if declared is None else declared
+    found = [getattr(owner, name, None) for name in names] if declared is None else declared()
     return [item for item in found if hasattr(item, "save_pretrained")]
 
 

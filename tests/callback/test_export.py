@@ -101,7 +101,7 @@ class Processor:
 def test_companions_are_those_declared_else_those_of_the_usual_names(tmp_path: Path) -> None:
     named, declared = Small(), Small()
     named.tokenizer, named.processor = Processor("tokenizer"), "no processor"  # type: ignore[assignment]
-    declared.companions = [Processor("mine")]  # type: ignore[assignment]
+    declared.companions = lambda: [Processor("mine")]  # type: ignore[assignment]
     declared.tokenizer = Processor("tokenizer")  # type: ignore[assignment]
     for model, expected in ((named, "tokenizer"), (declared, "mine")):
         trainer(tmp_path, oft(export_dir=str(tmp_path / expected))).fit(model, loader())
