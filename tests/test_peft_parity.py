@@ -31,6 +31,7 @@ from transformers import (
 
 from lightning_oft import OFTConfig, inject, load_adapter, merge, oft_layers, save_adapter, unload
 from lightning_oft.formats import read_adapter
+from lightning_oft.layers import state_of
 
 pytestmark = [
     # PEFT asks transformers 5 by an old name.
@@ -200,7 +201,7 @@ def test_the_default_configuration_travels_through_a_lightning_module(model: Mod
     names = load_adapter(again, tmp_path)
     assert all(name.startswith("model.") for name in names)
     assert torch.equal(_logits(again, model.inputs), expected)
-    assert oft_layers(again)[names[0]].__dict__["_oft_state"].configs["default"] == config
+    assert state_of(oft_layers(again)[names[0]]).configs["default"] == config
 
 
 @models

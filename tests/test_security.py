@@ -23,8 +23,8 @@ from bad_inputs.table import CONFIG, TENSORS, Bench, Exit, Net, fields
 from small import Small, loader, oft, trainer
 
 from lightning_oft import OFTFinetuning, load_adapter, load_from_checkpoint
-from lightning_oft import checkpoints as checkpoint_module
 from lightning_oft.formats import AdapterFileError, read_adapter
+from lightning_oft.formats import checkpoint_file
 from lightning_oft.formats.checkpoint import CheckpointError
 from lightning_oft.cli import main
 
@@ -151,7 +151,7 @@ def test_a_base_that_brings_code_is_refused_without_asking(
 
 def test_nothing_unpickles_without_weights_only() -> None:
     """Every torch.load of the package says weights_only=True, and nothing imports pickle to load."""
-    package = Path(checkpoint_module.__file__).parent
+    package = Path(checkpoint_file.__file__).parents[1]
     for file in package.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
         assert text.count("torch.load(") == text.count("weights_only=True") or "torch.load(" not in text, file
@@ -311,7 +311,7 @@ def test_a_checkpoint_that_grows_a_thousandfold_is_refused(tmp_path: Path) -> No
     _deflated(tmp_path / "x.ckpt", 64 * MIB)
     assert (tmp_path / "x.ckpt").stat().st_size < MIB
     with at_most(8), pytest.raises(CheckpointError, match="declares 67"):
-        checkpoint_module.read(tmp_path / "x.ckpt")
+        checkpoint_file.read(tmp_path / "x.ckpt")
 
 
 def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path) -> None:

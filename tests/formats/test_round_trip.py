@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from lightning_oft import OFTConfig, inject, load_adapter, merge, oft_layers, save_adapter, set_adapter, unload, unmerge
-from lightning_oft.formats import AdapterFileError, check_fingerprint, contents_of, read_adapter
+from lightning_oft.formats import AdapterFileError, read_adapter
+from lightning_oft.formats.peft import peft_config
 from lightning_oft.layers import state_of
+from lightning_oft.model.adapter_state import take
+from lightning_oft.model.fingerprint import other_bases
+from lightning_oft.model.traversal import walk
 
 cases = pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
 pytestmark = [
@@ -143,7 +147,7 @@ def test_half_a_head_stays_half_and_generators_become_float32(tmp_path: Path) ->
     _change(model)
     save_adapter(model, tmp_path)
     contents = read_adapter(tmp_path)
-    assert {value.dtype for value in contents.rotations.values()} == {torch.float32}
+    assert {value.dtype for value in contents.generators().values()} == {torch.float32}
     assert contents.saved["head.1.weight"].dtype == torch.bfloat16
     again = _net().bfloat16()
     load_adapter(again, tmp_path)
@@ -228,7 +232,7 @@ def test_files_start_at_the_transformers_model(bare: bool, tmp_path: Path, caplo
     assert "names start at encoder (BertModel)" in caplog.text
     contents = read_adapter(tmp_path)
     assert contents.root == "encoder"
-    assert next(iter(contents.rotations)) == "encoder.layer.0.attention.self.query"
+    assert next(iter(contents.generators())) == "encoder.layer.0.attention.self.query"
     again = Task()
     names = load_adapter(again.encoder if bare else again, tmp_path)
     assert names[0].startswith("encoder.layer" if bare else "encoder.encoder.layer")
@@ -335,15 +339,15 @@ def test_another_base_is_named_and_not_refused(tmp_path: Path) -> None:
     inject(model, OFTConfig(oft_block_size=4))
     randomize(model)
     save_adapter(model, tmp_path)
-    fingerprints = read_adapter(tmp_path).fingerprint
+    fingerprints = read_adapter(tmp_path).fingerprints
     assert fingerprints is not None
     again = _net()
     again.body[2].weight.data.add_(1)
-    assert check_fingerprint(again, fingerprints) == ["body.2"]
+    assert other_bases(walk(again), fingerprints) == ["body.2"]
     with pytest.warns(UserWarning, match=r"was trained on another base, body\.2 differ"):
         load_adapter(again, tmp_path)
-    assert check_fingerprint(again, fingerprints) == ["body.2"]
-    assert check_fingerprint(_net().bfloat16(), fingerprints) == []
+    assert other_bases(walk(again), fingerprints) == ["body.2"]
+    assert other_bases(walk(_net().bfloat16()), fingerprints) == []
 
 
 def test_a_tied_head_trains_its_embedding_and_both_are_written(tmp_path: Path) -> None:
@@ -380,7 +384,7 @@ def test_names_do_not_show_how_a_model_was_wrapped(tmp_path: Path) -> None:
     randomize(model)
     wrapped = nn.Sequential(torch.compile(model, backend="eager"))
     save_adapter(wrapped, tmp_path)
-    assert set(read_adapter(tmp_path).rotations) == {f"0.{name}" for name in oft_layers(model)}
+    assert set(read_adapter(tmp_path).generators()) == {f"0.{name}" for name in oft_layers(model)}
     again = nn.Sequential(_net())
     load_adapter(again, tmp_path)
     assert relative(again(x), model(x)) < 1e-6
@@ -417,7 +421,7 @@ def test_the_name_of_the_base_is_written_where_it_has_one(tmp_path: Path) -> Non
     task = Task()
     task.encoder.config._name_or_path = "some/bert"
     inject(task, OFTConfig(oft_block_size=4, target_modules=["query"]))
-    assert contents_of(task).config["base_model_name_or_path"] == "some/bert"
+    assert peft_config(take(task))["base_model_name_or_path"] == "some/bert"
     save_adapter(task, tmp_path)
     assert read_adapter(tmp_path).extra["base_model_name_or_path"] == "some/bert"
 
