@@ -116,7 +116,7 @@ def test_a_pickle_in_a_checkpoint_is_never_executed(bomb: Callable[[], bytes], t
 def test_a_run_does_not_execute_the_checkpoint_it_starts_from(bomb: str, tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
     path.write_bytes(BOMBS[bomb]())
-    with pytest.raises(CheckpointError, match="holds more than tensors and plain values"):
+    with pytest.raises(pickle.UnpicklingError):  # torch's own refusal, through Lightning
         trainer(tmp_path, oft()).fit(Small(), loader(), loader(), ckpt_path=str(path))
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_oft.cli.errors import OneLineParser, UserError, a_name, suggestion
-from lightning_oft.formats.adapters import FORMATS, read_adapter, read_adapters
+from lightning_oft.cli.errors import OneLineParser, UserError, a_name
+from lightning_oft.formats.adapters import FORMATS, read_adapter
 from lightning_oft.model.adapter_state import AdapterState
 from lightning_oft.model.traversal import joined
 
@@ -25,7 +25,7 @@ example:
 def run(arguments: list[str]) -> int:
     """Read the adapter, write it, say what was written."""
     options = _parser().parse_args(arguments)
-    state = choose(options.checkpoint, options.adapter_name)
+    state = read_adapter(options.checkpoint, options.adapter_name)
     if options.root is not None:
         state = rooted(state, options.root)
     FORMATS[options.format].write(state, Path(options.output))  # type: ignore[misc]
@@ -48,16 +48,6 @@ def _parser() -> OneLineParser:
         help="the LightningModule's attribute that holds the model, such as `model`; the file says it where not given",
     )
     return parser
-
-
-def choose(path: str, name: str | None) -> AdapterState:
-    """The adapter called `name`, or the only one. Raises UserError where there is none of this name."""
-    names = [state.name for state in read_adapters(path, name)] if Path(path).is_file() else []
-    if name is not None and names and name not in names:
-        raise UserError(f"{path}: no adapter {name!r}{suggestion(name, names)}; there is {', '.join(names)}")
-    if name is None and len(names) > 1:
-        raise UserError(f"{path}: holds {', '.join(names)}: say which with --adapter-name")
-    return read_adapter(path, name)
 
 
 def rooted(state: AdapterState, root: str) -> AdapterState:

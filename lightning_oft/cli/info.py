@@ -15,6 +15,7 @@ from lightning_oft.config import OFTConfig
 from lightning_oft.formats import checkpoint as adapter_checkpoint
 from lightning_oft.formats.adapters import read_adapters
 from lightning_oft.formats.checkpoint_file import read as read_checkpoint
+from lightning_oft.formats.checkpoint_file import read_states
 from lightning_oft.model.adapter_state import AdapterState
 
 DESCRIPTION = """\
@@ -65,7 +66,7 @@ def _read(path: Path) -> tuple[str, list[AdapterState]]:
     checkpoint = read_checkpoint(path)
     where = f"epoch {checkpoint.get('epoch', '?')}, step {checkpoint.get('global_step', '?')}"
     kind = _CONTENTS[adapter_checkpoint.content_of(checkpoint)]
-    return f"{kind}; {where}", adapter_checkpoint.read_states(checkpoint)
+    return f"{kind}; {where}", read_states(checkpoint)
 
 
 _CONTENTS = {

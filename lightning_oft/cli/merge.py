@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_oft.cli.auto import loader_of
 from lightning_oft.cli.errors import OneLineParser, UserError, a_name, one_line
-from lightning_oft.cli.export import choose
+from lightning_oft.formats.adapters import read_adapter
 from lightning_oft.formats.pretrained import Companions, write_pretrained
 from lightning_oft.model.adapter_state import AdapterState
 from lightning_oft.model.injection import unload
@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
     _check_apart(options.output, {"--base": options.base, "--adapter": options.adapter})
     if Path(options.output).exists() and any(Path(options.output).iterdir()) and not options.overwrite:
         raise UserError(f"merge: {options.output} is there already and not empty; --overwrite replaces it")
-    state = choose(options.adapter, options.adapter_name)
+    state = read_adapter(options.adapter, options.adapter_name)
     model = load_base(options.base)
     labels = _other_labels(model, state.saved)
     model = model if labels is None else load_base(options.base, num_labels=labels, ignore_mismatched_sizes=True)

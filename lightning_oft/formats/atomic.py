@@ -40,7 +40,7 @@ def write_directory(directory: Path, write: Callable[[Path], None], order: tuple
     try:
         scratch = _written(within, write)
     except OSError:
-        if order is None or within == directory:
+        if order is None or within == directory or not directory.is_dir():
             raise
         scratch = _written(directory, write)
     try:

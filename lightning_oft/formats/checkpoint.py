@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_oft.config import OFTConfig
 from lightning_oft.formats.checkpoint_file import ENTRY as ENTRY
-from lightning_oft.formats.checkpoint_file import VERSION, CheckpointError, is_rotation_key
-from lightning_oft.formats.peft_keys import strip_wrappers
+from lightning_oft.formats.checkpoint_file import VERSION, read_states, to_primitives
+from lightning_oft.formats.checkpoint_file import is_rotation_key as is_rotation_key
+from lightning_oft.formats.errors import CheckpointError as CheckpointError
 from lightning_oft.model import saved_modules
 from lightning_oft.model.activation import activate
-from lightning_oft.model.adapter_state import AdapterState, Base, LayerRotations, copied, describe
+from lightning_oft.model.adapter_state import AdapterState, describe
 from lightning_oft.model.fingerprint import other_bases
 from lightning_oft.model.loading import put
 from lightning_oft.model.placement import AdapterError
@@ -40,72 +39,6 @@ from lightning_oft.model.traversal import (
 Content = Literal["adapter", "full", "plain", "merged"]
 
 
-def structure(modules: Modules) -> dict[str, Any]:
-    """The entry of a checkpoint: the model's adapters without their generators; primitives, and what PEFT needs."""
-    states = [describe(modules, name) for name in adapter_names(modules)]
-    return {
-        "version": VERSION,
-        "adapters": {state.name: _to_primitives(state) for state in states},
-        "active": list(dict.fromkeys(name for _, _, state in adapted(modules) for name in state.active)),
-        "merged": bool(merged_layers(modules)),
-    }
-
-
-def _to_primitives(state: AdapterState) -> dict[str, Any]:
-    root = state.root or ""
-    return {
-        "config": asdict(state.config),
-        "root": root,
-        "layers": {joined(root, name): one.block_sizes for name, one in state.layers.items()},
-        "kinds": {joined(root, name): one.layer_type for name, one in state.layers.items()},
-        "known_to_peft": [joined(root, name) for name, one in state.layers.items() if one.is_known_to_peft],
-        "fingerprints": {joined(root, name): value for name, value in state.fingerprints.items()},
-        "owned": [joined(root, name) for name in state.saved],
-        "modules_to_save": [joined(root, name) for name in state.modules_to_save],
-        "carried": {joined(root, name): copied(tensor) for name, tensor in state.carried.items()},
-        "has_unique_names": state.has_unique_names,
-        "base": list(state.base) if state.base is not None else None,
-    }
-
-
-def read_states(checkpoint: Mapping[str, Any]) -> list[AdapterState]:
-    """The adapters in a checkpoint. A merged one has no generators any more."""
-    tensors = {strip_wrappers(name): value for name, value in checkpoint["state_dict"].items()}
-    entry = checkpoint.get(ENTRY, {})
-    return [
-        _from_primitives(name, content, tensors, entry.get("waiting", {}))
-        for name, content in entry.get("adapters", {}).items()
-    ]
-
-
-def _from_primitives(
-    name: str, content: Mapping[str, Any], tensors: Mapping[str, Tensor], waiting: Mapping[str, Mapping[str, Tensor]]
-) -> AdapterState:
-    root = str(content.get("root", ""))
-    cut = len(root) + 1 if root else 0
-    saved = {key: waiting.get(key, {}).get(name, tensors.get(key)) for key in content["owned"]}
-    layers = {}
-    for layer, sizes in content["layers"].items():
-        found = {part: tensors.get(f"{layer}.oft_R.{joined(name, part)}.weight".lstrip(".")) for part in sizes}
-        generators = {part: generator for part, generator in found.items() if generator is not None}
-        layer_type = content.get("kinds", {}).get(layer, "")
-        known = layer in content.get("known_to_peft", content["layers"])
-        layers[layer[cut:]] = LayerRotations(layer_type, known, dict(sizes), generators)
-    base = content.get("base")
-    return AdapterState(
-        name=name,
-        config=OFTConfig(**content["config"]),
-        layers=layers,
-        root=root,
-        saved={key[cut:]: tensor for key, tensor in saved.items() if tensor is not None},
-        modules_to_save=[key[cut:] for key in content.get("modules_to_save", ())],
-        carried={key[cut:]: tensor for key, tensor in content.get("carried", {}).items()},
-        fingerprints={key[cut:]: value for key, value in content["fingerprints"].items() if value is not None},
-        base=Base(*base) if base else None,
-        has_unique_names=bool(content.get("has_unique_names", True)),
-    )
-
-
 def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool, kept: Iterable[Tensor] = ()) -> None:
     """Add the `lightning_oft` entry, and drop the frozen base where `adapter_only`; a merged model is written whole.
 
@@ -116,24 +49,38 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
         kept: parameters to keep although they are frozen now, such as those in an optimizer.
     """
     modules = walk(model)
-    if not adapter_names(modules):
+    states = [describe(modules, name, lambda tensor: tensor) for name in adapter_names(modules)]
+    if not states:
         return
-    entry = structure(modules)
-    entry["adapter_only"] = adapter_only and not entry["merged"]
-    waiting = {
-        name: {owner: value for owner, value in slot.waiting.items() if owner != saved_modules.BASE}
-        for name, _, slot in saved_modules.saved_tensors(modules)
+    merged = bool(merged_layers(modules))
+    checkpoint[ENTRY] = {
+        **checkpoint.get(ENTRY, {}),
+        "version": VERSION,
+        "adapters": {state.name: to_primitives(state) for state in states},
+        "active": list(dict.fromkeys(name for _, _, state in adapted(modules) for name in state.active)),
+        "merged": merged,
+        "adapter_only": adapter_only and not merged,
+        "waiting": _waiting(modules, states),
+        "unfrozen": [] if merged else _unfrozen_names(model, modules),
     }
-    entry["waiting"] = {name: values for name, values in waiting.items() if values}
-    entry["unfrozen"] = [] if entry["merged"] else _unfrozen_names(model, modules)
-    checkpoint[ENTRY] = {**checkpoint.get(ENTRY, {}), **entry}
-    if entry["adapter_only"]:
+    if adapter_only and not merged:
         dropped = frozen_names(model, modules, kept)
-        for holder, key in _states(checkpoint):
+        for holder, key in _state_dicts(checkpoint):
             holder[key] = {name: value for name, value in holder[key].items() if name not in dropped}
 
 
-def _states(checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+def _waiting(modules: Modules, states: list[AdapterState]) -> dict[str, dict[str, Tensor]]:
+    """By name and adapter, the values trained whole that the state dict has not, since another adapter's are live."""
+    ids = {id(value) for _, _, slot in saved_modules.saved_tensors(modules) for value in slot.waiting.values()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for state in states:
+        for name, value in state.saved.items():
+            if id(value) in ids:
+                found.setdefault(joined(state.root or "", name), {})[state.name] = value
+    return found
+
+
+def _state_dicts(checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """Where a checkpoint keeps a model's tensors: the model, the current one beside EMA's average, and SWA's average."""
     yield from ((checkpoint, key) for key in ("state_dict", "current_model_state") if key in checkpoint)
     callbacks = checkpoint.get("callbacks")
@@ -185,23 +132,32 @@ def complete(model: nn.Module, checkpoint: dict[str, Any]) -> Content:
     Raises:
         CheckpointError: another base, or another adapter.
     """
-    content, modules = content_of(checkpoint), walk(model)
-    current = model.state_dict()
-    if content in ("plain", "merged"):
-        fill = {name: value for name, value in current.items() if is_rotation_key(name)}
-        if content == "merged":
-            fill = {name: torch.zeros_like(value) for name, value in fill.items()}
+    content, modules, current = content_of(checkpoint), walk(model), model.state_dict()
+    rotations = {name: value for name, value in current.items() if is_rotation_key(name)}
+    fill: dict[str, Any] = {}
+    if content == "plain":
+        fill = rotations
+    elif content == "merged":
+        fill = {name: torch.zeros_like(value) for name, value in rotations.items()}
     else:
-        _check_rotations(checkpoint["state_dict"], current)
-        fill = {}
+        states = read_states(checkpoint)
+        theirs = {name: value for name, value in checkpoint["state_dict"].items() if is_rotation_key(name)}
+        if difference := _difference(rotations, theirs):
+            raise CheckpointError(f"the checkpoint's adapter is another one: it {difference}; {_OWN_OPTIONS}")
         if content == "adapter":
-            check_base(modules, checkpoint[ENTRY])
-            fill = {name: current[name] for name in frozen_names(model, modules) if name in current}
-            fill = {name: value for name, value in fill.items() if not is_rotation_key(name)}
-        _restore_waiting(modules, checkpoint.get(ENTRY, {}))
-    for holder, key in _states(checkpoint):
+            _check_base(modules, states)
+            frozen = frozen_names(model, modules) - rotations.keys()
+            fill = {name: value for name, value in current.items() if name in frozen}
+        stored = checkpoint.get(ENTRY, {}).get("waiting", {})
+        for name, _, slot in saved_modules.saved_tensors(modules):
+            values = {owner: value.clone() for owner, value in stored.get(name, {}).items() if owner in slot.owners}
+            slot.waiting.update({owner: value for owner, value in values.items() if owner != slot.live})
+    for holder, key in _state_dicts(checkpoint):
         holder[key] = {**fill, **holder[key]}
     return content
+
+
+_OWN_OPTIONS = "use the checkpoint's own target_modules, block size and adapter name (lightning-oft info prints them)"
 
 
 def check_loaded(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -217,56 +173,27 @@ def check_loaded(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             "in configure_model, before they are sharded"
         )
     modules = walk(model)
-    mine, theirs = structure(modules)["adapters"], entry["adapters"]
-    for adapter in {**mine, **theirs}:
-        if mine.get(adapter, {}).get("layers") != theirs.get(adapter, {}).get("layers"):
-            raise CheckpointError(
-                f"the checkpoint's adapter {adapter!r} turns other layers, or blocks of another size, than the model's: "
-                "use its own target_modules and block size (lightning-oft info prints them)"
-            )
-    check_base(modules, entry)
+    mine, theirs = [describe(modules, name) for name in adapter_names(modules)], read_states(checkpoint)
+    if _block_sizes(mine) != _block_sizes(theirs):
+        raise CheckpointError(f"the checkpoint's adapter turns other layers, or blocks of another size; {_OWN_OPTIONS}")
+    _check_base(modules, theirs)
 
 
-def _check_rotations(theirs: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> None:
-    found = {name: tuple(value.shape) for name, value in theirs.items() if is_rotation_key(name)}
-    wanted = {name: tuple(value.shape) for name, value in mine.items() if is_rotation_key(name)}
-    remedy = "use the checkpoint's own target_modules, block size and adapter name (lightning-oft info prints them)"
-    lacking, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys()
-    if lacking or unknown:
-        what = f"lacks {some(sorted(lacking))}" if lacking else f"has {some(sorted(unknown))}, which the model lacks"
-        raise CheckpointError(f"the checkpoint's adapter is another one: it {what}; {remedy}")
-    other = [name for name in wanted if wanted[name] != found[name]]
-    if other:
-        name = other[0]
-        raise CheckpointError(
-            f"the checkpoint's adapter has another block size: {name} is {found[name]} there and {wanted[name]} here; {remedy}"
-        )
-    broken = [name for name in wanted if theirs[name].is_floating_point() and not bool(theirs[name].isfinite().all())]
-    if broken:
-        raise CheckpointError(
-            f"the checkpoint's generators {some(broken)} are NaN or infinite; use an earlier checkpoint"
-        )
+def _block_sizes(states: Iterable[AdapterState]) -> dict[tuple[str, str], dict[str, int]]:
+    return {(s.name, joined(s.root or "", name)): one.block_sizes for s in states for name, one in s.layers.items()}
 
 
-def check_base(modules: Modules, entry: Mapping[str, Any]) -> None:
+def _check_base(modules: Modules, states: Iterable[AdapterState]) -> None:
     """Raise CheckpointError where an adapter was trained on another base than the model has."""
     layers = {name for name, _, _ in adapted(modules)}
-    for adapter in entry.get("adapters", {}).values():
-        theirs = {name: value for name, value in adapter.get("fingerprints", {}).items() if name in layers}
-        different = other_bases(modules, theirs)
+    for state in states:
+        theirs = {joined(state.root or "", name): value for name, value in state.fingerprints.items()}
+        different = other_bases(modules, {name: value for name, value in theirs.items() if name in layers})
         if different:
             raise CheckpointError(
                 f"the checkpoint was trained on another base: {some(different)} differ; load the base it was trained on, "
                 "or use load_adapter to put its rotations on this one"
             )
-
-
-def _restore_waiting(modules: Modules, entry: Mapping[str, Any]) -> None:
-    stored = entry.get("waiting", {})
-    for name, _, slot in saved_modules.saved_tensors(modules):
-        for owner, value in stored.get(name, {}).items():
-            if owner in slot.owners and owner != slot.live:
-                slot.waiting[owner] = value.clone()
 
 
 def put_adapters(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -297,14 +224,17 @@ def load_state(model: nn.Module, state: Mapping[str, Any], path: str | Path) -> 
     try:
         model.load_state_dict(state)
     except RuntimeError:
-        mine = model.state_dict()
-        lacking, unknown = [n for n in mine if n not in state], [n for n in state if n not in mine]
-        other = [n for n in mine if n in state and getattr(mine[n], "shape", 0) != getattr(state[n], "shape", 0)]
-        if not (lacking or unknown or other):
+        difference = _difference(model.state_dict(), state)
+        if not difference:
             raise
-        what = [f"lacks {some(lacking)}"] if lacking else []
-        what += [f"has {some(unknown)}, which the model lacks"] if unknown else []
-        what += [f"has other shapes of {some(other)}"] if other else []
-        raise CheckpointError(
-            f"{path}: {' and '.join(what)}; build the model that the checkpoint was written from"
-        ) from None
+        raise CheckpointError(f"{path}: {difference}; build the model that the checkpoint was written from") from None
+
+
+def _difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """What another state dict lacks, or has otherwise, in names and shapes; empty where it does not differ."""
+    lacking, unknown = [n for n in mine if n not in theirs], [n for n in theirs if n not in mine]
+    other = [n for n in mine if n in theirs and getattr(mine[n], "shape", 0) != getattr(theirs[n], "shape", 0)]
+    what = [f"lacks {some(lacking)}"] if lacking else []
+    what += [f"has {some(unknown)}, which the model lacks"] if unknown else []
+    what += [f"has other shapes of {some(other)}"] if other else []
+    return " and ".join(what)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,6 @@ from lightning_oft.model.traversal import (
     own_tensors,
     require_adapter,
     some,
-    tensor_of,
     walk,
 )
 
@@ -70,7 +70,7 @@ class AdapterState:
         carried: base values that PEFT expects in a file beside `saved`.
         fingerprints: fingerprints of the base weights by layer.
         base: the model at the root.
-        has_unique_names: whether no other module of the model has a name that ends like one of the layers'.
+        has_unique_names: whether no other module of the model has a name that ends like that of a layer PEFT knows.
         source: the path it was read from, for messages.
         extra: what a file says besides, such as `peft_version`.
     """
@@ -95,6 +95,10 @@ class AdapterState:
             for name, rotations in self.layers.items()
             for part, generator in rotations.generators.items()
         }
+
+    def known_to_peft(self) -> list[str]:
+        """Names of the layers with which PEFT computes the same."""
+        return [name for name, rotations in self.layers.items() if rotations.is_known_to_peft]
 
 
 def take(model: nn.Module, adapter_name: str = "default") -> AdapterState:
@@ -132,7 +136,7 @@ def describe(modules: Modules, adapter_name: str, value_of: Any = torch.Tensor.d
     root, cut = modules[root_name], len(root_name) + 1 if root_name else 0
     log.info("adapter %r: names start at %s (%s)", adapter_name, root_name or "the model", type(root).__name__)
     config = next(iter(layers.values()))[1].configs[adapter_name]
-    heads = [name[cut:] for name in _outermost(modules, config, saved)]
+    heads = [name[cut:] for name in modules_trained_whole(saved, config)]
     saved = {name[cut:]: tensor for name, tensor in saved.items()}
     inside = {name[cut:]: module for name, module in modules.items() if not cut or name.startswith(f"{root_name}.")}
     fingerprints = {name[cut:]: state.fingerprint for name, (_, state) in layers.items()}
@@ -148,7 +152,7 @@ def describe(modules: Modules, adapter_name: str, value_of: Any = torch.Tensor.d
         carried={name: value_of(tensor) for name, tensor in carried.items()},
         fingerprints={name: value for name, value in fingerprints.items() if value is not None},
         base=Base(type(root).__name__, type(root).__module__, _name_or_path(root)),
-        has_unique_names=not _is_ambiguous(inside, set(rotations)),
+        has_unique_names=not _is_ambiguous(inside, {name for name, one in rotations.items() if one.is_known_to_peft}),
     )
 
 
@@ -173,20 +177,18 @@ def _saved(modules: Modules, adapter_name: str) -> dict[str, Tensor]:
     return saved
 
 
-def _outermost(modules: Modules, config: OFTConfig, saved: Mapping[str, Tensor]) -> list[str]:
-    """Names of the modules trained whole, the outermost of each."""
+def modules_trained_whole(saved: Iterable[str], config: OFTConfig) -> list[str]:
+    """The modules that tensors belong to: the outermost that modules_to_save names, else the owner of a tensor that is
+    no bias, such as an embedding tied to a head."""
     items = [item for items in saved_names(config) for item in items]
-    found: list[str] = []
-    for name, module in modules.items() if saved else ():
-        below = any(key.startswith(f"{name}.") for key in saved)
-        direct = any(key in saved and "bias" not in key.rpartition(".")[2] for key in _own_names(name, module))
-        if name and (direct or (below and matches(name, items))) and not _is_below(name, found):
-            found.append(name)
-    return found
-
-
-def _own_names(name: str, module: nn.Module) -> list[str]:
-    return [joined(name, key) for key in own_tensors(module)]
+    found: dict[str, None] = {}
+    for name in saved:
+        owner, _, key = name.rpartition(".")
+        above = accumulate(owner.split("."), joined)
+        head = next((module for module in above if matches(module, items)), "" if "bias" in key else owner)
+        if head:
+            found[head] = None
+    return [name for name in found if not any(_is_below(name, [other]) for other in found if other != name)]
 
 
 def _is_below(name: str, modules: Iterable[str]) -> bool:
@@ -201,7 +203,7 @@ def _carried(
     swept = [name for name in inside if endings and name.endswith(endings)]
     tops = [name for name in swept if not any(_is_below(layer, [name]) for layer in layers)]
     return {
-        joined(name, key): tensor_of(module, key)
+        joined(name, key): saved_modules.base_value(module, key)
         for name, module in inside.items()
         if tops and _is_below(name, tops)
         for key in own_tensors(module)

@@ -1,0 +1,162 @@
+"""`adapter_model.safetensors`: the keys and the convention of PEFT.
+
+Keys are `base_model.model.<layer>.oft_R.weight`, `.oft_embedding_R.weight` for embeddings, `.oft_R.<part>.weight` (ours)
+for the parts of a layer that has several, and plain names for what was trained whole.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import safe_open
+from torch import Tensor
+
+from lightning_oft import functional
+from lightning_oft.config import OFTConfig
+from lightning_oft.formats.errors import AdapterFileError, refusing
+from lightning_oft.layers.base import layer_type_named
+from lightning_oft.model.adapter_state import AdapterState
+from lightning_oft.model.traversal import some
+
+TENSOR_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_IMPLIED = {"oft_R": "linear", "oft_embedding_R": "embedding"}
+IMPLIED_TYPES = tuple(_IMPLIED.values())
+"""The layer types that a key stands for where the configuration does not say another."""
+_PARTS = ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")
+"""Parts that files from before `layer_types` have."""
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_ROTATION = re.compile(r"(?:(?P<layer>.+)\.)?(?P<kind>oft_R|oft_embedding_R)(?:\.(?P<inner>.+))?\.weight")
+_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_FLOATING = ("F16", "BF16", "F32", "F64")
+_KEY_LIMIT = 4096
+"""Characters of a tensor's name; matching one takes time quadratic in them."""
+
+
+class Key(NamedTuple):
+    """What a key means: a tensor's name, or the layer and part of a generator, which alone has a layer type."""
+
+    name: str
+    part: str = ""
+    layer_type: str | None = None
+
+
+def to_tensors(state: AdapterState) -> dict[str, Tensor]:
+    """The tensors of the file by key."""
+    sign = 1 if state.config.use_cayley_neumann else -1  # PEFT's exact map is the transpose of ours
+    tensors, known = {}, set(state.known_to_peft())
+    for name, found in state.layers.items():
+        layer_type = layer_type_named(found.layer_type)
+        kind = layer_type.peft_key if layer_type is not None else "oft_R"
+        for part, generator in found.generators.items():
+            key = ".".join(piece for piece in (name, kind, part, "weight") if piece)
+            tensors[_PREFIX + key] = (sign * generator.float()).contiguous()
+    for name, tensor in (state.saved | state.carried).items():
+        owner, _, key = name.rpartition(".")
+        # PEFT wraps the layers it adapts, and keeps the layer itself as `base_layer`.
+        place = f"{owner}.base_layer.{key}" if owner and owner in known and key == "bias" else name
+        tensors[_PREFIX + place] = tensor.contiguous()
+    return tensors
+
+
+def parse_key(key: str, layer_types: Collection[str] = ()) -> Key | None:
+    """The meaning of a key, with or without PEFT's prefix and the adapter's name; None where it says nothing new.
+
+    PEFT with bias="all" writes the biases of a module in modules_to_save twice more: trained, and as they were.
+
+    Args:
+        key: of the tensor file.
+        layer_types: names of the layers whose type the configuration says; they may have parts.
+    """
+    name = strip_wrappers(key.removeprefix(_PREFIX))
+    match = _ROTATION.fullmatch(name)
+    if match is None:
+        if any(mark in f".{name}" for mark in (".original_module.", ".modules_to_save.")):
+            return None
+        return Key(name.replace(".base_layer.", ".").removeprefix("base_layer."))
+    layer, last = match["layer"] or "", (match["inner"] or "").rsplit(".", 1)[-1]
+    return Key(layer, last if last in _PARTS or layer in layer_types else "", _IMPLIED[match["kind"]])
+
+
+def strip_wrappers(name: str) -> str:
+    """A name without the attributes in which torch's wrappers keep a module."""
+    return ".".join(piece for piece in name.split(".") if piece not in _WRAPPERS)
+
+
+def read_tensors(file: Path, layer_types: Collection[str], config: OFTConfig) -> dict[Key, Tensor]:
+    """The tensors by what their keys mean; generators in this library's convention.
+
+    The header is checked before memory is taken. Raises AdapterFileError.
+    """
+    with refusing(file, "not a whole safetensors file"), safe_open(file, framework="pt") as opened:
+        slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - no dictionary
+        header = {key: (str(s.get_dtype()), tuple(s.get_shape())) for key, s in slices.items()}
+        problem = _header_problem(header, file.stat().st_size)
+        keys = _parse(file, header, layer_types) if not problem else {}
+        problem = problem or next(
+            filter(None, (_problem(key, *header[key]) for key, k in keys.items() if k.layer_type)), ""
+        )
+        if problem:
+            raise AdapterFileError(f"{file}: {problem}")
+        tensors = {meaning: opened.get_tensor(key).clone() for key, meaning in keys.items()}
+    tensors = {key: _ours(value, config) if key.layer_type else value for key, value in tensors.items()}
+    broken = [key.name for key, value in tensors.items() if key.layer_type and not bool(value.isfinite().all())]
+    if broken:
+        raise AdapterFileError(f"{file}: generators of {some(broken)} are NaN or infinite; train the adapter again")
+    return tensors
+
+
+def _header_problem(header: dict[str, tuple[str, tuple[int, ...]]], size: int) -> str:
+    """What is wrong with the header of a file of this size. safetensors itself checks that the offsets agree with it."""
+    for key, (dtype, shape) in header.items():
+        if len(key) > _KEY_LIMIT:
+            return f"{key[:40]}... is no name of a tensor ({len(key)} characters); copy the file again"
+        if dtype not in _BYTES:
+            return f"{key} is of dtype {dtype}, which is not read; save it as float32"
+        if _BYTES[dtype] * math.prod(shape) > size:
+            return f"{key} declares a shape of {shape}, more than the file holds; copy it again"
+    if any(".oft_r." in f".{key}." for key in header):
+        return "holds oft_r keys, so it was written by PEFT 0.15 or before; train it again"
+    return ""
+
+
+def _parse(file: Path, keys: Collection[str], layer_types: Collection[str]) -> dict[str, Key]:
+    """What each key means; those that say nothing new are left out."""
+    parsed = {key: meaning for key in keys if (meaning := parse_key(key, layer_types)) is not None}
+    seen: dict[tuple[str, str, bool], str] = {}
+    for key, (name, part, layer_type) in parsed.items():
+        other = seen.setdefault((name, part, layer_type is None), key)
+        if other != key:
+            raise AdapterFileError(f"{file}: {key} and {other} mean the same; save one adapter a file")
+    if all(meaning.layer_type is None for meaning in parsed.values()):
+        raise AdapterFileError(f"{file}: holds no rotation (no key with oft_R); was it saved with another method?")
+    return parsed
+
+
+def _problem(key: str, dtype: str, shape: tuple[int, ...]) -> str:
+    """Why a tensor of this dtype and shape is no generator."""
+    if dtype not in _FLOATING:
+        return f"{key} is of dtype {dtype}; generators are floating point, save it again"
+    if len(shape) != 2 or shape[0] == 0:
+        return f"{key} has shape {shape}, not (blocks, b(b-1)/2); train the adapter again"
+    try:
+        functional.block_size_of(shape[1])
+    except ValueError as error:
+        return f"{key} has shape {shape}: {error}; train the adapter again"
+    return ""
+
+
+def _ours(generator: Tensor, config: OFTConfig) -> Tensor:
+    """A generator as it is stored, in our convention and float32.
+
+    PEFT's exact map is (I - Q)(I + Q)^-1, the transpose of what its series approximates and of our exact map. It
+    projects at each forward, so a file written after an optimizer step is not projected yet.
+    """
+    generator = generator.float() if config.use_cayley_neumann else -generator.float()
+    if config.coft and config.coft_radius == "peft":
+        functional.project(generator, functional.eps_radius(config.eps, 1, generator.shape[0]))
+    return generator
