@@ -50,8 +50,8 @@ class PeftConfig(NamedTuple):
 
 
 def to_json(state: AdapterState, sha256: str) -> str:
-    """The content of `adapter_config.json` beside tensors of this digest."""
-    values, known, base = asdict(state.config), state.known_to_peft(), state.base or Base("", "", None)
+    """The content of `adapter_config.json` beside tensors of this digest; sorted, so that equal adapters are equal files."""
+    values, known, base = asdict(state.config), sorted(state.known_to_peft()), state.base or Base("", "", None)
     has_class = base.class_name and not state.config.task_type
     types = {name: one.layer_type for name, one in state.layers.items() if one.layer_type not in IMPLIED_TYPES}
     content = {
@@ -66,7 +66,7 @@ def to_json(state: AdapterState, sha256: str) -> str:
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "modules_to_save": state.modules_to_save or None,
+        "modules_to_save": sorted(state.modules_to_save) or None,
         "fan_in_fan_out": False,
         "coft": False,  # the projection is in the tensors; PEFT would project again, into a smaller ball
         OWN_KEY: {
@@ -79,7 +79,7 @@ def to_json(state: AdapterState, sha256: str) -> str:
             "sha256": sha256,
         },
     }
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    return json.dumps(content, indent=2, allow_nan=False, sort_keys=True) + "\n"
 
 
 def read_config(file: Path) -> PeftConfig:

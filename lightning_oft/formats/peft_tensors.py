@@ -59,7 +59,7 @@ def to_tensors(state: AdapterState) -> dict[str, Tensor]:
         owner, _, key = name.rpartition(".")
         # PEFT wraps the layers it adapts, and keeps the layer itself as `base_layer`.
         place = f"{owner}.base_layer.{key}" if owner and owner in known and key == "bias" else name
-        tensors[_PREFIX + place] = tensor.contiguous()
+        tensors[_PREFIX + place] = tensor.contiguous().clone()  # safetensors refuses two of one memory (tied weights)
     return tensors
 
 
