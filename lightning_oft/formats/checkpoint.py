@@ -29,7 +29,6 @@ from lightning_oft.model.traversal import (
     Modules,
     adapted,
     adapter_names,
-    joined,
     merged_layers,
     own_parameters,
     some,
@@ -74,9 +73,9 @@ def _waiting(modules: Modules, states: list[AdapterState]) -> dict[str, dict[str
     ids = {id(value) for _, _, slot in saved_modules.saved_tensors(modules) for value in slot.waiting.values()}
     found: dict[str, dict[str, Tensor]] = {}
     for state in states:
-        for name, value in state.saved.items():
+        for name, value in state.rooted("").saved.items():
             if id(value) in ids:
-                found.setdefault(joined(state.root or "", name), {})[state.name] = value
+                found.setdefault(name, {})[state.name] = value
     return found
 
 
@@ -180,15 +179,15 @@ def check_loaded(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
 
 def _block_sizes(states: Iterable[AdapterState]) -> dict[tuple[str, str], dict[str, int]]:
-    return {(s.name, joined(s.root or "", name)): one.block_sizes for s in states for name, one in s.layers.items()}
+    return {(s.name, name): one.block_sizes for s in states for name, one in s.rooted("").layers.items()}
 
 
 def _check_base(modules: Modules, states: Iterable[AdapterState]) -> None:
     """Raise CheckpointError where an adapter was trained on another base than the model has."""
     layers = {name for name, _, _ in adapted(modules)}
     for state in states:
-        theirs = {joined(state.root or "", name): value for name, value in state.fingerprints.items()}
-        different = other_bases(modules, {name: value for name, value in theirs.items() if name in layers})
+        theirs = {name: value for name, value in state.rooted("").fingerprints.items() if name in layers}
+        different = other_bases(modules, theirs)
         if different:
             raise CheckpointError(
                 f"the checkpoint was trained on another base: {some(different)} differ; load the base it was trained on, "

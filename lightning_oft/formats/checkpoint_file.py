@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lightning_oft.formats.errors import first_line, refusing
 from lightning_oft.formats.peft_tensors import IMPLIED_TYPES, strip_wrappers
 from lightning_oft.functional import generator_size
 from lightning_oft.model.adapter_state import AdapterState, Base, LayerRotations, copied, modules_trained_whole
-from lightning_oft.model.traversal import joined, some
+from lightning_oft.model.traversal import some
 
 ENTRY = "lightning_oft"
 VERSION = 1
@@ -77,23 +77,19 @@ def is_rotation_key(name: str) -> bool:
 
 def to_primitives(state: AdapterState) -> dict[str, Any]:
     """An adapter without its generators, which stand in the state dict; by names of the LightningModule."""
-    root = state.root or ""
-
-    def full(names: Iterable[str]) -> list[str]:
-        return [joined(root, name) for name in names]
-
+    full = state.rooted("")
     return {
         "config": asdict(state.config),
-        "root": root,
-        "layers": {joined(root, name): one.block_sizes for name, one in state.layers.items()},
-        "kinds": {joined(root, name): one.layer_type for name, one in state.layers.items()},
-        "known_to_peft": full(state.known_to_peft()),
-        "fingerprints": {joined(root, name): value for name, value in state.fingerprints.items()},
-        "owned": full(state.saved),
-        "modules_to_save": full(state.modules_to_save),
-        "carried": {joined(root, name): copied(tensor) for name, tensor in state.carried.items()},
+        "root": state.root or "",
+        "layers": {name: one.block_sizes for name, one in full.layers.items()},
+        "kinds": {name: one.layer_type for name, one in full.layers.items()},
+        "known_to_peft": full.known_to_peft(),
+        "fingerprints": full.fingerprints,
+        "owned": list(full.saved),
+        "modules_to_save": full.modules_to_save,
+        "carried": {name: copied(tensor) for name, tensor in full.carried.items()},
         "has_unique_names": state.has_unique_names,
-        "base": list(state.base) if state.base is not None else None,
+        "base": list(state.base or ()),
     }
 
 
@@ -130,33 +126,30 @@ def read_states(checkpoint: Mapping[str, Any]) -> list[AdapterState]:
 def _read_state(
     name: str, content: Mapping[str, Any], tensors: Mapping[str, Any], waiting: Mapping[str, Any], base: Base
 ) -> AdapterState:
-    root, config = str(content.get("root", "")), OFTConfig(**content["config"])
-    cut = len(root) + 1 if root else 0
-    kinds, known = content.get("kinds", {}), content.get("known_to_peft")
+    config, kinds, known = OFTConfig(**content["config"]), content.get("kinds", {}), content.get("known_to_peft")
     layers = {}
     for layer, sizes in content["layers"].items():
         keys = {part: ".".join(filter(None, (layer, "oft_R", name, part, "weight"))) for part in sizes}
         generators = {part: _generator(key, tensors[key], sizes[part]) for part, key in keys.items() if key in tensors}
         # Files that do not say it may hold convolutions, of which PEFT computes some otherwise.
         is_known = layer in known if known is not None else kinds.get(layer) in IMPLIED_TYPES
-        layers[layer[cut:]] = LayerRotations(kinds.get(layer, ""), is_known, dict(sizes), generators)
+        layers[layer] = LayerRotations(kinds.get(layer, ""), is_known, dict(sizes), generators)
     saved = {key: waiting.get(key, {}).get(name, tensors.get(key)) for key in content["owned"]}
-    fingerprints = {key[cut:]: value for key, value in content["fingerprints"].items() if value is not None}
+    fingerprints = {layer: value for layer, value in content["fingerprints"].items() if value is not None}
     if not all(":" in value for value in fingerprints.values()):
         raise ValueError("a fingerprint is none")
-    heads = content.get("modules_to_save", modules_trained_whole(saved, config))
     return AdapterState(
         name=name,
         config=config,
         layers=layers,
-        root=root,
-        saved={key[cut:]: tensor for key, tensor in saved.items() if tensor is not None},
-        modules_to_save=[key[cut:] for key in heads],
-        carried={key[cut:]: tensor for key, tensor in content.get("carried", {}).items()},
+        root="",
+        saved={key: tensor for key, tensor in saved.items() if tensor is not None},
+        modules_to_save=content.get("modules_to_save", modules_trained_whole(saved, config)),
+        carried=content.get("carried", {}),
         fingerprints=fingerprints,
         base=Base(*content["base"]) if content.get("base") else base,
         has_unique_names=bool(content.get("has_unique_names", True)),
-    )
+    ).rooted(str(content.get("root", "")))
 
 
 def _generator(key: str, tensor: Tensor, block_size: int) -> Tensor:

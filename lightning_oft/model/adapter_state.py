@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -99,6 +99,24 @@ class AdapterState:
     def known_to_peft(self) -> list[str]:
         """Names of the layers with which PEFT computes the same."""
         return [name for name, rotations in self.layers.items() if rotations.is_known_to_peft]
+
+    def rooted(self, root: str) -> AdapterState:
+        """The same adapter with names that start at another module; at '' they are those of the model it was taken from.
+
+        Raises:
+            ValueError: a layer or tensor is not below that module.
+        """
+        cut = len(root) + 1 if root else 0
+
+        def moved(name: str) -> str:
+            full = joined(self.root or "", name)
+            if root and full != root and not full.startswith(f"{root}."):
+                raise ValueError(f"{full} is not below {root}")
+            return full[cut:]
+
+        tables = ("layers", "saved", "carried", "fingerprints")
+        named: Any = {table: {moved(name): v for name, v in getattr(self, table).items()} for table in tables}
+        return replace(self, root=root, modules_to_save=[moved(name) for name in self.modules_to_save], **named)
 
 
 def take(model: nn.Module, adapter_name: str = "default") -> AdapterState:
