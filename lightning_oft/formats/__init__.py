@@ -2,7 +2,6 @@
 
 from lightning_oft.formats.adapters import (
     Format,
-    format_of,
     load_adapter,
     read_adapter,
     read_adapters,
@@ -14,7 +13,6 @@ from lightning_oft.formats.errors import AdapterFileError
 __all__ = [
     "AdapterFileError",
     "Format",
-    "format_of",
     "load_adapter",
     "read_adapter",
     "read_adapters",

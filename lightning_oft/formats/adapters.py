@@ -50,36 +50,34 @@ register_format(Format("peft", Path.is_dir, lambda path, name: [read_peft(path, 
 register_format(Format("checkpoint", Path.is_file, lambda path, name: read_states(read_checkpoint(path))))
 
 
-def format_of(path: str | Path) -> Format:
-    """The format of what is at a path. Raises AdapterFileError where there is nothing, or nothing known."""
-    place = Path(path)
-    found = next((known for known in FORMATS.values() if known.matches(place)), None)
-    if found is None:
-        what = "no such file or directory" if not place.exists() else "is of no known format"
-        raise AdapterFileError(f"{path}: {what}; give an adapter directory or a checkpoint ({', '.join(FORMATS)})")
-    return found
-
-
 def read_adapters(path: str | Path, adapter_name: str | None = None) -> list[AdapterState]:
     """All adapters at a path, of any known format; of a name, where one is given and the format has names.
 
     Raises:
         AdapterFileError: there is none, or it cannot be read.
     """
-    return format_of(path).read(Path(path), adapter_name)
+    place = Path(path)
+    found = next((known for known in FORMATS.values() if known.matches(place)), None)
+    if found is None:
+        what = "no such file or directory" if not place.exists() else "is of no known format"
+        raise AdapterFileError(f"{path}: {what}; give an adapter directory or a checkpoint ({', '.join(FORMATS)})")
+    return found.read(place, adapter_name)
 
 
-def read_adapter(path: str | Path, adapter_name: str | None = None) -> AdapterState:
-    """The adapter at a path, of any known format; of this name, where there are several.
+def read_adapter(path: str | Path, adapter_name: str | None = None, or_only: bool = False) -> AdapterState:
+    """The adapter at a path, of any known format; of this name, where one is given.
+
+    Args:
+        path: a file or directory.
+        adapter_name: the adapter's name.
+        or_only: where there is a single adapter, take it whatever its name is.
 
     Raises:
         AdapterFileError: there is none, none of this name, several and no name was given, or it cannot be read.
     """
-    return _choose(path, read_adapters(path, adapter_name), adapter_name)
-
-
-def _choose(path: str | Path, states: list[AdapterState], adapter_name: str | None) -> AdapterState:
-    named = [state for state in states if adapter_name in (None, state.name)]
+    states = read_adapters(path, adapter_name)
+    is_any = adapter_name is None or (or_only and len(states) == 1)
+    named = [state for state in states if is_any or state.name == adapter_name]
     if len(named) != 1:
         found = f"holds {some(state.name for state in states)}: give the name of one" if states else "no adapter in it"
         raise AdapterFileError(f"{path}: {found}")
@@ -130,8 +128,7 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
         AdapterFileError: the directory cannot be read or does not fit the model. The model is untouched.
         RuntimeError: the model is merged.
     """
-    states = read_adapters(directory, adapter_name)
-    state = _choose(directory, states, adapter_name if len(states) > 1 else None)
+    state = read_adapter(directory, adapter_name, or_only=True)
     try:
         return put(model, state, adapter_name)
     except AdapterError as error:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_oft.formats.checkpoint_file import ENTRY as ENTRY
-from lightning_oft.formats.checkpoint_file import VERSION, read_states, to_primitives
+from lightning_oft.formats.checkpoint_file import VERSION, generator_key, read_states, to_primitives
 from lightning_oft.formats.checkpoint_file import is_rotation_key as is_rotation_key
 from lightning_oft.formats.errors import CheckpointError as CheckpointError
 from lightning_oft.model import saved_modules
@@ -25,15 +25,7 @@ from lightning_oft.model.adapter_state import AdapterState, describe
 from lightning_oft.model.fingerprint import other_bases
 from lightning_oft.model.loading import put
 from lightning_oft.model.placement import AdapterError
-from lightning_oft.model.traversal import (
-    Modules,
-    adapted,
-    adapter_names,
-    merged_layers,
-    own_parameters,
-    some,
-    walk,
-)
+from lightning_oft.model.traversal import Modules, adapted, adapter_names, merged_layers, some, walk
 
 Content = Literal["adapter", "full", "plain", "merged"]
 
@@ -41,11 +33,7 @@ Content = Literal["adapter", "full", "plain", "merged"]
 def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool, kept: Iterable[Tensor] = ()) -> None:
     """Add the `lightning_oft` entry, and drop the frozen base where `adapter_only`; a merged model is written whole.
 
-    Args:
-        model: the LightningModule whose `state_dict` the checkpoint holds.
-        checkpoint: changed in place.
-        adapter_only: leave out parameters of the base that do not train.
-        kept: parameters to keep although they are frozen now, such as those in an optimizer.
+    `kept` are parameters to keep although they are frozen now, such as those in an optimizer.
     """
     modules = walk(model)
     states = [describe(modules, name, lambda tensor: tensor) for name in adapter_names(modules)]
@@ -60,7 +48,8 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
         "merged": merged,
         "adapter_only": adapter_only and not merged,
         "waiting": _waiting(modules, states),
-        "unfrozen": [] if merged else _unfrozen_names(model, modules),
+        # What another callback has unfrozen.
+        "unfrozen": [] if merged else [name for name, p in _base_parameters(model, modules) if p.requires_grad],
     }
     if adapter_only and not merged:
         dropped = frozen_names(model, modules, kept)
@@ -90,26 +79,16 @@ def _state_dicts(checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], s
 
 def frozen_names(model: nn.Module, modules: Modules, kept: Iterable[Tensor] = ()) -> set[str]:
     """State-dict names of the base's parameters that never trained."""
-    keep = {id(tensor) for tensor in kept} | _owned(modules)
-    return {
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not (parameter.requires_grad or is_rotation_key(name) or id(parameter) in keep)
-    }
+    keep = {id(tensor) for tensor in kept}
+    return {name for name, p in _base_parameters(model, modules) if not p.requires_grad and id(p) not in keep}
 
 
-def _owned(modules: Modules) -> set[int]:
-    """ids of the tensors that adapters train whole."""
-    return {id(saved.tensor) for saved in saved_modules.saved_tensors(modules) if saved.slot.owners}
-
-
-def _unfrozen_names(model: nn.Module, modules: Modules) -> list[str]:
-    """Parameters of the base that train although no adapter owns them: another callback has unfrozen them."""
-    owned = _owned(modules)
-    if not any(p.requires_grad and id(p) not in owned for p in own_parameters(modules)):
-        return []
-    named = model.named_parameters(remove_duplicate=False)
-    return [name for name, p in named if p.requires_grad and not is_rotation_key(name) and id(p) not in owned]
+def _base_parameters(model: nn.Module, modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that no adapter owns, by state-dict name."""
+    owned = {id(tensor) for _, tensor, slot in saved_modules.saved_tensors(modules) if slot.owners}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not is_rotation_key(name) and id(parameter) not in owned:
+            yield name, parameter
 
 
 def content_of(checkpoint: Mapping[str, Any]) -> Content:
@@ -127,9 +106,7 @@ def complete(model: nn.Module, checkpoint: dict[str, Any]) -> Content:
 
     An adapter's gets the model's own base, a plain model's gets the model's own adapter. A merged model's rotations are
     part of its weights already, so the model's adapter starts again from the identity.
-
-    Raises:
-        CheckpointError: another base, or another adapter.
+    Raises CheckpointError where the base or the adapter is another one.
     """
     content, modules, current = content_of(checkpoint), walk(model), model.state_dict()
     rotations = {name: value for name, value in current.items() if is_rotation_key(name)}
@@ -140,12 +117,11 @@ def complete(model: nn.Module, checkpoint: dict[str, Any]) -> Content:
         fill = {name: torch.zeros_like(value) for name, value in rotations.items()}
     else:
         states = read_states(checkpoint)
-        theirs = {name: value for name, value in checkpoint["state_dict"].items() if is_rotation_key(name)}
-        if difference := _difference(rotations, theirs):
-            raise CheckpointError(f"the checkpoint's adapter is another one: it {difference}; {_OWN_OPTIONS}")
+        if ENTRY in checkpoint:
+            _check_adapters(modules, states)
         if content == "adapter":
             _check_base(modules, states)
-            frozen = frozen_names(model, modules) - rotations.keys()
+            frozen = frozen_names(model, modules)
             fill = {name: value for name, value in current.items() if name in frozen}
         stored = checkpoint.get(ENTRY, {}).get("waiting", {})
         for name, _, slot in saved_modules.saved_tensors(modules):
@@ -156,39 +132,45 @@ def complete(model: nn.Module, checkpoint: dict[str, Any]) -> Content:
     return content
 
 
-_OWN_OPTIONS = "use the checkpoint's own target_modules, block size and adapter name (lightning-oft info prints them)"
-
-
 def check_loaded(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Check a checkpoint whose tensors a strategy has loaded already, before anybody could ask what they were.
-
-    Raises:
-        CheckpointError: the adapter or the base is another one than the checkpoint was written from.
-    """
+    """Check a checkpoint whose tensors a strategy has loaded already, before anybody could ask what they were."""
     entry = checkpoint.get(ENTRY)
     if entry is None or entry["merged"]:
         raise CheckpointError(
             "this strategy loads checkpoints of adapters only, and the file holds a model without one: load its weights "
             "in configure_model, before they are sharded"
         )
-    modules = walk(model)
-    mine, theirs = [describe(modules, name) for name in adapter_names(modules)], read_states(checkpoint)
-    if _block_sizes(mine) != _block_sizes(theirs):
-        raise CheckpointError(f"the checkpoint's adapter turns other layers, or blocks of another size; {_OWN_OPTIONS}")
-    _check_base(modules, theirs)
+    modules, states = walk(model), read_states(checkpoint)
+    _check_adapters(modules, states)
+    _check_base(modules, states)
 
 
-def _block_sizes(states: Iterable[AdapterState]) -> dict[tuple[str, str], dict[str, int]]:
-    return {(s.name, name): one.block_sizes for s in states for name, one in s.rooted("").layers.items()}
+def _check_adapters(modules: Modules, states: list[AdapterState]) -> None:
+    """Raise CheckpointError where a model's adapters are not those of a checkpoint."""
+    mine = [describe(modules, name) for name in adapter_names(modules)]
+    if difference := _difference(_block_sizes(mine), _block_sizes(states)):
+        raise CheckpointError(
+            f"the checkpoint's adapter is another one: it {difference}; use the checkpoint's own target_modules, block size "
+            "and adapter name (lightning-oft info prints them)"
+        )
 
 
-def _check_base(modules: Modules, states: Iterable[AdapterState]) -> None:
+def _block_sizes(states: list[AdapterState]) -> dict[str, tuple[int, bool]]:
+    """Size of the blocks, and whether one is shared, by a generator's name in a state dict."""
+    return {
+        generator_key(layer, state.name, part): (size, state.config.block_share)
+        for state in states
+        for layer, one in state.rooted("").layers.items()
+        for part, size in one.block_sizes.items()
+    }
+
+
+def _check_base(modules: Modules, states: list[AdapterState]) -> None:
     """Raise CheckpointError where an adapter was trained on another base than the model has."""
     layers = {name for name, _, _ in adapted(modules)}
     for state in states:
         theirs = {name: value for name, value in state.rooted("").fingerprints.items() if name in layers}
-        different = other_bases(modules, theirs)
-        if different:
+        if different := other_bases(modules, theirs):
             raise CheckpointError(
                 f"the checkpoint was trained on another base: {some(different)} differ; load the base it was trained on, "
                 "or use load_adapter to put its rotations on this one"
@@ -196,11 +178,7 @@ def _check_base(modules: Modules, states: Iterable[AdapterState]) -> None:
 
 
 def put_adapters(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Put the adapters of a checkpoint into a model, active as they were.
-
-    Raises:
-        CheckpointError: the model lacks a layer of an adapter, or has another base.
-    """
+    """Put the adapters of a checkpoint into a model, active as they were. Raises CheckpointError where they do not fit."""
     for state in read_states(checkpoint):
         try:
             with warnings.catch_warnings():
@@ -215,25 +193,22 @@ def put_adapters(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
-    """`load_state_dict`, with what does not fit said in one line.
-
-    Raises:
-        CheckpointError: names and shapes are not those of the model.
-    """
+    """`load_state_dict`; a CheckpointError says in one line what does not fit."""
     try:
         model.load_state_dict(state)
     except RuntimeError:
-        difference = _difference(model.state_dict(), state)
+        shapes = ({n: getattr(v, "shape", None) for n, v in found.items()} for found in (model.state_dict(), state))
+        difference = _difference(*shapes)
         if not difference:
             raise
         raise CheckpointError(f"{path}: {difference}; build the model that the checkpoint was written from") from None
 
 
 def _difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """What another state dict lacks, or has otherwise, in names and shapes; empty where it does not differ."""
+    """Which names a checkpoint lacks, has beyond the model's, or has in another size; empty where there are none."""
     lacking, unknown = [n for n in mine if n not in theirs], [n for n in theirs if n not in mine]
-    other = [n for n in mine if n in theirs and getattr(mine[n], "shape", 0) != getattr(theirs[n], "shape", 0)]
+    other = [n for n in mine if n in theirs and mine[n] != theirs[n]]
     what = [f"lacks {some(lacking)}"] if lacking else []
     what += [f"has {some(unknown)}, which the model lacks"] if unknown else []
-    what += [f"has other shapes of {some(other)}"] if other else []
+    what += [f"has other sizes of {some(other)}"] if other else []
     return " and ".join(what)

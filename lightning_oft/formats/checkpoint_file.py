@@ -37,17 +37,18 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         what = "is a directory, not a checkpoint file" if Path(path).is_dir() else "no such checkpoint file"
         raise FileNotFoundError(f"{path}: {what}; give one that ModelCheckpoint wrote")
     what = "is no checkpoint, is damaged, or holds more than tensors and plain values"
-    remedy = "copy it again, or save it without objects of your own"
-    with refusing(path, what, CheckpointError, remedy):
+    with refusing(path, what, "copy it again, or save it without objects of your own", CheckpointError):
         _check_unpacked_size(Path(path))
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise CheckpointError(f"{path}: has no state_dict; give a file that Lightning's ModelCheckpoint wrote")
-    try:
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+            raise CheckpointError("has no state_dict; give a file that Lightning's ModelCheckpoint wrote")
         read_states(checkpoint)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    _check_maker(path, checkpoint)
+        maker = _hyper_parameters(checkpoint).get("_instantiator")
+        if maker not in _MAKERS:
+            raise CheckpointError(
+                f"asks for {str(maker)[:100]!r} to be called, which is not Lightning's own; load it where you trust it, "
+                "and save it again without"
+            )
     return checkpoint
 
 
@@ -60,19 +61,19 @@ def _check_unpacked_size(path: Path) -> None:
             raise ValueError(f"declares {unpacked} bytes in a file of {size}")
 
 
-def _check_maker(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
-    hyper_parameters = checkpoint.get("hyper_parameters", {})
-    maker = hyper_parameters.get("_instantiator") if isinstance(hyper_parameters, Mapping) else None
-    if maker not in _MAKERS:
-        raise CheckpointError(
-            f"{path}: asks for {str(maker)[:100]!r} to be called, which is not Lightning's own; load it where you trust it, "
-            "and save it again without"
-        )
+def _hyper_parameters(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = checkpoint.get("hyper_parameters")
+    return found if isinstance(found, Mapping) else {}
 
 
 def is_rotation_key(name: str) -> bool:
     """Whether a state-dict name is a generator's."""
     return ".oft_R." in f".{name}"
+
+
+def generator_key(layer: str, adapter_name: str, part: str) -> str:
+    """The state-dict name of a generator."""
+    return ".".join(filter(None, (layer, "oft_R", adapter_name, part, "weight")))
 
 
 def to_primitives(state: AdapterState) -> dict[str, Any]:
@@ -94,33 +95,28 @@ def to_primitives(state: AdapterState) -> dict[str, Any]:
 
 
 def read_states(checkpoint: Mapping[str, Any]) -> list[AdapterState]:
-    """The adapters in a checkpoint. A merged one has no generators any more.
-
-    Raises:
-        CheckpointError: what this library wrote beside the tensors is not what it writes.
-    """
+    """The adapters in a checkpoint; a merged one has no generators any more. Raises CheckpointError where they are
+    damaged."""
     entry = checkpoint.get(ENTRY, {})
     try:
         if entry.get("version", VERSION) > VERSION:
             raise CheckpointError("written by a newer lightning_oft; upgrade it to read this checkpoint")
+        if not isinstance(entry.get("active", []), list):
+            raise ValueError("its active adapters")
         tensors = {strip_wrappers(name): value for name, value in checkpoint.get("state_dict", {}).items()}
-        has_generators = "state_dict" in checkpoint and not entry.get("merged")
         # Checkpoints of earlier versions do not name the base; the shipped tasks keep it where they were given it.
-        hyper_parameters = checkpoint.get("hyper_parameters")
-        path = hyper_parameters.get("pretrained") if isinstance(hyper_parameters, Mapping) else None
+        path = _hyper_parameters(checkpoint).get("pretrained")
         base = Base("", "", path if isinstance(path, str) else None)
         adapters = entry.get("adapters", {}).items()
         states = [_read_state(name, content, tensors, entry.get("waiting", {}), base) for name, content in adapters]
-        for state in states if has_generators else ():
-            lacking = [name for name, one in state.layers.items() if one.generators.keys() != one.block_sizes.keys()]
-            if lacking:
+        for state in states if tensors and not entry.get("merged") else ():
+            if lacking := [n for n, one in state.layers.items() if one.generators.keys() != one.block_sizes.keys()]:
                 raise CheckpointError(f"lacks generators of {some(lacking)}, which its adapter {state.name!r} turns")
         return states
-    except CheckpointError:
-        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        message = f"what it says of its adapters is damaged ({first_line(error)}); copy it again"
-        raise CheckpointError(message) from None
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"its adapters are damaged ({first_line(error)}); copy it again") from None
 
 
 def _read_state(
@@ -129,7 +125,7 @@ def _read_state(
     config, kinds, known = OFTConfig(**content["config"]), content.get("kinds", {}), content.get("known_to_peft")
     layers = {}
     for layer, sizes in content["layers"].items():
-        keys = {part: ".".join(filter(None, (layer, "oft_R", name, part, "weight"))) for part in sizes}
+        keys = {part: generator_key(layer, name, part) for part in sizes}
         generators = {part: _generator(key, tensors[key], sizes[part]) for part, key in keys.items() if key in tensors}
         # Files that do not say it may hold convolutions, of which PEFT computes some otherwise.
         is_known = layer in known if known is not None else kinds.get(layer) in IMPLIED_TYPES
@@ -137,13 +133,13 @@ def _read_state(
     saved = {key: waiting.get(key, {}).get(name, tensors.get(key)) for key in content["owned"]}
     fingerprints = {layer: value for layer, value in content["fingerprints"].items() if value is not None}
     if not all(":" in value for value in fingerprints.values()):
-        raise ValueError("a fingerprint is none")
+        raise ValueError("its fingerprints")
     return AdapterState(
         name=name,
         config=config,
         layers=layers,
         root="",
-        saved={key: tensor for key, tensor in saved.items() if tensor is not None},
+        saved={key: tensor for key, tensor in saved.items() if isinstance(tensor, Tensor)},
         modules_to_save=content.get("modules_to_save", modules_trained_whole(saved, config)),
         carried=content.get("carried", {}),
         fingerprints=fingerprints,
@@ -155,10 +151,9 @@ def _read_state(
 def _generator(key: str, tensor: Tensor, block_size: int) -> Tensor:
     """A generator, checked. An expanded tensor is large without memory; what copies it would not be."""
     size = tensor.numel() * tensor.element_size()
-    if not tensor.is_floating_point() or tensor.dim() != 2 or size > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{key} is no generator")
-    if tensor.shape[1] != generator_size(block_size):
-        raise ValueError(f"{key} has shape {tuple(tensor.shape)}, not blocks of {block_size}")
+    is_matrix = tensor.is_floating_point() and tensor.dim() == 2 and size <= tensor.untyped_storage().nbytes()
+    if not is_matrix or tensor.shape[1] != generator_size(block_size):
+        raise ValueError(f"{key} holds no blocks of {block_size}")
     if not bool(tensor.isfinite().all()):
         raise CheckpointError(f"{key} is NaN or infinite; use an earlier checkpoint")
     return tensor

@@ -37,13 +37,16 @@ class CheckpointError(AdapterFileError):
 def refusing(
     file: str | Path,
     what: str,
-    error_class: type[AdapterFileError] = AdapterFileError,
     remedy: str = "copy the file again",
+    error_class: type[AdapterFileError] = AdapterFileError,
 ) -> Iterator[None]:
-    """Within this context, whatever a reader raises over a file is one error of ours; damaged bytes raise anything."""
+    """Within this context an error of ours gets the file's name in front, and whatever else a reader raises over
+    damaged bytes becomes one: `what` is wrong with the file."""
     try:
         yield
-    except (AdapterError, ImportError, MemoryError):
+    except AdapterFileError as error:
+        raise type(error)(f"{file}: {error}") from None
+    except (ImportError, MemoryError):
         raise
     except Exception as error:
         raise error_class(f"{file}: {what} ({first_line(error)}); {remedy}") from None

@@ -8,16 +8,15 @@ import warnings
 from pathlib import Path
 
 from safetensors.torch import save
+from torch import Tensor
 
 from lightning_oft import functional
 from lightning_oft.formats.atomic import write_directory
 from lightning_oft.formats.errors import AdapterFileError, printable, refusing
 from lightning_oft.formats.peft_config import CONFIG_FILE, PeftConfig, read_config, to_json
-from lightning_oft.formats.peft_tensors import TENSOR_FILE, read_tensors, to_tensors
+from lightning_oft.formats.peft_tensors import TENSOR_FILE, Key, read_tensors, to_tensors
 from lightning_oft.model.adapter_state import AdapterState, Base, LayerRotations
 from lightning_oft.model.traversal import some
-
-_PICKLE_FILE = "adapter_model.bin"
 
 
 def write_peft(state: AdapterState, directory: str | Path) -> Path:
@@ -61,82 +60,68 @@ def write_peft(state: AdapterState, directory: str | Path) -> Path:
 
 
 def read_peft(directory: str | Path, adapter_name: str | None = None) -> AdapterState:
-    """Read an adapter directory of this library or of PEFT. No model is needed, and nothing but torch is imported.
+    """Read a directory of this library's or of PEFT's, or one below it of the adapter's name, as PEFT writes it.
 
-    Args:
-        directory: holds `adapter_config.json` and `adapter_model.safetensors`, or a directory of the adapter's name
-            that does, as PEFT writes it.
-        adapter_name: the adapter's name; `default` where there is none.
+    No model is needed, and nothing but torch is imported.
 
     Raises:
         AdapterFileError: not an adapter, damaged, or of a format that cannot be read; names the file and the remedy.
     """
     place = _locate(Path(directory), adapter_name)
     file, found = place / TENSOR_FILE, read_config(place / CONFIG_FILE)
-    if not file.is_file():
-        pickled = (place / _PICKLE_FILE).is_file()
-        remedy = f"{_PICKLE_FILE} is a pickle, which may run code: convert it to safetensors with PEFT"
-        raise AdapterFileError(
-            f"{file}: no such file; {remedy if pickled else 'copy it from where the adapter was saved'}"
-        )
-    if "sha256" in found.own and _digest(file) != found.own["sha256"]:
-        raise AdapterFileError(
-            f"{file}: is not the file that {CONFIG_FILE} was written with: an interrupted write, or damaged since; "
-            "save or copy the adapter again"
-        )
-    types = found.own.get("layer_types", {})
-    tensors = read_tensors(file, types, found.config)
-    rotations = {key: value for key, value in tensors.items() if key.layer_type is not None}
-    dead = [key.name for key, value in rotations.items() if value.shape[1] == 0]
-    if len(dead) == len(rotations):
-        raise AdapterFileError(
-            f"{file}: all its blocks are of size 1, which rotate nothing; train with a larger block size"
-        )
-    if dead:
-        warnings.warn(
-            printable(f"{file}: {some(dead)} have blocks of size 1, which rotate nothing; left out"), stacklevel=4
-        )
-    known = _known_to_peft(found, {key.name for key in rotations})
-    layers: dict[str, LayerRotations] = {}
-    for (name, part, implied), generator in rotations.items():
-        if generator.shape[1]:
-            one = layers.setdefault(name, LayerRotations(types.get(name, implied), name in known, {}, {}))
-            one.block_sizes[part] = functional.block_size_of(generator.shape[1])
-            one.generators[part] = generator
+    with refusing(file, "cannot be read"):
+        if not file.is_file():
+            pickled = "adapter_model.bin is a pickle, which may run code: convert it to safetensors with PEFT"
+            there = (place / "adapter_model.bin").is_file()
+            raise AdapterFileError(f"no such file; {pickled if there else 'copy it from where the adapter was saved'}")
+        if "sha256" in found.own and _digest(file) != found.own["sha256"]:
+            raise AdapterFileError(
+                f"is not the file that {CONFIG_FILE} was written with: an interrupted write, or damaged since; save or "
+                "copy the adapter again"
+            )
+    tensors = read_tensors(file, found.own.get("layer_types", {}), found.config)
+    mapping, path = found.extra.get("auto_mapping"), found.extra.get("base_model_name_or_path")
+    mapping = mapping if isinstance(mapping, dict) else {}
+    class_name, library = (str(mapping.get(key, "")) for key in ("base_model_class", "parent_library"))
     return AdapterState(
         name=adapter_name or "default",
         config=found.config,
-        layers=layers,
+        layers=_layers(file, found, {key: value for key, value in tensors.items() if key.layer_type is not None}),
         root=found.own.get("root"),
         saved={key.name: value for key, value in tensors.items() if key.layer_type is None},
         modules_to_save=found.modules_to_save,
         fingerprints=found.own.get("fingerprint", {}),
-        base=_base(found),
+        base=Base(class_name, library, path if isinstance(path, str) else None),
         has_unique_names=not isinstance(found.target_modules, str),
         source=printable(str(place)),
         extra=found.extra,
     )
 
 
-def _base(found: PeftConfig) -> Base:
-    mapping, path = found.extra.get("auto_mapping"), found.extra.get("base_model_name_or_path")
-    mapping = mapping if isinstance(mapping, dict) else {}
-    class_name, library = (str(mapping.get(key, "")) for key in ("base_model_class", "parent_library"))
-    return Base(class_name, library, path if isinstance(path, str) else None)
-
-
-def _known_to_peft(found: PeftConfig, names: set[str]) -> set[str]:
-    """The layers that PEFT rotates too: of a file of PEFT's all, of ours those in the target_modules written for it."""
-    targets = found.target_modules
-    if not found.own:
-        return names
-    given = set(re.split(r"(?<!\\)\|", targets) if isinstance(targets, str) else map(re.escape, targets))
-    return {name for name in names if re.escape(name) in given}
+def _layers(file: Path, found: PeftConfig, generators: dict[Key, Tensor]) -> dict[str, LayerRotations]:
+    """The rotations by layer. PEFT rotates all layers of a file of its own; of ours, the target_modules written for it."""
+    targets, types = found.target_modules, found.own.get("layer_types", {})
+    known = set(re.split(r"(?<!\\)\|", targets) if isinstance(targets, str) else map(re.escape, targets))
+    layers: dict[str, LayerRotations] = {}
+    for (name, part, implied), generator in generators.items():
+        if generator.shape[1]:
+            is_known = not found.own or re.escape(name) in known
+            one = layers.setdefault(name, LayerRotations(types.get(name) or str(implied), is_known, {}, {}))
+            one.block_sizes[part] = functional.block_size_of(generator.shape[1])
+            one.generators[part] = generator
+    dead = [key.name for key in generators if key.name not in layers]
+    if not layers:
+        raise AdapterFileError(
+            f"{file}: all its blocks are of size 1, which rotate nothing; train with a larger block size"
+        )
+    if dead:
+        warnings.warn(printable(f"{file}: {some(dead)} have blocks of size 1, which rotate nothing; left out"))
+    return layers
 
 
 def _digest(file: Path) -> str:
     digest = hashlib.sha256()
-    with refusing(file, "cannot be read"), file.open("rb") as stream:
+    with file.open("rb") as stream:
         while chunk := stream.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -149,7 +134,7 @@ def _locate(directory: Path, adapter_name: str | None) -> Path:
     below = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
     if adapter_name in below:
         return directory / str(adapter_name)
-    hint = (
-        f"there are adapters in {some(below)}: give one of these directories" if below else "give the one that holds it"
-    )
+    hint = "give the one that holds it"
+    if below:
+        hint = f"there are adapters in {some(below)}: give one of these directories"
     raise AdapterFileError(f"{directory / CONFIG_FILE}: no such file, so this is no adapter directory; {hint}")

@@ -35,6 +35,7 @@ OWN_FIELDS = (*_SELECTION, "modules_to_save", "fan_in_fan_out", "coft", "eps", *
 """Fields whose true value stands under our own key: PEFT has none of them, or is told something else."""
 _OWN_TYPES = {"config": dict, "root": str, "fingerprint": dict, "layer_types": dict, "sha256": str, "version": int}
 
+_VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})")
 _SIZE_LIMIT = 16 * 2**20
 """Bytes of a configuration, which take some twenty times as many in memory; fifty thousand layers' names need six."""
 
@@ -88,14 +89,13 @@ def read_config(file: Path) -> PeftConfig:
         if file.stat().st_size > _SIZE_LIMIT:
             raise ValueError(f"larger than {_SIZE_LIMIT} bytes")
         raw = json.loads(file.read_bytes().decode("utf-8"))
-    problem = _problem(raw)
-    if problem:
-        raise AdapterFileError(f"{file}: {problem}")
+        if problem := _problem(raw):
+            raise AdapterFileError(problem)
     values = {field: raw.get(field, default) for field, default in PEFT_DEFAULTS.items()}
     values |= {field: None for field in _SELECTION if values[field] in ("", [])}
     if isinstance(values["target_modules"], str):
         values["layers_to_transform"] = values["layers_pattern"] = None  # PEFT ignores them beside a pattern
-    values["neumann_series"] = "unhalved" if _is_unhalved(raw, file) else "halved"
+    values["neumann_series"] = "unhalved" if _is_unhalved(raw) else "halved"
     values["coft_radius"] = "peft" if values["coft"] else "paper"
     own = raw.get(OWN_KEY, {})
     try:
@@ -122,6 +122,9 @@ def _problem(raw: Any) -> str:
         return "no oft_block_size, so it was written before PEFT 0.14; train the adapter again"
     if not raw["oft_block_size"] and not raw.get("r"):
         return "neither r nor oft_block_size is given; write the one it was trained with"
+    version = raw.get("peft_version") or "0.0"
+    if not isinstance(version, str) or _VERSION.match(version) is None:
+        return f"peft_version={version!r} is no version; write that of the PEFT it was saved with"
     lost = [field for field in PEFT_DEFAULTS if OWN_KEY in raw and field not in raw]
     if lost:  # PEFT's default in its place would be another adapter
         return f"lacks {', '.join(lost)}, which this library writes; copy the file again"
@@ -136,12 +139,8 @@ def _is_own(own: Any) -> bool:
     return prints and all(isinstance(value, str) for value in own.get("layer_types", {}).values())
 
 
-def _is_unhalved(raw: dict[str, Any], file: Path) -> bool:
+def _is_unhalved(raw: dict[str, Any]) -> bool:
     """Whether PEFT computed another series when it wrote this: it records its version since 0.18, which changed it."""
-    version = raw.get("peft_version") or "0.0"
-    numbers = re.match(r"(\d{1,6})\.(\d{1,6})", version) if isinstance(version, str) else None
-    if numbers is None:
-        raise AdapterFileError(
-            f"{file}: peft_version={version!r} is no version; write that of the PEFT it was saved with"
-        )
-    return raw.get("use_cayley_neumann") is True and (int(numbers[1]), int(numbers[2])) < (0, 18)
+    numbers = _VERSION.match(raw.get("peft_version") or "0.0")
+    is_old = numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 18)
+    return raw.get("use_cayley_neumann") is True and is_old

@@ -66,11 +66,8 @@ def to_tensors(state: AdapterState) -> dict[str, Tensor]:
 def parse_key(key: str, layer_types: Collection[str] = ()) -> Key | None:
     """The meaning of a key, with or without PEFT's prefix and the adapter's name; None where it says nothing new.
 
-    PEFT with bias="all" writes the biases of a module in modules_to_save twice more: trained, and as they were.
-
-    Args:
-        key: of the tensor file.
-        layer_types: names of the layers whose type the configuration says; they may have parts.
+    PEFT with bias="all" writes the biases of a module in modules_to_save twice more: trained, and as they were. Layers
+    whose type the configuration says, `layer_types`, may have parts.
     """
     name = strip_wrappers(key.removeprefix(_PREFIX))
     match = _ROTATION.fullmatch(name)
@@ -95,59 +92,53 @@ def read_tensors(file: Path, layer_types: Collection[str], config: OFTConfig) ->
     with refusing(file, "not a whole safetensors file"), safe_open(file, framework="pt") as opened:
         slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - no dictionary
         header = {key: (str(s.get_dtype()), tuple(s.get_shape())) for key, s in slices.items()}
-        problem = _header_problem(header, file.stat().st_size)
-        keys = _parse(file, header, layer_types) if not problem else {}
-        problem = problem or next(
-            filter(None, (_problem(key, *header[key]) for key, k in keys.items() if k.layer_type)), ""
-        )
-        if problem:
-            raise AdapterFileError(f"{file}: {problem}")
+        for key, (dtype, shape) in header.items():
+            _check_tensor(key, dtype, shape, file.stat().st_size)
+        keys = _parse(header, layer_types)
+        for key, meaning in keys.items():
+            if meaning.layer_type is not None:
+                _check_generator(key, *header[key])
         tensors = {meaning: opened.get_tensor(key).clone() for key, meaning in keys.items()}
-    tensors = {key: _ours(value, config) if key.layer_type else value for key, value in tensors.items()}
-    broken = [key.name for key, value in tensors.items() if key.layer_type and not bool(value.isfinite().all())]
-    if broken:
-        raise AdapterFileError(f"{file}: generators of {some(broken)} are NaN or infinite; train the adapter again")
+        tensors = {key: _ours(value, config) if key.layer_type else value for key, value in tensors.items()}
+        broken = [key.name for key, value in tensors.items() if key.layer_type and not bool(value.isfinite().all())]
+        if broken:
+            raise AdapterFileError(f"generators of {some(broken)} are NaN or infinite; train the adapter again")
     return tensors
 
 
-def _header_problem(header: dict[str, tuple[str, tuple[int, ...]]], size: int) -> str:
-    """What is wrong with the header of a file of this size. safetensors itself checks that the offsets agree with it."""
-    for key, (dtype, shape) in header.items():
-        if len(key) > _KEY_LIMIT:
-            return f"{key[:40]}... is no name of a tensor ({len(key)} characters); copy the file again"
-        if dtype not in _BYTES:
-            return f"{key} is of dtype {dtype}, which is not read; save it as float32"
-        if _BYTES[dtype] * math.prod(shape) > size:
-            return f"{key} declares a shape of {shape}, more than the file holds; copy it again"
-    if any(".oft_r." in f".{key}." for key in header):
-        return "holds oft_r keys, so it was written by PEFT 0.15 or before; train it again"
-    return ""
+def _check_tensor(key: str, dtype: str, shape: tuple[int, ...], file_size: int) -> None:
+    """Raise where a header declares what cannot be. safetensors itself checks that its offsets agree with the file."""
+    if len(key) > _KEY_LIMIT:
+        raise AdapterFileError(f"{key[:40]}... is no name of a tensor ({len(key)} characters); copy the file again")
+    if dtype not in _BYTES:
+        raise AdapterFileError(f"{key} is of dtype {dtype}, which is not read; save it as float32")
+    if _BYTES[dtype] * math.prod(shape) > file_size:
+        raise AdapterFileError(f"{key} declares a shape of {shape}, more than the file holds; copy it again")
+    if ".oft_r." in f".{key}.":
+        raise AdapterFileError("holds oft_r keys, so it was written by PEFT 0.15 or before; train it again")
 
 
-def _parse(file: Path, keys: Collection[str], layer_types: Collection[str]) -> dict[str, Key]:
+def _check_generator(key: str, dtype: str, shape: tuple[int, ...]) -> None:
+    if dtype not in _FLOATING:
+        raise AdapterFileError(f"{key} is of dtype {dtype}; generators are floating point, save it again")
+    try:
+        blocks, size = shape
+        functional.block_size_of(size if blocks else -1)
+    except ValueError:
+        raise AdapterFileError(f"{key} has shape {shape}, not (blocks, b(b-1)/2); train the adapter again") from None
+
+
+def _parse(keys: Collection[str], layer_types: Collection[str]) -> dict[str, Key]:
     """What each key means; those that say nothing new are left out."""
     parsed = {key: meaning for key in keys if (meaning := parse_key(key, layer_types)) is not None}
     seen: dict[tuple[str, str, bool], str] = {}
     for key, (name, part, layer_type) in parsed.items():
         other = seen.setdefault((name, part, layer_type is None), key)
         if other != key:
-            raise AdapterFileError(f"{file}: {key} and {other} mean the same; save one adapter a file")
+            raise AdapterFileError(f"{key} and {other} mean the same; save one adapter a file")
     if all(meaning.layer_type is None for meaning in parsed.values()):
-        raise AdapterFileError(f"{file}: holds no rotation (no key with oft_R); was it saved with another method?")
+        raise AdapterFileError("holds no rotation (no key with oft_R); was it saved with another method?")
     return parsed
-
-
-def _problem(key: str, dtype: str, shape: tuple[int, ...]) -> str:
-    """Why a tensor of this dtype and shape is no generator."""
-    if dtype not in _FLOATING:
-        return f"{key} is of dtype {dtype}; generators are floating point, save it again"
-    if len(shape) != 2 or shape[0] == 0:
-        return f"{key} has shape {shape}, not (blocks, b(b-1)/2); train the adapter again"
-    try:
-        functional.block_size_of(shape[1])
-    except ValueError as error:
-        return f"{key} has shape {shape}: {error}; train the adapter again"
-    return ""
 
 
 def _ours(generator: Tensor, config: OFTConfig) -> Tensor:

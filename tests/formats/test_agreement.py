@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from layer_cases import KINDS, Case
+from layer_cases import KINDS, Case, relative
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -21,10 +22,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from lightning_oft import AdapterState, OFTConfig, inject, save_adapter, set_adapter
+from lightning_oft import AdapterState, OFTConfig, inject, project, save_adapter, set_adapter, unload
 from lightning_oft.cli import main
 from lightning_oft.formats import read_adapter
-from lightning_oft.formats.checkpoint import write_entry
+from lightning_oft.formats.checkpoint import complete, load_state, put_adapters, write_entry
+from lightning_oft.formats.checkpoint_file import read
 from lightning_oft.formats.peft import write_peft
 from lightning_oft.model.adapter_state import take
 from lightning_oft.model.loading import put
@@ -57,6 +59,7 @@ def train(model: nn.Module, seed: int = 1) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d) and module.weight.requires_grad:
             module.running_mean = torch.rand(module.num_features, generator=generator)
+    project(model)
 
 
 def through_peft(model: nn.Module, place: Path, name: str) -> AdapterState:
@@ -82,7 +85,6 @@ FORMATS: dict[str, Callable[[nn.Module, Path, str], AdapterState]] = {
     "peft": through_peft,
     "checkpoint": through_checkpoint,
 }
-formats = pytest.mark.parametrize("through", FORMATS.values(), ids=FORMATS)
 
 
 def difference(one: AdapterState, other: AdapterState) -> list[str]:
@@ -110,7 +112,7 @@ def files(directory: Path) -> list[bytes]:
 
 
 class Beside(nn.Module):
-    """A layer, a linear layer behind nothing of it, and a head; the head's output is the model's."""
+    """A layer of some type, and a head behind it."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -123,36 +125,45 @@ class Beside(nn.Module):
         return logits
 
 
-TYPES = ["linear_2d", "linear_3d", "conv1d_hf", "embedding_1d", "conv2d_1x1", "conv2d_3x3", "conv2d_groups", "conv1d", "conv_transpose2d",
-    "attention", "attention_no_bias", "attention_kdim_vdim"]  # fmt: skip
+TYPES = ["linear_2d", "linear_3d", "conv1d_hf", "embedding_1d", "conv2d_1x1", "conv2d_3x3", "conv1d", "conv_transpose2d_groups", "attention",
+    "attention_no_bias", "attention_kdim_vdim"]  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"bias": "all"},
     "block_share": {"block_share": True, "bias": "oft_only"},
-    "modules_to_save": {"modules_to_save": ["head"], "bias": "oft_only"},
-    "exact": {"use_cayley_neumann": False, "max_angle": 20.0},
+    "modules_to_save": {"modules_to_save": ["head"], "bias": "oft_only", "r": 2, "oft_block_size": 0},
+    "exact": {"use_cayley_neumann": False, "coft": True, "coft_radius": "peft", "eps": 0.2},
 }
 
 
-@formats
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("kind", TYPES)
-def test_what_is_written_is_read(
-    kind: str, options: dict[str, Any], through: Callable[[nn.Module, Path, str], AdapterState], tmp_path: Path
-) -> None:
-    model, inputs = Lit(Beside(KINDS[kind])).eval(), KINDS[kind].inputs()
-    inject(model, OFTConfig(oft_block_size=4, target_modules=["layer"], **options))
-    train(model)
-    taken = take(model)
-    read = through(model, tmp_path, "default")
-    assert difference(read, taken) == []
-    again = Lit(Beside(KINDS[kind])).eval()
-    assert put(again, read) == ["model.body.layer"]
-    assert torch.equal(again(*inputs), model(*inputs))
-    assert difference(take(again), taken) == []
-    write_peft(taken, tmp_path / "one")
-    write_peft(read, tmp_path / "two")
-    assert files(tmp_path / "one") == files(tmp_path / "two")
+def test_what_is_written_is_read(kind: str, tmp_path: Path) -> None:
+    inputs = KINDS[kind].inputs()
+    for way, options in OPTIONS.items():
+        model = Lit(Beside(KINDS[kind])).eval()
+        base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        inject(model, OFTConfig(**{"oft_block_size": 4, "target_modules": ["layer"], **options}))
+        train(model)
+        taken = take(model)
+        for file_format, through in FORMATS.items():
+            case = f"{way}, {file_format}"
+            (tmp_path / case).mkdir()
+            read = through(model, tmp_path / case, "default")
+            assert difference(read, taken) == [], case
+            again = Lit(Beside(KINDS[kind])).eval()
+            assert put(again, read) == ["model.body.layer"]
+            assert torch.equal(again(*inputs), model(*inputs)), case
+            assert _trainable(again) == _trainable(model), case
+            assert difference(take(again), taken) == [], case
+            for state, place in ((taken, "one"), (read, "two")):
+                write_peft(state, tmp_path / case / place)
+            assert files(tmp_path / case / "one") == files(tmp_path / case / "two"), case
+            unload(again)
+            assert all(torch.equal(tensor, base[name]) for name, tensor in again.state_dict().items()), case
+
+
+def _trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 # ---- models: `lightning-oft export` of a checkpoint is `save_adapter` of the model -------------------------------------
@@ -215,7 +226,12 @@ class Tied(nn.Module):
         return logits
 
 
-IDS, PICTURES, SQUARES, ROWS = torch.arange(10).view(2, 5), torch.ones(2, 3, 8, 8), torch.ones(2, 2, 4, 4), torch.ones(2, 8)
+IDS, PICTURES, SQUARES, ROWS = (
+    torch.arange(10).view(2, 5),
+    torch.ones(2, 3, 8, 8),
+    torch.ones(2, 2, 4, 4),
+    torch.ones(2, 8),
+)
 Row = tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]
 MODELS: dict[str, Row] = {
     "SEQ_CLS": (_bert, IDS, {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
@@ -266,18 +282,73 @@ def test_export_of_a_checkpoint_writes_what_save_adapter_writes(row: Row, tmp_pa
         assert files(tmp_path / "loaded") == expected
 
 
-@pytest.mark.parametrize("row", [MODELS["digits"], MODELS["pre_classifier"], MODELS["tied"]], ids=["digits", "carried", "tied"])
-def test_an_adapter_that_waits_is_written_like_one_that_is_active(row: Row, tmp_path: Path) -> None:
-    save_adapter(_adapted(row, "a"), tmp_path / "saved", "a")
-    build, _, options = row
-    torch.manual_seed(0)
-    model = Lit(build()).eval()
-    inject(model, OFTConfig(oft_block_size=4, **options), "a")
-    train(model)
-    inject(model, OFTConfig(oft_block_size=8, **{**options, "modules_to_save": ["pre_classifier", *options.get("modules_to_save", [])]} if build is _distilbert else options), "b")
+@pytest.mark.parametrize("name", ["digits", "pre_classifier", "tied"])
+def test_an_adapter_that_waits_is_written_like_one_that_is_active(name: str, tmp_path: Path) -> None:
+    """Another one is active, which trains the same modules whole, and one that PEFT wants in the file of the first."""
+    row = MODELS[name]
+    model, options = _adapted(row, "a"), row[2]
+    save_adapter(model, tmp_path / "saved", "a")
+    heads = [*options.get("modules_to_save", []), *(["pre_classifier"] if name == "pre_classifier" else [])]
+    inject(model, OFTConfig(**{**options, "oft_block_size": 2, "modules_to_save": heads}), "b")
     set_adapter(model, "b")
     train(model, 2)
     save_adapter(model, tmp_path / "waiting", "a")
     assert files(tmp_path / "waiting") == files(tmp_path / "saved")
     exported = _export(checkpoint(model, tmp_path), tmp_path / "exported", "--adapter-name", "a")
     assert exported == files(tmp_path / "saved")
+
+
+def test_names_can_start_at_another_module(tmp_path: Path) -> None:
+    model = _adapted(MODELS["digits"])
+    exported = _export(checkpoint(model, tmp_path), tmp_path / "exported", "--root", "model")
+    save_adapter(model.get_submodule("model"), tmp_path / "saved")
+    assert exported[1] == files(tmp_path / "saved")[1]
+    assert set(read_adapter(tmp_path / "exported").layers) == {"0", "2"}
+    assert (
+        main(["export", "--checkpoint", str(tmp_path / "x.ckpt"), "--output", str(tmp_path / "no"), "--root", "modle"])
+        == 2
+    )
+
+
+# ---- files from before AdapterState --------------------------------------------------------------------------------------
+
+FIXTURES = Path(__file__).parent / "fixtures"
+_spec: Any = importlib.util.spec_from_file_location("old_files", FIXTURES / "write.py")
+old: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(old)
+
+
+@pytest.mark.parametrize("file", ["adapter", "checkpoint"])
+def test_files_of_earlier_versions_are_read(file: str, tmp_path: Path) -> None:
+    """Written by fixtures/write.py with the library of then."""
+    in_directory = file == "adapter"
+    state = read_adapter(FIXTURES / file, "default")
+    assert sorted(state.layers) == [
+        f"{'' if in_directory else 'net.'}{name}" for name in ("attention", "body.0", "body.1", "patch")
+    ]
+    model, x = old.Holder(), torch.ones(3, 2, 5, 5)
+    base = model.net(x)
+    put(model, state)
+    assert relative(model.net(x), base) > 1e-2
+    reference = old.Holder()
+    inject(reference, OFTConfig(**old.config(), use_cayley_neumann=not in_directory))
+    old.fill(reference, 0.1)
+    assert torch.equal(model.net(x), reference.net(x))
+    write_peft(state, tmp_path)
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "patch" not in str(raw["target_modules"])
+    assert raw["base_model_name_or_path"] == (None if in_directory else "some/base")
+    again = old.Holder()
+    put(again, read_adapter(tmp_path))
+    assert torch.equal(again.net(x), reference.net(x))
+
+
+def test_a_checkpoint_of_an_earlier_version_has_both_its_adapters() -> None:
+    checkpoint = read(FIXTURES / "checkpoint")
+    model = old.Holder()
+    put_adapters(model, checkpoint)
+    assert complete(model, checkpoint) == "adapter"
+    load_state(model, checkpoint["state_dict"], "x")
+    assert difference(take(model, "second"), read_adapter(FIXTURES / "checkpoint", "second")) != ["tensors"]
+    set_adapter(model, "second")
+    assert torch.equal(model.net.head[1].weight, old.Holder().net.head[1].weight)
