@@ -111,7 +111,7 @@ def read_states(checkpoint: Mapping[str, Any]) -> list[AdapterState]:
         states = [_read_state(name, content, tensors, entry.get("waiting", {}), base) for name, content in adapters]
         for state in states if tensors and not entry.get("merged") else ():
             if lacking := [n for n, one in state.layers.items() if one.generators.keys() != one.block_sizes.keys()]:
-                raise CheckpointError(f"lacks generators of {some(lacking)}, which its adapter {state.name!r} turns")
+                raise CheckpointError(f"lacks generators of {some(lacking)}, which adapter {state.name!r} turns; copy it again")
         return states
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
