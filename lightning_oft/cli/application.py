@@ -16,11 +16,14 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, instantiate_class
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from lightning_oft import data, tasks
 from lightning_oft.callback import OFTFinetuning
+from lightning_oft.callback.checkpoint_io import AtomicCheckpointIO
+from lightning_oft.callback.random_state import RandomState
 from lightning_oft.cli import COMMANDS, config_files
 from lightning_oft.cli.errors import UserError
 from lightning_oft.cli.parser import Formatter, Parser, squeezed
@@ -109,12 +112,11 @@ class Application(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Put OFT first: a weight-averaging callback copies the rotations, which OFT injects."""
-        # The one place where this program adds callbacks and plugins of its own to those of the configuration.
-        # Lightning takes one CheckpointIO: a plugin of that kind is for a configuration that has none.
-        first: dict[str, list[Any]] = {
-            "callbacks": [*callbacks],
-            "plugins": [],
-        }
+        given = config["plugins"] or []
+        kinds = [type(plugin) for plugin in (given if isinstance(given, list) else [given])]
+        # Lightning takes one CheckpointIO: ours is for a configuration that has none.
+        writers = [] if any(issubclass(kind, CheckpointIO) for kind in kinds) else [AtomicCheckpointIO()]
+        first: dict[str, list[Any]] = {"callbacks": [*callbacks, RandomState()], "plugins": writers}
         for key, ours in first.items():
             given = config[key] or []
             config[key] = [*ours, *(given if isinstance(given, list) else [given])]
