@@ -103,13 +103,15 @@ def read_states(checkpoint: Mapping[str, Any]) -> list[AdapterState]:
             raise CheckpointError("written by a newer lightning_oft; upgrade it to read this checkpoint")
         if not isinstance(entry.get("active", []), list):
             raise ValueError("its active adapters")
-        tensors = {strip_wrappers(name): value for name, value in checkpoint.get("state_dict", {}).items()}
+        merged = bool(entry.get("merged"))
+        state_dict = checkpoint.get("state_dict", {}).items()
+        tensors = {strip_wrappers(name): v for name, v in state_dict if not (merged and is_rotation_key(name))}
         # Checkpoints of earlier versions do not name the base; the shipped tasks keep it where they were given it.
         path = _hyper_parameters(checkpoint).get("pretrained")
         base = Base("", "", path if isinstance(path, str) else None)
         adapters = entry.get("adapters", {}).items()
         states = [_read_state(name, content, tensors, entry.get("waiting", {}), base) for name, content in adapters]
-        for state in states if tensors and not entry.get("merged") else ():
+        for state in states if tensors and not merged else ():
             if lacking := [n for n, one in state.layers.items() if one.generators.keys() != one.block_sizes.keys()]:
                 raise CheckpointError(f"lacks generators of {some(lacking)}, which adapter {state.name!r} turns; copy it again")
         return states
