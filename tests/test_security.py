@@ -137,7 +137,7 @@ def test_a_base_that_brings_code_is_refused_without_asking(
         arguments = ["merge", "--base", base, "--adapter", bench.adapter(), "--output", tmp_path / "out"]
     else:
         arguments = ["fit", "--config", bench.yaml({"model.init_args.pretrained": str(base)})]
-    with pytest.raises(Exit, match=r"could be loaded|cannot be loaded") as stopped:
+    with pytest.raises(Exit, match="load") as stopped:
         bench.command(*arguments)
     assert stopped.value.code == 2
 

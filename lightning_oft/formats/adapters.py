@@ -60,7 +60,9 @@ def read_adapters(path: str | Path, adapter_name: str | None = None) -> list[Ada
     found = next((known for known in FORMATS.values() if known.matches(place)), None)
     if found is None:
         what = "no such file or directory" if not place.exists() else "is of no known format"
-        raise AdapterFileError(f"{path}: {what}; give an adapter directory or a checkpoint (formats: {', '.join(FORMATS)})")
+        raise AdapterFileError(
+            f"{path}: {what}; give an adapter directory or a checkpoint (formats: {', '.join(FORMATS)})"
+        )
     return found.read(place, adapter_name)
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_oft.config import OFTConfig
+from lightning_oft.formats.errors import AdapterFileError, first_line, refusing
 from lightning_oft.formats.errors import CheckpointError as CheckpointError
-from lightning_oft.formats.errors import first_line, refusing
-from lightning_oft.formats.peft_tensors import IMPLIED_TYPES, strip_wrappers
+from lightning_oft.formats.peft_tensors import IMPLIED_TYPES, check_generator, strip_wrappers
 from lightning_oft.functional import generator_size
 from lightning_oft.model.adapter_state import AdapterState, Base, LayerRotations, copied, modules_trained_whole
 from lightning_oft.model.traversal import some
@@ -113,11 +113,13 @@ def read_states(checkpoint: Mapping[str, Any]) -> list[AdapterState]:
         states = [_read_state(name, content, tensors, entry.get("waiting", {}), base) for name, content in adapters]
         for state in states if tensors and not merged else ():
             if lacking := [n for n, one in state.layers.items() if one.generators.keys() != one.block_sizes.keys()]:
-                raise CheckpointError(f"lacks generators of {some(lacking)}, which adapter {state.name!r} turns; copy it again")
+                raise CheckpointError(
+                    f"lacks generators of {some(lacking)}, which adapter {state.name!r} turns; copy it again"
+                )
         return states
+    except AdapterFileError as error:
+        raise CheckpointError(str(error)) from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"its adapters are damaged ({first_line(error)}); copy it again") from None
 
 
@@ -151,11 +153,8 @@ def _read_state(
 
 
 def _generator(key: str, tensor: Tensor, block_size: int) -> Tensor:
-    """A generator, checked. An expanded tensor is large without memory; what copies it would not be."""
-    size = tensor.numel() * tensor.element_size()
-    is_matrix = tensor.is_floating_point() and tensor.dim() == 2 and size <= tensor.untyped_storage().nbytes()
-    if not is_matrix or tensor.shape[1] != generator_size(block_size):
+    """A generator, checked."""
+    check_generator(key, tensor)
+    if tensor.shape[1] != generator_size(block_size):
         raise ValueError(f"{key} holds no blocks of {block_size}")
-    if not bool(tensor.isfinite().all()):
-        raise CheckpointError(f"{key} is NaN or infinite; use an earlier checkpoint")
     return tensor

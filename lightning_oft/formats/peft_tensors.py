@@ -20,7 +20,6 @@ from lightning_oft.config import OFTConfig
 from lightning_oft.formats.errors import AdapterFileError, refusing
 from lightning_oft.layers.base import layer_type_named
 from lightning_oft.model.adapter_state import AdapterState
-from lightning_oft.model.traversal import some
 
 TENSOR_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -32,7 +31,6 @@ _PARTS = ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _ROTATION = re.compile(r"(?:(?P<layer>.+)\.)?(?P<kind>oft_R|oft_embedding_R)(?:\.(?P<inner>.+))?\.weight")
 _BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_FLOATING = ("F16", "BF16", "F32", "F64")
 _KEY_LIMIT = 4096
 """Characters of a tensor's name; matching one takes time quadratic in them."""
 
@@ -95,15 +93,26 @@ def read_tensors(file: Path, layer_types: Collection[str], config: OFTConfig) ->
         for key, (dtype, shape) in header.items():
             _check_tensor(key, dtype, shape, file.stat().st_size)
         keys = _parse(header, layer_types)
+        tensors = {meaning: opened.get_tensor(key).clone() for key, meaning in keys.items()}
         for key, meaning in keys.items():
             if meaning.layer_type is not None:
-                _check_generator(key, *header[key])
-        tensors = {meaning: opened.get_tensor(key).clone() for key, meaning in keys.items()}
-        tensors = {key: _ours(value, config) if key.layer_type else value for key, value in tensors.items()}
-        broken = [key.name for key, value in tensors.items() if key.layer_type and not bool(value.isfinite().all())]
-        if broken:
-            raise AdapterFileError(f"generators of {some(broken)} are NaN or infinite; train the adapter again")
+                check_generator(key, tensors[meaning])
+                tensors[meaning] = _ours(tensors[meaning], config)
     return tensors
+
+
+def check_generator(key: str, tensor: Tensor) -> None:
+    """Raise AdapterFileError where a tensor is no generator. An expanded one is large without memory; its copy is not."""
+    is_matrix = tensor.is_floating_point() and tensor.dim() == 2 and len(tensor) > 0
+    try:
+        functional.block_size_of(tensor.shape[1] if is_matrix else -1)
+    except ValueError:
+        is_matrix = False
+    if not is_matrix or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        what = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        raise AdapterFileError(f"{key} is {what}, no generators of shape (blocks, b(b-1)/2); train the adapter again")
+    if not bool(tensor.float().isfinite().all()):
+        raise AdapterFileError(f"{key} is NaN or infinite; use an earlier state of the adapter, or train it again")
 
 
 def _check_tensor(key: str, dtype: str, shape: tuple[int, ...], file_size: int) -> None:
@@ -116,16 +125,6 @@ def _check_tensor(key: str, dtype: str, shape: tuple[int, ...], file_size: int) 
         raise AdapterFileError(f"{key} declares a shape of {shape}, more than the file holds; copy it again")
     if ".oft_r." in f".{key}.":
         raise AdapterFileError("holds oft_r keys, so it was written by PEFT 0.15 or before; train it again")
-
-
-def _check_generator(key: str, dtype: str, shape: tuple[int, ...]) -> None:
-    if dtype not in _FLOATING:
-        raise AdapterFileError(f"{key} is of dtype {dtype}; generators are floating point, save it again")
-    try:
-        blocks, size = shape
-        functional.block_size_of(size if blocks else -1)
-    except ValueError:
-        raise AdapterFileError(f"{key} has shape {shape}, not (blocks, b(b-1)/2); train the adapter again") from None
 
 
 def _parse(keys: Collection[str], layer_types: Collection[str]) -> dict[str, Key]:

@@ -137,11 +137,11 @@ UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "beyond_float32": (
         _generator(torch.full((2, 6), 1e300, dtype=torch.float64)),
-        "generators of body are NaN or infinite",
+        "oft_R.weight is NaN or infinite",
     ),
-    "integers": (_generator(torch.ones(2, 6, dtype=torch.int64)), "of dtype I64; generators are floating point"),
-    "one_dimension": (_generator(torch.zeros(6)), r"has shape \(6,\), not \(blocks, b\(b-1\)/2\)"),
-    "no_blocks": (_generator(torch.zeros(0, 6)), r"has shape \(0, 6\), not \(blocks, b\(b-1\)/2\)"),
+    "integers": (_generator(torch.ones(2, 6, dtype=torch.int64)), r"is torch.int64 of shape \(2, 6\), no generators"),
+    "one_dimension": (_generator(torch.zeros(6)), r"of shape \(6,\), no generators of shape"),
+    "no_blocks": (_generator(torch.zeros(0, 6)), r"of shape \(0, 6\), no generators of shape"),
     "nothing_to_turn": (_generator(torch.zeros(8, 0)), "all its blocks are of size 1"),
 }
 UNFIT: dict[str, tuple[Callable[[Path], None], Callable[[], nn.Module], str]] = {
