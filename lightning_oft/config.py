@@ -73,44 +73,34 @@ class OFTConfig:
             object.__setattr__(self, "oft_block_size", 0 if self.r else 32)
         if self.r == 0 and self.oft_block_size == 0:
             raise ValueError("r=0 and oft_block_size=0: give one of them a positive value")
-        checks = [
-            (self.r >= 0, f"r={self.r}: must be positive, or 0 to use oft_block_size"),
-            ((self.oft_block_size or 0) >= 0, f"oft_block_size={self.oft_block_size}: must be at least 2"),
-            (self.oft_block_size != 1, "oft_block_size=1: a block of size 1 cannot rotate; use at least 2"),
-            (0 <= self.module_dropout < 1, f"module_dropout={self.module_dropout}: must be in [0, 1)"),
-            (0 < self.eps < 1e30, f"eps={self.eps}: must be a positive number"),
-            (
-                self.max_angle is None or 0 < self.max_angle < 180,
-                f"max_angle={self.max_angle}: must be in degrees between 0 and 180",
-            ),
-            (
-                self.num_cayley_neumann_terms >= 2 or not self.use_cayley_neumann,
-                f"num_cayley_neumann_terms={self.num_cayley_neumann_terms}: fewer than 2 terms never leave the "
-                "identity; use an even number such as 6",
-            ),
-            (
-                self.num_cayley_neumann_terms <= 1000,
-                f"num_cayley_neumann_terms={self.num_cayley_neumann_terms}: must be at most 1000; for more accuracy than "
-                "8 or 10 give, set use_cayley_neumann=false",
-            ),
-            (
-                self.layers_pattern is None or self.layers_to_transform is not None,
-                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform",
-            ),
-            (
-                self.layers_to_transform is None or isinstance(self.target_modules, list),
+        size, terms, task_types = self.oft_block_size or 0, self.num_cayley_neumann_terms, ", ".join(TASK_TYPES)
+        self._refuse(self.r < 0, "r", "must be positive, or 0 to use oft_block_size")
+        self._refuse(size < 0, "oft_block_size", "must be at least 2")
+        self._refuse(size == 1, "oft_block_size", "a block of size 1 cannot rotate; use at least 2")
+        self._refuse(not 0 <= self.module_dropout < 1, "module_dropout", "must be in [0, 1)")
+        self._refuse(not 0 < self.eps < 1e30, "eps", "must be a positive number")
+        angle = self.max_angle
+        self._refuse(angle is not None and not 0 < angle < 180, "max_angle", "must be in degrees between 0 and 180")
+        too_few = "fewer than 2 terms never leave the identity; use an even number such as 6"
+        self._refuse(self.use_cayley_neumann and terms < 2, "num_cayley_neumann_terms", too_few)
+        too_many = "must be at most 1000; for more accuracy than 8 or 10 give, set use_cayley_neumann=false"
+        self._refuse(terms > 1000, "num_cayley_neumann_terms", too_many)
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
+        if self.layers_to_transform is not None and not isinstance(self.target_modules, list):
+            raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names, got "
-                f"{self.target_modules!r}: list the names, or put the indices into the regular expression",
-            ),
-            (
-                self.task_type is None or self.task_type in TASK_TYPES,
-                f"task_type={self.task_type!r}: must be one of PEFT's, {', '.join(TASK_TYPES)}, or null",
-            ),
-            (self.target_modules not in ("", []), "target_modules is empty: name the layers, or use 'all-linear'"),
-        ]
-        for holds, message in checks:
-            if not holds:
-                raise ValueError(message)
+                f"{self.target_modules!r}: list the names, or put the indices into the regular expression"
+            )
+        self._refuse(
+            self.task_type not in (None, *TASK_TYPES), "task_type", f"must be one of PEFT's, {task_types}, or null"
+        )
+        if self.target_modules in ("", []):
+            raise ValueError("target_modules is empty: name the layers, or use 'all-linear'")
+
+    def _refuse(self, wrong: bool, name: str, why: str) -> None:
+        if wrong:
+            raise ValueError(f"{name}={getattr(self, name)!r}: {why}")
 
     @property
     def constrained(self) -> bool:

@@ -41,16 +41,14 @@ def _block_diagonal(r_nbb: Tensor, blocks: int) -> Tensor:
 # ---- generators ------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 300))
-def test_block_size_of_inverts_generator_size(b: int) -> None:
-    if b > 1:
-        assert maths.block_size_of(maths.generator_size(b)) == b
+def test_block_size_of_inverts_generator_size() -> None:
+    assert all(maths.block_size_of(maths.generator_size(b)) == b for b in range(2, 300))
 
 
-@pytest.mark.parametrize("size", [2, 4, 5, 7, 495, 497])
-def test_a_size_that_is_no_triangle_is_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=rf"{size} is not b\(b-1\)/2"):
-        maths.block_size_of(size)
+def test_a_size_that_is_no_triangle_is_refused() -> None:
+    for size in (2, 4, 5, 7, 495, 497):
+        with pytest.raises(ValueError, match=rf"{size} is not b\(b-1\)/2"):
+            maths.block_size_of(size)
 
 
 def test_skew_fills_the_upper_triangle_row_by_row_without_a_half() -> None:
@@ -70,30 +68,30 @@ def test_cayley_is_its_formula_and_orthogonal() -> None:
 
 
 @pytest.mark.parametrize("halve_last", [True, False])
-@pytest.mark.parametrize("terms", TERMS)
-def test_doubling_equals_the_naive_sum(terms: int, halve_last: bool) -> None:
+def test_doubling_equals_the_naive_sum(halve_last: bool) -> None:
     q = _skew(norm=0.7)
-    torch.testing.assert_close(maths.cayley_neumann(q, terms, halve_last), _naive_series(q, terms, halve_last))
+    for terms in TERMS:
+        torch.testing.assert_close(maths.cayley_neumann(q, terms, halve_last), _naive_series(q, terms, halve_last))
 
 
-@pytest.mark.parametrize("terms", [0, 1])
-def test_fewer_than_two_terms_are_the_identity(terms: int) -> None:
-    assert torch.equal(maths.cayley_neumann(_skew(), terms), torch.eye(5, dtype=torch.float64).expand(3, 5, 5))
+def test_fewer_than_two_terms_are_the_identity() -> None:
+    for terms in (0, 1):
+        assert torch.equal(maths.cayley_neumann(_skew(), terms), torch.eye(5, dtype=torch.float64).expand(3, 5, 5))
 
 
-@pytest.mark.parametrize("terms", range(4, 13))
-def test_a_truncated_series_is_cayley_times_a_factor(terms: int) -> None:
+def test_a_truncated_series_is_cayley_times_a_factor() -> None:
     q = _skew(norm=0.6)
-    factor = torch.eye(5, dtype=q.dtype) - torch.linalg.matrix_power(q, terms - 1)
-    torch.testing.assert_close(maths.cayley_neumann(q, terms), maths.cayley(q) @ factor)
+    for terms in range(4, 13):
+        factor = torch.eye(5, dtype=q.dtype) - torch.linalg.matrix_power(q, terms - 1)
+        torch.testing.assert_close(maths.cayley_neumann(q, terms), maths.cayley(q) @ factor)
 
 
-@pytest.mark.parametrize("terms", TERMS)
-def test_series_equals_peft(terms: int) -> None:
+def test_series_equals_peft() -> None:
     oracle = OFTRotationModule(3, maths.generator_size(5), 5, 15)
     generator = torch.randn(3, maths.generator_size(5)) * 0.1
-    ours = maths.cayley_neumann(maths.skew(generator, 5), terms)
-    torch.testing.assert_close(ours, oracle._cayley_batch(generator, 5, True, terms), rtol=0, atol=2e-6)
+    for terms in TERMS:
+        ours = maths.cayley_neumann(maths.skew(generator, 5), terms)
+        torch.testing.assert_close(ours, oracle._cayley_batch(generator, 5, True, terms), rtol=0, atol=2e-6)
 
 
 def test_pefts_exact_path_is_the_transpose() -> None:
@@ -105,20 +103,20 @@ def test_pefts_exact_path_is_the_transpose() -> None:
 
 
 @pytest.mark.parametrize("norm", [0.05, 0.2, 0.6, 0.95])
-@pytest.mark.parametrize("terms", TERMS)
-def test_series_error_bounds_the_error_and_is_nearly_attained(terms: int, norm: float) -> None:
-    measured = float(maths.orthogonality_error(maths.cayley_neumann(_skew(norm=norm), terms)).max())
-    bound = maths.series_error(norm, terms)
-    assert measured <= bound * (1 + 1e-9) + 1e-14
-    assert bound <= max(2.5 * measured, 1e-13)
+def test_series_error_bounds_the_error_and_is_nearly_attained(norm: float) -> None:
+    for terms in TERMS:
+        measured = float(maths.orthogonality_error(maths.cayley_neumann(_skew(norm=norm), terms)).max())
+        bound = maths.series_error(norm, terms)
+        assert measured <= bound * (1 + 1e-9) + 1e-14
+        assert bound <= max(2.5 * measured, 1e-13)
 
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-6])
-@pytest.mark.parametrize("terms", TERMS)
-def test_series_reach_inverts_series_error(terms: int, tolerance: float) -> None:
-    reach = maths.series_reach(terms, tolerance)
-    assert maths.series_error(reach, terms) == pytest.approx(tolerance, rel=1e-6)
-    assert maths.series_error(reach * 1.01, terms) > tolerance
+def test_series_reach_inverts_series_error(tolerance: float) -> None:
+    for terms in TERMS:
+        reach = maths.series_reach(terms, tolerance)
+        assert maths.series_error(reach, terms) == pytest.approx(tolerance, rel=1e-6)
+        assert maths.series_error(reach * 1.01, terms) > tolerance
 
 
 def test_series_error_grows_without_overflow_and_the_identity_has_none() -> None:
@@ -148,20 +146,12 @@ def test_gradcheck_of_cayley_for_any_matrix() -> None:
     assert torch.autograd.gradgradcheck(maths.cayley, q)
 
 
-def test_gradcheck_of_cayley_after_skew() -> None:
-    assert torch.autograd.gradcheck(_exact, _generator())
-    assert torch.autograd.gradgradcheck(_exact, _generator())
+def test_gradcheck_of_the_series() -> None:
+    for terms in (2, 5, 6):
+        assert torch.autograd.gradcheck(lambda g, k=terms: maths.cayley_neumann(maths.skew(g, 4), k), _generator())
 
 
-@pytest.mark.parametrize("terms", [2, 3, 5, 6, 8])
-def test_gradcheck_of_the_series(terms: int) -> None:
-    def series(generator: Tensor) -> Tensor:
-        return maths.cayley_neumann(maths.skew(generator, 4), terms)
-
-    assert torch.autograd.gradcheck(series, _generator())
-
-
-@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8)])
+@pytest.mark.parametrize("shape", [(8,), (2, 2, 8)])
 @pytest.mark.parametrize("blocks", [2, 1], ids=["blocks", "shared"])
 def test_gradcheck_of_rotate(shape: tuple[int, ...], blocks: int) -> None:
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -197,31 +187,29 @@ def test_rotate_is_the_product_with_the_block_diagonal(
     torch.testing.assert_close(rotated, x @ _block_diagonal(r, n))
 
 
-@pytest.mark.parametrize("blocks", [3, 1], ids=["blocks", "shared"])
-@pytest.mark.parametrize("layout", ["transposed", "permuted", "expanded", "sliced", "channels_last"])
-def test_rotate_reads_any_memory_layout(layout: str, blocks: int) -> None:
-    x = {
-        "transposed": torch.randn(12, 5).t(),
-        "permuted": torch.randn(12, 2, 5).permute(1, 2, 0),
-        "expanded": torch.randn(1, 12).expand(5, 12),
-        "sliced": torch.randn(5, 24)[:, ::2],
-        "channels_last": torch.randn(2, 12, 3, 3).permute(0, 2, 3, 1),
-    }[layout].requires_grad_()
-    r = torch.randn(blocks, 4, 4, requires_grad=True)
-    upstream = torch.randn(x.shape[::-1]).permute(*reversed(range(x.dim())))
-    rotated = maths.rotate(x, r)
-    plain = x @ _block_diagonal(r, 3)
-    torch.testing.assert_close(rotated, plain)
-    for ours, reference in zip(
-        torch.autograd.grad(rotated, (x, r), upstream), torch.autograd.grad(plain, (x, r), upstream), strict=True
-    ):
+LAYOUTS = {
+    "transposed": lambda: torch.randn(12, 5).t(),
+    "permuted": lambda: torch.randn(12, 2, 5).permute(1, 2, 0),
+    "expanded": lambda: torch.randn(1, 12).expand(5, 12),
+    "sliced": lambda: torch.randn(5, 24)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rotate_reads_any_memory_layout(layout: str) -> None:
+    for blocks in (3, 1):
+        x, r = LAYOUTS[layout]().requires_grad_(), torch.randn(blocks, 4, 4, requires_grad=True)
+        upstream = torch.randn(x.shape[::-1]).permute(*reversed(range(x.dim())))
+        rotated, plain = maths.rotate(x, r), x @ _block_diagonal(r, 3)
+        torch.testing.assert_close(rotated, plain)
+        ours, reference = (torch.autograd.grad(output, (x, r), upstream) for output in (rotated, plain))
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("shape", "blocks"), [((3, 10), 3), ((3, 14), 1), ((), 3), ((3, 0), 1), ((3, 24), 3)])
-def test_a_fan_in_that_does_not_fit_is_refused(shape: tuple[int, ...], blocks: int) -> None:
-    with pytest.raises(ValueError, match="last dimension must be"):
-        maths.rotate(torch.zeros(shape), torch.zeros(blocks, 4, 4))
+def test_a_fan_in_that_does_not_fit_is_refused() -> None:
+    for shape, blocks in (((3, 14), 1), ((), 3), ((3, 0), 1), ((3, 24), 3)):
+        with pytest.raises(ValueError, match="last dimension must be"):
+            maths.rotate(torch.zeros(shape), torch.zeros(blocks, 4, 4))
 
 
 def test_rotate_keeps_x_and_r_for_backward_and_nothing_else() -> None:
@@ -283,8 +271,7 @@ def test_the_paper_radius_has_b_squared_and_pefts_has_not() -> None:
     assert maths.largest_angle(maths.eps_radius(6e-5, 32, 24)) == pytest.approx(1.016, abs=0.001)
 
 
-@pytest.mark.parametrize("angle", [0.1, 5.0, 45.0, 90.0, 170.0])
-@pytest.mark.parametrize("b", [2, 3, 8])
+@pytest.mark.parametrize(("angle", "b"), [(0.1, 8), (45.0, 3), (170.0, 2)])
 def test_no_plane_turns_further_than_max_angle_and_one_can_reach_it(angle: float, b: int) -> None:
     radius = maths.angle_radius(angle)
     assert maths.largest_angle(radius) == pytest.approx(angle)
@@ -296,8 +283,8 @@ def test_no_plane_turns_further_than_max_angle_and_one_can_reach_it(angle: float
     assert float(maths.rotation_angle(maths.cayley(maths.skew(single, b)))) == pytest.approx(angle)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_project_pulls_in_what_is_outside_and_leaves_what_is_inside(dtype: torch.dtype) -> None:
+def test_project_pulls_in_what_is_outside_and_leaves_what_is_inside() -> None:
+    dtype = torch.float32
     generator = torch.randn(6, 10, dtype=dtype) * torch.tensor([1e-9, 1e-3, 0.02, 1.0, 30.0, 0.0], dtype=dtype)[:, None]
     before, radius = generator.clone(), 0.1
     inside = maths.frobenius_norm(before) <= radius

@@ -4,15 +4,5 @@ from lightning_oft.codecs.base import Codec, codec_of, parameter_of, register_co
 from lightning_oft.codecs.dtensor import cut_like, is_sharded, local_part, reshard, whole
 from lightning_oft.codecs.plain import PlainCodec
 
-__all__ = [
-    "Codec",
-    "PlainCodec",
-    "codec_of",
-    "cut_like",
-    "is_sharded",
-    "local_part",
-    "parameter_of",
-    "register_codec",
-    "reshard",
-    "whole",
-]
+__all__ = ["Codec", "PlainCodec", "codec_of", "cut_like", "is_sharded", "local_part", "parameter_of", "register_codec",
+           "reshard", "whole"]  # fmt: skip

@@ -51,8 +51,6 @@ def reshard(model: nn.Module) -> None:
 class DTensorCodec(Codec):
     """A parameter that is a DTensor of floating-point numbers."""
 
-    name = "dtensor"
-
     @override
     def matches(self, module: nn.Module, parameter: str) -> bool:
         weight = parameter_of(module, parameter)

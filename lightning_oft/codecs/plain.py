@@ -13,8 +13,6 @@ from lightning_oft.codecs.base import Codec, parameter_of, register_codec
 class PlainCodec(Codec):
     """A floating-point nn.Parameter, also as the view of an FSDP1 unit's flat parameter."""
 
-    name = "plain"
-
     @override
     def matches(self, module: nn.Module, parameter: str) -> bool:
         weight = parameter_of(module, parameter)

@@ -32,16 +32,13 @@ class _RotatedAttention(SwappedClass):
 
 
 def _as_trainable(layer: nn.Module, parameter: str, weight: Tensor) -> Tensor:
-    """Where no gradient is recorded, the weight as the base had it before it was frozen.
-
-    torch folds a batched product or not by `requires_grad` of its operands, also without recording: the same numbers
-    come out rounded otherwise, and the identity at injection would be exact to 1e-7 only.
-    """
-    if torch.is_grad_enabled() or weight.requires_grad:
-        return weight
+    """Where no gradient is recorded, the weight as the base had it before it was frozen: torch folds a batched product
+    or not by `requires_grad` of its operands, and the identity at injection would be exact to 1e-7 only."""
     owner, _, key = parameter.rpartition(".")
     record = record_of(layer.get_submodule(owner))
-    return weight.detach().requires_grad_() if record is not None and key in record.frozen else weight
+    if torch.is_grad_enabled() or weight.requires_grad or record is None or key not in record.frozen:
+        return weight
+    return weight.detach().requires_grad_()
 
 
 def _view(module: nn.Module, cls: type[nn.Module], parameters: dict[str, Tensor]) -> nn.Module:

@@ -6,34 +6,32 @@ Shapes: o fan-out, i fan-in; every weight is folded as a matrix (rows, fan) whos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from lightning_oft import functional
 from lightning_oft.layers.class_swap import restore_class
 
-_LazyModule = nn.modules.lazy.LazyModuleMixin
-
 
 class RotatedWeight(NamedTuple):
-    """One weight of a layer that a rotation turns.
-
-    Attributes:
-        parameter: name of the parameter, `weight` or `out_proj.weight`.
-        fan: size of the dimension that is rotated.
-        side: whether the layer's input is rotated, W' = W . blockdiag(R)^T, or its output, W' = blockdiag(R)^T . W.
-    """
+    """One weight of a layer that a rotation turns: by its input, W' = W . blockdiag(R)^T, or by its output,
+    W' = blockdiag(R)^T . W."""
 
     parameter: str
+    """Name of the parameter, `weight` or `out_proj.weight`."""
     fan: int
+    """Size of the dimension that is rotated."""
     side: Literal["input", "output"] = "input"
 
 
-class LayerType:
+class LayerType(ABC):
     """A kind of arithmetic: which weights are rotated, how the forward rotates and how a weight folds.
 
     A subclass needs `name`, `rotated_weights` and `attach`; the rest has defaults that fit weights stored as (o, ...).
@@ -47,25 +45,21 @@ class LayerType:
     peft_key = "oft_R"
     """Under which PEFT's files have the generators of such a layer."""
 
+    @abstractmethod
     def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
         """The rotated weights by part name; one nameless part where a layer has a single rotation."""
-        raise AssertionError(f"{type(self).__name__} must name its rotated weights")
 
+    @abstractmethod
     def attach(self, layer: nn.Module) -> None:
         """Make the layer's forward rotate; once, however often it is called."""
-        raise AssertionError(f"{type(self).__name__} must attach its rotations")
 
     def detach(self, layer: nn.Module) -> None:
         """Give the layer its own forward back."""
         restore_class(layer)
 
-    def accepts(self, module: nn.Module) -> bool:
-        """Whether a module of a registered class, or one that resembles it, computes this arithmetic."""
-        return True
-
-    def resembles(self, module: nn.Module) -> bool:
-        """Whether a module of a class that nobody registered looks like this arithmetic."""
-        return False
+    def matches(self, module: nn.Module, is_registered: bool) -> bool:
+        """Whether a module computes this arithmetic: one of a registered class, or one that only resembles it."""
+        return is_registered
 
     def is_known_to_peft(self, layer: nn.Module) -> bool:
         """Whether PEFT computes the same with the generators of this layer."""
@@ -81,82 +75,83 @@ class LayerType:
 
     def fold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: Sequence[Tensor]) -> Tensor:
         """The weight that does alone what it did with the rotations. Any floating dtype, computed in float32."""
-        matrix = self.to_matrix(layer, weight).to(torch.promote_types(weight.dtype, torch.float32))
-        for rotation in _factors(part, rotations):
-            matrix = functional.rotate_weight(matrix, rotation.to(matrix.dtype))
-        return self.from_matrix(layer, matrix.to(weight.dtype), weight)
+        return self._turned(layer, weight, functional.rotate_weight, _factors(part, rotations))
 
     def unfold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: Sequence[Tensor]) -> Tensor:
         """The inverse of fold, by solving."""
+        return self._turned(layer, weight, functional.unrotate_weight, reversed(_factors(part, rotations)))
+
+    def _turned(self, layer: nn.Module, weight: Tensor, turn: Callable[..., Tensor], by: Iterable[Tensor]) -> Tensor:
         matrix = self.to_matrix(layer, weight).to(torch.promote_types(weight.dtype, torch.float32))
-        for rotation in reversed(_factors(part, rotations)):
-            matrix = functional.unrotate_weight(matrix, rotation)
+        for rotation in by:
+            matrix = turn(matrix, rotation.to(matrix.dtype))
         return self.from_matrix(layer, matrix.to(weight.dtype), weight)
 
 
 def _factors(part: RotatedWeight, rotations: Sequence[Tensor]) -> list[Tensor]:
     """Rotations in the order and orientation in which `rotate_weight` applies them: y = base(x . Ra . Rb)."""
-    if part.side == "output":
-        return [rotation.mT for rotation in rotations]
-    return list(reversed(rotations))
+    return [rotation.mT for rotation in rotations] if part.side == "output" else list(reversed(rotations))
 
 
-_registered: dict[type, LayerType] = {}
-_named: dict[str, LayerType] = {}
+_registered: OrderedDict[int, tuple[type | None, LayerType]] = OrderedDict()
+"""Module classes and their types; without a class, a type that finds its modules by what they resemble."""
 
 
-def register_layer_type(module_class: type[nn.Module], like: type[nn.Module] | LayerType = nn.Linear) -> None:
+def register_layer_type(
+    module_class: type[nn.Module] | None, like: type[nn.Module] | LayerType = nn.Linear
+) -> RemovableHandle:
     """Say how modules of a class, and of its subclasses, are rotated.
 
     Args:
-        module_class: the class to adapt.
+        module_class: the class to adapt; None for a LayerType that knows its modules by what they resemble.
         like: a class that computes the same arithmetic from its parameters (`nn.Linear` for x @ W.T + b), or a
             LayerType of one's own.
+
+    Returns:
+        A handle whose `remove()` undoes it.
 
     Raises:
         TypeError: `module_class` is no module class.
         ValueError: `like` is a class that cannot be adapted itself.
     """
-    if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
+    is_class = isinstance(module_class, type) and issubclass(module_class, nn.Module)
+    if not is_class and not (module_class is None and isinstance(like, LayerType)):
         raise TypeError(f"register_layer_type({module_class!r}): takes a subclass of nn.Module")
-    layer_type = like if isinstance(like, LayerType) else _of_class(like)
+    layer_type = like if isinstance(like, LayerType) else _type_of_class(like)
     if layer_type is None:
-        raise ValueError(
-            f"register_layer_type({module_class.__name__}, like={like!r}): `like` itself cannot be adapted"
-        )
-    _registered[module_class] = layer_type
-    declare_layer_type(layer_type)
+        raise ValueError(f"register_layer_type({module_class!r}, like={like!r}): `like` itself cannot be adapted")
+    handle = RemovableHandle(_registered)
+    _registered[handle.id] = (module_class, layer_type)
+    return handle
 
 
-def declare_layer_type(layer_type: LayerType) -> None:
-    """Make a type known by its name, and by what resembles it, where there is no class to register."""
-    _named.setdefault(layer_type.name, layer_type)
-
-
-def _of_class(module_class: Any) -> LayerType | None:
+def _type_of_class(module_class: Any) -> LayerType | None:
     """The type registered for a class or for the nearest class that it derives from."""
-    return next((_registered[cls] for cls in getattr(module_class, "__mro__", ()) if cls in _registered), None)
+    known = dict(_registered.values())
+    return next((known[cls] for cls in getattr(module_class, "__mro__", ()) if cls in known), None)
 
 
 def layer_type_of(module: nn.Module) -> LayerType | None:
     """The arithmetic of a module; None where it is not known."""
-    found = _of_class(type(module)) or next((one for one in _named.values() if one.resembles(module)), None)
-    return found if found is not None and found.accepts(module) else None
+    found = _type_of_class(type(module))
+    if found is not None:
+        return found if found.matches(module, True) else None
+    return next((one for _, one in _registered.values() if one.matches(module, False)), None)
+
+
+def layer_types() -> dict[str, LayerType]:
+    """The registered types by name, as files have it."""
+    return {layer_type.name: layer_type for _, layer_type in _registered.values()}
 
 
 def layer_type_named(name: str) -> LayerType | None:
-    """The registered type of this name, as files have it."""
-    return _named.get(name)
-
-
-def layer_type_names() -> list[str]:
-    """The names of all registered types, for messages."""
-    return list(_named)
+    """The registered type of this name."""
+    return layer_types().get(name)
 
 
 def refusal(module: nn.Module) -> str | None:
     """Why a module of a known type cannot be adapted as it stands, with the remedy; None where it can."""
-    if isinstance(module, _LazyModule) and module.has_uninitialized_params():
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "its shape is not known yet: run one batch through the model first to materialise it"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"

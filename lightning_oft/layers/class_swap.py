@@ -23,13 +23,8 @@ class SwappedClass:
 
 @functools.cache
 def _subclass(mixin: type, base: type) -> type[nn.Module]:
-    names = {
-        "_oft_base": base,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }
-    return type(base.__name__, (mixin, base), names)
+    names = {key: getattr(base, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(base.__name__, (mixin, base), {"_oft_base": base, **names})
 
 
 def _rebuild(mixin: type, base: type[nn.Module]) -> nn.Module:

@@ -7,28 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_oft.layers.base import (
-    LayerType,
-    RotatedWeight,
-    add_hook,
-    declare_layer_type,
-    drop_hook,
-    register_layer_type,
-)
+from lightning_oft.layers.base import LayerType, RotatedWeight, add_hook, drop_hook, register_layer_type
 from lightning_oft.layers.state import applied_rotations
 
 _INPUT_NAMES = ("input", "x", "hidden_states")
-_KNOWN_TO_PEFT = (
-    "bitsandbytes",
-    "hqq",
-    "torchao",
-    "aqlm",
-    "awq",
-    "gptqmodel",
-    "auto_gptq",
-    "eetq",
-    "neural_compressor",
-)
+_KNOWN_TO_PEFT = ("bitsandbytes", "hqq", "torchao", "aqlm", "awq", "gptqmodel", "auto_gptq", "eetq",
+                  "neural_compressor")  # fmt: skip
 """Packages whose linear layers PEFT adapts without their being an nn.Linear."""
 
 
@@ -64,16 +48,15 @@ class LinearLike(LayerType):
         drop_hook(layer, _rotate_input)
 
     @override
-    def accepts(self, module: nn.Module) -> bool:
-        """A block may be named and sized like a linear layer without being one: then it has layers of its own."""
+    def matches(self, module: nn.Module, is_registered: bool) -> bool:
+        """Quantized layers of many packages are no nn.Linear and have its sizes. A block may have them too without
+        being one: then it has layers of its own."""
+        sizes = (getattr(module, size, None) for size in ("in_features", "out_features"))
+        if not is_registered and not all(isinstance(size, int) for size in sizes):
+            return False
         own = ("oft_R", "parametrizations")
         children = [child for name, child in module._modules.items() if child is not None and name not in own]
         return all(next(child.parameters(), None) is None for child in children)
-
-    @override
-    def resembles(self, module: nn.Module) -> bool:
-        """Quantized layers of many packages are no nn.Linear and have its sizes."""
-        return all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:
@@ -87,9 +70,11 @@ class TransposedLinear(LinearLike):
     row_dim = 1
 
     @override
-    def resembles(self, module: nn.Module) -> bool:
+    def matches(self, module: nn.Module, is_registered: bool) -> bool:
         """Known by name, so that nobody who has no transformers model pays for its import."""
-        return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")
+        return is_registered or (
+            any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")
+        )
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:
@@ -141,4 +126,4 @@ class Embedding(LayerType):
 LINEAR, CONV1D, EMBEDDING = LinearLike(), TransposedLinear(), Embedding()
 register_layer_type(nn.Linear, LINEAR)
 register_layer_type(nn.Embedding, EMBEDDING)
-declare_layer_type(CONV1D)
+register_layer_type(None, CONV1D)

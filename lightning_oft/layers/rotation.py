@@ -29,21 +29,17 @@ class _Cached(NamedTuple):
     rotation: Tensor
 
 
-class _Steps:
-    """Counts optimizer steps of the process: fused optimizers change parameters without a new `_version`."""
+@functools.cache
+def _steps() -> list[int]:
+    """[optimizer steps of this process], counted from the first call on: fused ones change parameters without a new
+    `_version`."""
+    steps = [0]
 
-    count = 0
-    watching = False
+    def count(*_: Any) -> None:
+        steps[0] += 1
 
-    @classmethod
-    def watch(cls) -> None:
-        if not cls.watching:
-            cls.watching = True
-            register_optimizer_step_post_hook(cls._stepped)
-
-    @classmethod
-    def _stepped(cls, *_: Any) -> None:
-        cls.count += 1
+    register_optimizer_step_post_hook(count)
+    return steps
 
 
 @contextlib.contextmanager
@@ -66,20 +62,13 @@ class Rotation(nn.Module):
     """A learned block-diagonal rotation of a fan-in; the identity until it is trained.
 
     `weight` holds the generators, (n, b(b-1)/2) float32 whatever the precision of the model, or (1, b(b-1)/2) where
-    one block is shared. Calling the module rotates the last dimension of its input.
-
-    Args:
-        fan_in: size of the dimension that is rotated, a multiple of `block_size`.
-        block_size: size b of a block, at least 2.
-        config: the adapter's configuration.
-        device: where the generators live.
+    one block is shared. Calling the module rotates the last dimension of its input, `fan_in`, a multiple of
+    `block_size`, which is at least 2.
     """
 
     weight: nn.Parameter
 
-    def __init__(
-        self, fan_in: int, block_size: int, config: OFTConfig, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, fan_in: int, block_size: int, config: OFTConfig, device: Any = None) -> None:
         super().__init__()
         self.fan_in = fan_in
         self.block_size = block_size
@@ -88,9 +77,8 @@ class Rotation(nn.Module):
         self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
         self.halve_last = config.neumann_series == "halved"
         self.identity_init = config.init_weights
-        stored = 1 if config.block_share else self.blocks
-        self.radius = _radius(config, block_size, stored)
-        shape = (stored, functional.generator_size(block_size))
+        shape = (1 if config.block_share else self.blocks, functional.generator_size(block_size))
+        self.radius = _radius(config, block_size, shape[0])
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
         self._cache: _Cached | None = None
         self.reset_parameters()
@@ -125,16 +113,14 @@ class Rotation(nn.Module):
     def forward(self, x: Tensor, transpose: bool = False) -> Tensor:
         """x . blockdiag(R), or with R^T where `transpose`. (..., n*b) -> (..., n*b), dtype and device of x; a DTensor
         stays spread as it is."""
-        if hasattr(x, "to_local"):
-            return tensor_parallel.rotate(
-                x, self.fan_in, self.block_size, lambda local, cut: self.rotate(local, transpose, cut)
-            )
-        return self.rotate(x, transpose)
 
-    def rotate(self, x: Tensor, transpose: bool = False, cut: Cut | None = None) -> Tensor:
-        """The same of what this process holds of x."""
-        r_nbb = self._matrix_in(x.dtype, cut)
-        return functional.rotate(x, r_nbb.mT if transpose else r_nbb)
+        def rotated(local: Tensor, cut: Cut | None = None) -> Tensor:
+            r_nbb = self._matrix_in(x.dtype, cut)
+            return functional.rotate(local, r_nbb.mT if transpose else r_nbb)
+
+        if hasattr(x, "to_local"):
+            return tensor_parallel.rotate(x, self.fan_in, self.block_size, rotated)
+        return rotated(x)
 
     def _matrix_in(self, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
@@ -159,17 +145,12 @@ class Rotation(nn.Module):
         compares = _is_on_host(weight)
         key: tuple[Any, ...] = (dtype, weight.device)
         if not compares:
-            _Steps.watch()
             version = 0 if weight.is_inference() else weight._version
-            key = (*key, id(self.weight), weight.data_ptr(), version, _Steps.count)
+            key = (*key, id(self.weight), weight.data_ptr(), version, *_steps())
         cache = self._cache
-        if (
-            cache is not None
-            and cache.key == key
-            # A tensor made in inference mode cannot be used where gradients are recorded later.
-            and (torch.is_inference_mode_enabled() or not cache.rotation.is_inference())
-            and (cache.generator is None or torch.equal(cache.generator, weight))
-        ):
+        # A tensor made in inference mode cannot be used where gradients are recorded later.
+        usable = cache and (torch.is_inference_mode_enabled() or not cache.rotation.is_inference())
+        if cache and usable and cache.key == key and (cache.generator is None or torch.equal(cache.generator, weight)):
             return cache.rotation
         rotation = self.matrix().to(dtype)
         self._cache = _Cached(key, weight.clone() if compares else None, rotation)
@@ -201,8 +182,7 @@ class Rotation(nn.Module):
         """Pull every block back into the constraint's ball, in place; nothing where there is none."""
         if self.radius is None:
             return
-        weight = self.weight.detach()
-        weight = weight.to_local() if hasattr(weight, "to_local") else weight  # blocks are rows: each shard has its own
+        weight = _local(self.weight)  # blocks are rows: each shard has its own
         if weight.numel():
             functional.project(weight, self.radius)
 
@@ -210,23 +190,26 @@ class Rotation(nn.Module):
         """Upper bound of ||R^T R - I||_2 over the blocks; 0 for the exact Cayley map. Waits for the device."""
         if self.terms is None or self.weight.numel() == 0:
             return 0.0
-        weight = self.weight.detach()
-        if hasattr(weight, "to_local"):
-            weight = weight.to_local()
+        if not self.halve_last:
+            with torch.no_grad():
+                return float(functional.orthogonality_error(self.matrix()).max())
+        weight = _local(self.weight)
         norm = float(functional.frobenius_norm(weight).max()) / 2**0.5 if weight.numel() else 0.0
-        if self.halve_last:
-            if functional.series_error(norm, self.terms) <= functional.SERIES_TOLERANCE:
-                return functional.series_error(norm, self.terms)
+        if functional.series_error(norm, self.terms) > functional.SERIES_TOLERANCE:  # the exact norm costs more
             norm = float(torch.linalg.matrix_norm(functional.skew(weight, self.block_size), 2).max())
-            return functional.series_error(norm, self.terms)
-        with torch.no_grad():
-            return float(functional.orthogonality_error(self.matrix()).max())
+        return functional.series_error(norm, self.terms)
 
     @override
     def extra_repr(self) -> str:
         series = "exact" if self.terms is None else f"{self.terms} terms"
         shared = ", shared" if self.weight.shape[0] < self.blocks else ""
         return f"{self.fan_in}, {self.blocks} blocks of {self.block_size}, {series}{shared}"
+
+
+def _local(weight: Tensor) -> Tensor:
+    """What this process holds of a parameter, sharing its memory."""
+    weight = weight.detach()
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def _is_on_host(tensor: Tensor) -> bool:

@@ -17,15 +17,14 @@ _ATTRIBUTE = "_oft"
 
 @dataclass
 class LayerState:
-    """The adapters of one layer.
+    """The adapters of one layer. `oft_R` of the layer maps their names to rotations.
 
-    `oft_R` of the layer maps adapter names to rotations; `active` are those applied, in order. A merged layer keeps
-    its rotations out of the module tree, and in `base` the weights to return to, by parameter name.
+    A merged layer keeps its rotations out of the module tree, and in `base` the weights to return to, by parameter name.
     """
 
     layer_type: LayerType
     configs: dict[str, OFTConfig] = field(default_factory=dict)
-    active: list[str] = field(default_factory=list)
+    active: list[str] = field(default_factory=list)  # those that are applied, in order
     enabled: bool = True
     merged: tuple[str, ...] | None = None
     base: dict[str, Any] = field(default_factory=dict)
@@ -48,25 +47,15 @@ class Slot:
 
 @dataclass
 class Record:
-    """All that the library remembers of one module, adapted or not: the only attribute that it adds to a module.
-
-    Attributes:
-        layer: the adapters of an adapted layer.
-        slots: the module's own tensors that adapters train whole, by name.
-        frozen: its own parameters that were trainable before an adapter froze the base.
-        released: by parameter name, whether it trained when a merge made the model trainable again.
-        norm_mode: the training mode that was asked of a norm whose statistics are frozen.
-        nested_tensor: an nn.TransformerEncoder's own choice of packing padded batches.
-        tied: whether a merge untied the weights of this transformers model.
-    """
+    """All that the library remembers of one module, adapted or not: the only attribute that it adds to a module."""
 
     layer: LayerState | None = None
-    slots: dict[str, Slot] = field(default_factory=dict)
-    frozen: set[str] = field(default_factory=set)
-    released: dict[str, bool] = field(default_factory=dict)
-    norm_mode: bool | None = None
-    nested_tensor: bool | None = None
-    tied: bool = False
+    slots: dict[str, Slot] = field(default_factory=dict)  # the module's own tensors that adapters train whole
+    frozen: set[str] = field(default_factory=set)  # parameters that were trainable before an adapter froze the base
+    released: dict[str, bool] = field(default_factory=dict)  # what trained when a merge made the model trainable again
+    norm_mode: bool | None = None  # the mode that was asked of a norm whose statistics are frozen
+    nested_tensor: bool | None = None  # an nn.TransformerEncoder's own choice of packing padded batches
+    tied: bool = False  # whether a merge untied the weights of this transformers model
 
 
 def record_of(module: nn.Module) -> Record | None:

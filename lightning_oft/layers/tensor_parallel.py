@@ -47,16 +47,9 @@ class _SumGradients(torch.autograd.Function):
 
 
 def rotate(x: Any, fan_in: int, block_size: int, rotate_local: Callable[[Tensor, Cut], Tensor]) -> Tensor:
-    """The rotation of a DTensor, spread as it was; partial sums are added up first.
+    """The rotation of a DTensor, (..., n*b), spread as it was; `rotate_local` rotates what this process holds of it.
 
-    Args:
-        x: (..., n*b), a DTensor.
-        fan_in: n*b of the rotation.
-        block_size: b.
-        rotate_local: rotates what this process holds of x by the blocks of a cut.
-
-    Raises:
-        ValueError: the last dimension is cut inside a block.
+    Partial sums are added up first. Raises ValueError where the last dimension is cut inside a block.
     """
     from torch.distributed.tensor import DTensor, Replicate
 

@@ -8,20 +8,5 @@ from lightning_oft.model.merging import merge, unmerge
 from lightning_oft.model.placement import AdapterError
 from lightning_oft.model.traversal import oft_layers
 
-__all__ = [
-    "AdapterError",
-    "AdapterState",
-    "Base",
-    "LayerRotations",
-    "delete_adapter",
-    "disable_adapters",
-    "inject",
-    "merge",
-    "oft_layers",
-    "project",
-    "put",
-    "set_adapter",
-    "take",
-    "unload",
-    "unmerge",
-]
+__all__ = ["AdapterError", "AdapterState", "Base", "LayerRotations", "delete_adapter", "disable_adapters", "inject",
+           "merge", "oft_layers", "project", "put", "set_adapter", "take", "unload", "unmerge"]  # fmt: skip

@@ -10,18 +10,9 @@ import torch
 from torch import nn
 
 from lightning_oft.layers.state import every_rotation, rotations_of
-from lightning_oft.model import saved_modules
-from lightning_oft.model.freezing import sync_nested_tensors, sync_norm_modes
-from lightning_oft.model.traversal import (
-    Modules,
-    adapted,
-    own_parameters,
-    require_adapter,
-    require_enabled,
-    require_unmerged,
-    reset_compiled_code,
-    walk,
-)
+from lightning_oft.model import saved_modules, traversal
+from lightning_oft.model.freezing import freeze_norms, sync_nested_tensors
+from lightning_oft.model.traversal import Modules, adapted, walk
 
 
 def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[str] | None = None) -> None:
@@ -39,18 +30,25 @@ def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[
     modules = walk(model)
     chosen = [names] if isinstance(names, str) else list(names)
     training = chosen if trainable is None else [trainable] if isinstance(trainable, str) else list(trainable)
-    for name in (*chosen, *training):
-        require_adapter(modules, name)
-    if len(set(chosen)) < len(chosen):
-        raise ValueError(f"adapters {chosen}: each can be active once; name it once")
+    for name in training:
+        traversal.require_adapter(modules, name)
+    check_choice(modules, chosen)
     if not set(training) <= set(chosen):
         raise ValueError(f"trainable={training}: only active adapters train, and those are {chosen}; name one of them")
-    require_unmerged(modules, "choose adapters")
-    require_enabled(modules, "choose adapters")
-    clash = saved_modules.conflict(modules, chosen)
+    traversal.require_unmerged(modules, "choose adapters")
+    traversal.require_enabled(modules, "choose adapters")
+    activate(modules, chosen, training)
+
+
+def check_choice(modules: Modules, names: list[str]) -> None:
+    """Raise ValueError where these adapters cannot be active together."""
+    for name in names:
+        traversal.require_adapter(modules, name)
+    if len(set(names)) < len(names):
+        raise ValueError(f"adapters {names}: each can be active once; name it once")
+    clash = saved_modules.conflict(modules, names)
     if clash:
         raise ValueError(clash)
-    activate(modules, chosen, training)
 
 
 def activate(modules: Modules, chosen: list[str], training: list[str]) -> None:
@@ -63,25 +61,25 @@ def activate(modules: Modules, chosen: list[str], training: list[str]) -> None:
                 if name not in training:
                     rotation.weight.grad = None
     saved_modules.switch(modules, chosen, set(training))
-    sync_norm_modes(modules)
+    freeze_norms(modules)
 
 
 def remember_choice(modules: Modules) -> Callable[[], None]:
-    """A function that makes the choice of `set_adapter` again what it is now."""
-    active = [(state, state.active) for _, _, state in adapted(modules)]
-    live = [(tensor, slot, slot.live) for _, tensor, slot in saved_modules.saved_tensors(modules)]
+    """A function that makes the choice of adapters again what it is now, and whether they are enabled and train."""
+    chosen = [(state, state.active, state.enabled) for _, _, state in adapted(modules)]
+    saved = list(saved_modules.saved_tensors(modules))
+    live = [one.slot.live for one in saved]
     rotations = [rotation for _, layer, _ in adapted(modules) for rotation in every_rotation(layer)]
-    tensors = [*own_parameters(modules), *(rotation.weight for rotation in rotations)]
-    trainable = [(tensor, tensor.requires_grad) for tensor in tensors]
+    trains = [(tensor, tensor.requires_grad) for tensor in [*(r.weight for r in rotations), *(s.tensor for s in saved)]]
 
     def restore() -> None:
-        for state, names in active:
-            state.active = names
-        for tensor, slot, owner in live:
+        for state, active, enabled in chosen:
+            state.active, state.enabled = active, enabled
+        for (_, tensor, slot), owner in zip(saved, live, strict=True):
             saved_modules.exchange(tensor, slot, owner)
-        for tensor, trains in trainable:
-            tensor.requires_grad_(trains)
-        sync_norm_modes(modules)
+        for tensor, trained in trains:
+            tensor.requires_grad_(trained)
+        freeze_norms(modules)
 
     return restore
 
@@ -94,26 +92,28 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         RuntimeError: the model is merged, where the base is no longer at hand; call unmerge first.
     """
     modules = walk(model)
-    require_unmerged(modules, "disable adapters")
-    states = [state for _, _, state in adapted(modules)]
-    enabled = [state.enabled for state in states]
-    saved = [(tensor, slot, slot.live) for _, tensor, slot in saved_modules.saved_tensors(modules)]
+    traversal.require_unmerged(modules, "disable adapters")
     fused = _layers_of_fused_encoders(modules)
+    restore = remember_choice(modules)
     try:
-        for state in states:
+        for _, _, state in adapted(modules):
             state.enabled = False
-        for tensor, slot, _ in saved:
+        for _, tensor, slot in saved_modules.saved_tensors(modules):
             saved_modules.exchange(tensor, slot, saved_modules.BASE)
-        sync_norm_modes(modules)
-        _attach(modules, fused, attached=False)
+        freeze_norms(modules)
+        for _, layer, state in adapted(fused):
+            state.layer_type.detach(layer)
+        if fused:
+            sync_nested_tensors(modules)
         yield
     finally:
-        for state, was_enabled in zip(states, enabled, strict=True):
-            state.enabled = was_enabled
-        for tensor, slot, owner in saved:
-            saved_modules.exchange(tensor, slot, owner)
-        sync_norm_modes(modules)
-        _attach(modules, fused, attached=True)
+        restore()
+        for _, layer, state in adapted(fused):
+            state.layer_type.attach(layer)
+        if fused:
+            sync_nested_tensors(modules)
+        if fused and _is_compiled(modules):  # compiled in between, when the hooks were away
+            traversal.reset_compiled_code()
 
 
 def _layers_of_fused_encoders(modules: Modules) -> dict[str, nn.Module]:
@@ -121,11 +121,10 @@ def _layers_of_fused_encoders(modules: Modules) -> dict[str, nn.Module]:
 
     torch.compile does not see hooks change, so where it is in use they stay (the difference is rounding).
     """
-    encoders = [module for module in modules.values() if isinstance(module, nn.TransformerEncoderLayer)]
+    encoders = [name for name, module in modules.items() if isinstance(module, nn.TransformerEncoderLayer)]
     if not encoders or _is_compiled(modules):
         return {}
-    below = {id(module) for encoder in encoders for module in encoder.modules()}
-    return {name: layer for name, layer, state in adapted(modules) if id(layer) in below and state.enabled}
+    return {name: layer for name, layer, state in adapted(modules.below(*encoders)) if state.enabled}
 
 
 def _is_compiled(modules: Modules) -> bool:
@@ -135,15 +134,6 @@ def _is_compiled(modules: Modules) -> bool:
         return False
     waiting = modules.compiled or any(module._compiled_call_impl is not None for module in modules.values())
     return bool(dynamo.convert_frame.input_codes.seen_ids) or bool(waiting)
-
-
-def _attach(modules: Modules, layers: dict[str, nn.Module], attached: bool) -> None:
-    for _, layer, state in adapted(layers):
-        (state.layer_type.attach if attached else state.layer_type.detach)(layer)
-    if layers:
-        sync_nested_tensors(modules)
-    if layers and attached and _is_compiled(modules):  # compiled in between, when the hooks were away
-        reset_compiled_code()
 
 
 @torch.no_grad()

@@ -14,18 +14,9 @@ from torch import Tensor, nn
 from lightning_oft.codecs import whole
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.state import LayerState, rotations_of, state_of
-from lightning_oft.model import saved_modules
+from lightning_oft.model import saved_modules, traversal
 from lightning_oft.model.targets import matches, saved_names
-from lightning_oft.model.traversal import (
-    Modules,
-    adapted,
-    joined,
-    library_root,
-    own_tensors,
-    require_adapter,
-    some,
-    walk,
-)
+from lightning_oft.model.traversal import Modules, adapted, is_inside, joined, own_tensors
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +101,7 @@ class AdapterState:
 
         def moved(name: str) -> str:
             full = joined(self.root or "", name)
-            if root and full != root and not full.startswith(f"{root}."):
+            if not is_inside(full, root):
                 raise ValueError(f"{full} is not below {root}")
             return full[cut:]
 
@@ -129,13 +120,14 @@ def take(model: nn.Module, adapter_name: str = "default") -> AdapterState:
     Raises:
         ValueError: there is no such adapter, or a generator is not finite; names it.
     """
-    modules = walk(model)
-    require_adapter(modules, adapter_name)
+    modules = traversal.walk(model)
+    traversal.require_adapter(modules, adapter_name)
     state = describe(modules, adapter_name, copied)
     broken = [name for name, generator in state.generators().items() if not bool(generator.isfinite().all())]
     if broken:
         raise ValueError(
-            f"generators of {some(broken)} are NaN or infinite; nothing was written: load an earlier state of the adapter"
+            f"generators of {traversal.some(broken)} are NaN or infinite; nothing was written: load an earlier state of "
+            "the adapter"
         )
     return state
 
@@ -150,13 +142,13 @@ def describe(modules: Modules, adapter_name: str, value_of: Any = torch.Tensor.d
     """An adapter as it stands in a walked model; its tensors as `value_of` makes them, by default the model's own."""
     layers = {name: (layer, state) for name, layer, state in adapted(modules) if adapter_name in state.configs}
     saved = _saved(modules, adapter_name)
-    root_name = library_root(modules, [*layers, *saved])
+    root_name = traversal.library_root(modules, [*layers, *saved])
     root, cut = modules[root_name], len(root_name) + 1 if root_name else 0
     log.info("adapter %r: names start at %s (%s)", adapter_name, root_name or "the model", type(root).__name__)
     config = next(iter(layers.values()))[1].configs[adapter_name]
-    heads = [name[cut:] for name in modules_trained_whole(saved, config)]
+    heads = [name[cut:] for name in modules_trained_whole(saved, config)]  # by full names, as the configuration has them
     saved = {name[cut:]: tensor for name, tensor in saved.items()}
-    inside = {name[cut:]: module for name, module in modules.items() if not cut or name.startswith(f"{root_name}.")}
+    inside = {name[cut:]: module for name, module in modules.items() if is_inside(name, root_name)}
     fingerprints = {name[cut:]: state.fingerprint for name, (_, state) in layers.items()}
     rotations = {name[cut:]: _rotations(*found, adapter_name, value_of) for name, found in layers.items()}
     carried = _carried(inside, (*heads, *saved_names(config)[1]), saved, rotations)
@@ -186,8 +178,9 @@ def _rotations(layer: nn.Module, state: LayerState, adapter_name: str, value_of:
 
 def _saved(modules: Modules, adapter_name: str) -> dict[str, Tensor]:
     """What the adapter trained whole, by every name it has: a head that shares the embedding's weight trained both."""
-    saved = saved_modules.values_of(modules, adapter_name)
-    names = {id(tensor): name for name, tensor, _ in saved_modules.saved_tensors(modules) if name in saved}
+    owned = [one for one in saved_modules.saved_tensors(modules) if adapter_name in one.slot.owners]
+    saved = {one.name: one.value(adapter_name) for one in owned}
+    names = {id(one.tensor): one.name for one in owned}
     for owner, module in modules.items() if names else ():
         for key, parameter in module._parameters.items():
             if id(parameter) in names and joined(owner, key) not in saved and state_of(module) is None:
@@ -206,11 +199,7 @@ def modules_trained_whole(saved: Iterable[str], config: OFTConfig) -> list[str]:
         head = next((module for module in above if matches(module, items)), "" if "bias" in key else owner)
         if head:
             found[head] = None
-    return [name for name in found if not any(_is_below(name, [other]) for other in found if other != name)]
-
-
-def _is_below(name: str, modules: Iterable[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
+    return [name for name in found if not any(is_inside(name, other) for other in found if other != name)]
 
 
 def _carried(
@@ -219,11 +208,11 @@ def _carried(
     """Base values of what PEFT will take for a module to save: it asks for names *ending* in `classifier`, so that
     `pre_classifier` is one too, and refuses a file without its tensors."""
     swept = [name for name in inside if endings and name.endswith(endings)]
-    tops = [name for name in swept if not any(_is_below(layer, [name]) for layer in layers)]
+    tops = [name for name in swept if not any(is_inside(layer, name) for layer in layers)]
     return {
         joined(name, key): saved_modules.base_value(module, key)
         for name, module in inside.items()
-        if tops and _is_below(name, tops)
+        if any(is_inside(name, top) for top in tops)
         for key in own_tensors(module)
         if joined(name, key) not in saved
     }

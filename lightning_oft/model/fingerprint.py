@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_oft.codecs import parameter_of
-from lightning_oft.layers.base import LayerType, layer_type_of
+from lightning_oft.layers.base import layer_type_of
 from lightning_oft.layers.state import state_of
 from lightning_oft.model.traversal import Modules, adapted
 
@@ -17,9 +17,9 @@ from lightning_oft.model.traversal import Modules, adapted
 def fingerprint(weight: Tensor | None) -> str | None:
     """A short digest of a weight, `float32:9f2c...`: of its shape and 1,024 entries rounded to bfloat16, so that a
     base loaded in bfloat16 is recognised. None where the entries cannot be read (meta, packed or sharded)."""
-    if weight is None or weight.is_meta or not weight.is_floating_point() or type(weight.data) is not Tensor:
+    if weight is None or weight.is_meta or weight.numel() == 0:
         return None
-    if weight.numel() == 0:
+    if not weight.is_floating_point() or type(weight.data) is not Tensor:
         return None
     flat = weight.detach().reshape(-1)
     entries = flat[:: max(1, flat.numel() // 1024)][:1024].to(torch.bfloat16).view(torch.int16).cpu()
@@ -27,9 +27,11 @@ def fingerprint(weight: Tensor | None) -> str | None:
     return f"{str(weight.dtype).removeprefix('torch.')}:{digest[:16]}"
 
 
-def layer_fingerprint(layer: nn.Module, layer_type: LayerType) -> str | None:
-    """The fingerprint of a layer's first rotated weight, as it is now."""
-    return fingerprint(parameter_of(layer, next(iter(layer_type.rotated_weights(layer).values())).parameter))
+def layer_fingerprint(layer: nn.Module) -> str | None:
+    """The fingerprint of a layer's first rotated weight, as it is now; None where nothing of it can be rotated."""
+    layer_type = layer_type_of(layer)
+    parts = layer_type.rotated_weights(layer).values() if layer_type is not None else ()
+    return next((fingerprint(parameter_of(layer, part.parameter)) for part in parts), None)
 
 
 def same_base(mine: str | None, theirs: str | None) -> bool:
@@ -45,20 +47,12 @@ def same_base(mine: str | None, theirs: str | None) -> bool:
 
 def other_bases(modules: Modules, fingerprints: Mapping[str, str | None]) -> list[str]:
     """Names of the layers whose base weight is not that of a fingerprint. What cannot be told counts as the same."""
-    different = []
-    for name in fingerprints.keys() & modules.keys():
-        layer = modules[name]
-        state, layer_type = state_of(layer), layer_type_of(layer)
-        if state is not None:
-            mine = state.fingerprint
-        else:
-            mine = layer_fingerprint(layer, layer_type) if layer_type is not None else None
-        if not same_base(mine, fingerprints[name]):
-            different.append(name)
-    return [name for name in modules if name in different]
+    known = {name: state_of(module) for name, module in modules.items() if name in fingerprints}
+    mine = {name: state.fingerprint if state else layer_fingerprint(modules[name]) for name, state in known.items()}
+    return [name for name in mine if not same_base(mine[name], fingerprints[name])]
 
 
 def refresh_fingerprints(modules: Modules) -> None:
     """Recognise the base that is in the model now, after it was replaced."""
     for _, layer, state in adapted(modules):
-        state.fingerprint = layer_fingerprint(layer, state.layer_type)
+        state.fingerprint = layer_fingerprint(layer)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from lightning_oft.layers.class_swap import SwappedClass, restore_class, swap_class
-from lightning_oft.layers.state import drop_empty_record, make_record, record_of, state_of
-from lightning_oft.model.saved_modules import BASE, saved_tensors, slots_of
-from lightning_oft.model.traversal import Modules
-
-_StatisticsNorm = nn.modules.batchnorm._NormBase
-_TransformerEncoder = nn.TransformerEncoder
+from lightning_oft.layers.state import drop_empty_record, make_record, record_of
+from lightning_oft.model.saved_modules import BASE, saved_tensors
+from lightning_oft.model.traversal import Modules, adapted, records, reset_compiled_code
 
 
 class _FrozenNorm(SwappedClass):
@@ -24,13 +23,14 @@ class _FrozenNorm(SwappedClass):
 
 def _is_owned(module: nn.Module) -> bool:
     """Whether an adapter trains the module whole, statistics included."""
-    statistics = {key: slot for key, slot in slots_of(module).items() if key in module._buffers}
+    record = record_of(module)
+    statistics = {key: slot for key, slot in record.slots.items() if key in module._buffers} if record else {}
     # Of batch norms, and the power iterations of both kinds of spectral norm.
     return any(slot.live != BASE for key, slot in statistics.items() if key == "running_mean" or key.endswith("_u"))
 
 
 def _has_statistics(module: nn.Module) -> bool:
-    if isinstance(module, _StatisticsNorm):
+    if isinstance(module, nn.modules.batchnorm._NormBase):
         return bool(module.track_running_stats)
     old = any(type(hook).__name__ == "SpectralNorm" for hook in module._forward_pre_hooks.values())
     return old or type(module).__name__ == "_SpectralNorm"
@@ -45,72 +45,66 @@ def freeze(modules: Modules) -> None:
     trains = {id(saved.tensor) for saved in saved_tensors(modules) if saved.slot.live != BASE}
     for module in modules.values():
         for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.requires_grad or id(parameter) in trains:
-                continue
-            parameter.requires_grad_(False)
-            make_record(module).frozen.add(name)
+            if parameter is not None and parameter.requires_grad and id(parameter) not in trains:
+                parameter.requires_grad_(False)
+                make_record(module).frozen.add(name)
         if isinstance(module, _FrozenNorm) or _has_statistics(module):
-            swap_class(module, _FrozenNorm)
-            record = record_of(module)
-            asked = record.norm_mode if record is not None else None
-            module.train(module.training if asked is None else asked)
+            _freeze_norm(module)
 
 
-def _norm_modes(modules: Modules) -> list[tuple[nn.Module, bool]]:
-    """The norms that were ever frozen, and the mode that was asked of each."""
-    records = [(module, record) for module in modules.values() if (record := record_of(module)) is not None]
-    return [(module, record.norm_mode) for module, record in records if record.norm_mode is not None]
+def _freeze_norm(module: nn.Module) -> None:
+    asked = make_record(module).norm_mode if isinstance(module, _FrozenNorm) else module.training
+    swap_class(module, _FrozenNorm)
+    module.train(bool(asked))
 
 
-def sync_norm_modes(modules: Modules) -> None:
-    """Let every norm train or rest by whose statistics are in it now."""
-    for module, mode in _norm_modes(modules):
-        if isinstance(module, _FrozenNorm):
-            module.train(mode)
+def freeze_norms(modules: Modules) -> None:
+    """Let every norm that was ever frozen train or rest by whose statistics are in it now."""
+    for _, module, record in records(modules):
+        if record.norm_mode is not None:
+            _freeze_norm(module)
 
 
-def restore_norm_classes(modules: Modules) -> None:
-    """Give norms their own class back, as a merged model has it; `swap_norm_classes` undoes it."""
-    for module, mode in _norm_modes(modules):
+def unfreeze_norms(modules: Modules) -> None:
+    """Give norms their own class back, as a merged model has it; `freeze_norms` undoes it."""
+    for _, module, record in records(modules):
         if isinstance(module, _FrozenNorm):
             restore_class(module)
-            module.train(mode)
+            module.train(bool(record.norm_mode))
 
 
-def swap_norm_classes(modules: Modules) -> None:
-    """Freeze the norms again whose class `restore_norm_classes` gave back."""
-    for module, _ in _norm_modes(modules):
-        swap_class(module, _FrozenNorm)
-        module.train(module.training)
+def _set_trainable(module: nn.Module, flags: Mapping[str, bool]) -> None:
+    for name, trains in flags.items():
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            parameter.requires_grad_(trains)
 
 
 def unfreeze_merged(modules: Modules) -> None:
     """Make a merged model as trainable as it was before any adapter; `freeze_unmerged` undoes it."""
-    restore_norm_classes(modules)
-    for module in modules.values():
-        record = record_of(module)
-        if record is None:
-            continue
-        names = record.frozen | {key for key in record.slots if key in module._parameters}
-        now = {name: p.requires_grad for name in names if (p := module._parameters.get(name)) is not None}
-        for name in now:
-            module._parameters[name].requires_grad_(name in record.frozen)  # type: ignore[union-attr]
-        if now:
-            record.released = now
+    unfreeze_norms(modules)
+    for _, module, record in records(modules):
+        names = record.frozen | record.slots.keys()
+        now = {name: p.requires_grad for name, p in module._parameters.items() if p is not None and name in names}
+        record.released = record.released or now
+        _set_trainable(module, {name: name in record.frozen for name in now})
 
 
 def freeze_unmerged(modules: Modules) -> None:
     """Freeze again what `unfreeze_merged` released, and nothing else."""
-    for module in modules.values():
-        record = record_of(module)
-        if record is None:
-            continue
-        for name, trains in record.released.items():
-            parameter = module._parameters.get(name)
-            if parameter is not None:
-                parameter.requires_grad_(trains)
+    freeze_norms(modules)
+    for _, module, record in records(modules):
+        _set_trainable(module, record.released)
         record.released = {}
-    swap_norm_classes(modules)
+
+
+def unfreeze(modules: Modules) -> None:
+    """Undo freeze."""
+    unfreeze_norms(modules)
+    for _, module, record in records(modules):
+        _set_trainable(module, dict.fromkeys(record.frozen, True))
+        record.frozen, record.released, record.norm_mode = set(), {}, None
+        drop_empty_record(module)
 
 
 def only_norms_rest(modules: Modules) -> bool:
@@ -124,28 +118,12 @@ def is_frozen_norm(module: nn.Module) -> bool:
     return isinstance(module, _FrozenNorm) and not _is_owned(module)
 
 
-def unfreeze(modules: Modules) -> None:
-    """Undo freeze."""
-    restore_norm_classes(modules)
-    for module in modules.values():
-        record = record_of(module)
-        if record is None:
-            continue
-        for name in record.frozen:
-            parameter = module._parameters.get(name)
-            if parameter is not None:
-                parameter.requires_grad_(True)
-        record.frozen, record.released, record.norm_mode = set(), {}, None
-        drop_empty_record(module)
-
-
 def sync_nested_tensors(modules: Modules) -> None:
     """nn.TransformerEncoder packs padded batches for its layers' fused path, which a rotated layer does not take."""
-    for encoder in modules.values():
-        if not isinstance(encoder, _TransformerEncoder):
+    for name, encoder in list(modules.items()):
+        if not isinstance(encoder, nn.TransformerEncoder):
             continue
-        below = [state for module in encoder.modules() if (state := state_of(module)) is not None]
-        rotated = any(state.enabled and state.merged is None for state in below)
+        rotated = any(state.enabled and state.merged is None for _, _, state in adapted(modules.below(name)))
         record = make_record(encoder)
         if rotated and record.nested_tensor is None:
             record.nested_tensor = bool(encoder.use_nested_tensor)
@@ -153,3 +131,9 @@ def sync_nested_tensors(modules: Modules) -> None:
         elif not rotated and record.nested_tensor is not None:
             encoder.use_nested_tensor, record.nested_tensor = record.nested_tensor, None
         drop_empty_record(encoder)
+
+
+def layers_changed(modules: Modules) -> None:
+    """What depends on which layers rotate follows: packed batches and compiled code."""
+    sync_nested_tensors(modules)
+    reset_compiled_code()

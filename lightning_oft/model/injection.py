@@ -10,22 +10,13 @@ from torch import nn
 from lightning_oft.codecs import parameter_of
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.rotation import Rotation
-from lightning_oft.layers.state import LayerState, Slot, drop_empty_record, make_record, state_of
-from lightning_oft.model import saved_modules
+from lightning_oft.layers.state import LayerState, drop_empty_record, make_record, state_of
+from lightning_oft.model import saved_modules, traversal
 from lightning_oft.model.activation import activate
 from lightning_oft.model.fingerprint import layer_fingerprint
-from lightning_oft.model.freezing import freeze, sync_nested_tensors, unfreeze
+from lightning_oft.model.freezing import freeze, layers_changed, unfreeze
 from lightning_oft.model.plan import Plan, PlannedLayer, plan_injection
-from lightning_oft.model.traversal import (
-    Modules,
-    adapted,
-    require_adapter,
-    require_enabled,
-    require_unmerged,
-    reset_compiled_code,
-    some,
-    walk,
-)
+from lightning_oft.model.traversal import Modules, adapted, adapter_names, some, walk
 
 
 def inject(model: Any, config: OFTConfig, adapter_name: str = "default") -> list[str]:
@@ -56,15 +47,14 @@ def inject(model: Any, config: OFTConfig, adapter_name: str = "default") -> list
 
 def carry_out(modules: Modules, plan: Plan) -> list[str]:
     """Inject what a plan says, and freeze the rest. Returns the names of its layers."""
-    waiting = []
-    for name, planned in plan.layers.items():
-        if plan.adapter_name not in _adapt(planned, plan).active:
-            waiting.append(name)
+    states = {name: _adapt(planned, plan) for name, planned in plan.layers.items()}
+    waiting = [name for name, state in states.items() if plan.adapter_name not in state.active]
     known = {id(tensor): slot for _, tensor, slot in saved_modules.saved_tensors(modules)}
-    _claim(modules, plan, known)
+    active = all(plan.adapter_name in state.active for _, _, state in adapted(modules) if state.active)
+    for module, key in plan.saved:
+        saved_modules.claim(module, key, plan.adapter_name, active, known)
     freeze(modules)
-    sync_nested_tensors(modules)
-    reset_compiled_code()
+    layers_changed(modules)
     if waiting:
         warnings.warn(
             f"adapter {plan.adapter_name!r} is not active on {some(waiting)}, where another adapter is: "
@@ -78,47 +68,36 @@ def _adapt(planned: PlannedLayer, plan: Plan) -> LayerState:
     layer, layer_type, block_sizes = planned
     state = state_of(layer)
     if state is None:
-        state = LayerState(layer_type, fingerprint=layer_fingerprint(layer, layer_type))
+        state = LayerState(layer_type, fingerprint=layer_fingerprint(layer))
         layer.oft_R = nn.ModuleDict()
         make_record(layer).layer = state
         layer_type.attach(layer)
     if plan.adapter_name in state.configs:
         return state
-    rotations: dict[str, nn.Module] = {}
+    made: dict[str, nn.Module] = {}
     for part, size in block_sizes.items():
         weight = layer_type.rotated_weights(layer)[part]
-        rotations[part] = Rotation(weight.fan, size, plan.config, _device_of(layer, weight.parameter))
-        rotations[part].train(layer.training)
-    entry: nn.Module = rotations[""] if "" in rotations else nn.ModuleDict(rotations)
+        made[part] = Rotation(weight.fan, size, plan.config, _device_of(layer, weight.parameter)).train(layer.training)
     adapters: Any = layer.oft_R
-    adapters[plan.adapter_name] = entry
+    adapters[plan.adapter_name] = made[""] if "" in made else nn.ModuleDict(made)
     state.configs[plan.adapter_name] = plan.config
-    if not state.active:
-        state.active = [plan.adapter_name]
-    entry.requires_grad_(plan.adapter_name in state.active)
+    state.active = state.active or [plan.adapter_name]
+    adapters[plan.adapter_name].requires_grad_(plan.adapter_name in state.active)
     return state
 
 
 def _device_of(layer: nn.Module, parameter: str) -> Any:
-    """Where a rotated weight is; of a layer that keeps no such parameter, where its buffers are."""
+    """Where a rotated weight is; of a layer that keeps no such parameter, where its other tensors are."""
     weight = parameter_of(layer, parameter)
-    tensors = [weight] if weight is not None else [*layer._parameters.values(), *layer._buffers.values()]
+    tensors = [weight, *layer._parameters.values(), *layer._buffers.values()]
     return next((tensor.device for tensor in tensors if tensor is not None), None)
-
-
-def _claim(modules: Modules, plan: Plan, known: dict[int, Slot]) -> None:
-    """Make the adapter an owner of what it trains whole."""
-    others = [state for _, _, state in adapted(modules) if state.active]
-    active = all(plan.adapter_name in state.active for state in others)
-    for module, key in plan.saved:
-        saved_modules.claim(module, key, plan.adapter_name, active, known)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Take one adapter out of a model, in place: its rotations, and its values of what it trained whole.
 
-    Other adapters stay. Where the deleted one alone was active, the first that is left becomes active, and a warning
-    says so; with the last adapter every trace of OFT leaves, and the model is its base, trainable as before `inject`.
+    Other adapters stay, active and trainable as they were. Where the deleted one alone was active, the first that is
+    left becomes active, and a warning says so; with the last adapter every trace of OFT leaves, as by `unload`.
 
     Args:
         model: a model with adapters, unmerged.
@@ -129,26 +108,28 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         RuntimeError: the model is merged, or inside disable_adapters.
     """
     modules = walk(model)
-    require_adapter(modules, adapter_name)
-    require_unmerged(modules, "delete an adapter")
-    require_enabled(modules, "delete an adapter")
-    was_active = [name for _, _, state in adapted(modules) for name in state.active]
+    traversal.require_adapter(modules, adapter_name)
+    traversal.require_unmerged(modules, "delete an adapter")
+    traversal.require_enabled(modules, "delete an adapter")
+    left = [name for name in adapter_names(modules) if name != adapter_name]
+    if not left:
+        _unload(modules)
+        return
+    active = traversal.active_names(modules)
+    trains = [
+        name for name in active if any(r.weight.requires_grad for r in traversal.rotations(modules, name).values())
+    ]
+    saved_modules.release(modules, [adapter_name])
     for _, layer, state in list(adapted(modules)):
-        if adapter_name in state.configs:
+        if state.configs.pop(adapter_name, None) is not None:
             del layer.oft_R[adapter_name]  # type: ignore[union-attr, operator]
-            del state.configs[adapter_name]
-            state.active = [name for name in state.active if name != adapter_name]
         if not state.configs:
             _strip(layer, state)
-    saved_modules.disown(modules, adapter_name)
-    left = list(dict.fromkeys(name for _, _, state in adapted(modules) for name in state.configs))
-    if not left:
-        unfreeze(modules)
-    elif not any(state.active for _, _, state in adapted(modules)) and adapter_name in was_active:
-        activate(modules, left[:1], left[:1])
+    if active == [adapter_name]:
+        active = trains = left[:1]
         warnings.warn(f"adapter {adapter_name!r} was active and is deleted; {left[0]!r} is active now", stacklevel=2)
-    sync_nested_tensors(modules)
-    reset_compiled_code()
+    activate(modules, [name for name in active if name != adapter_name], trains)
+    layers_changed(modules)
 
 
 def unload(model: nn.Module) -> None:
@@ -161,15 +142,17 @@ def unload(model: nn.Module) -> None:
         RuntimeError: inside disable_adapters.
     """
     modules = walk(model)
-    require_enabled(modules, "unload")
-    layers = list(adapted(modules))
-    merged = any(state.merged is not None for _, _, state in layers)
-    for _, layer, state in layers:
+    traversal.require_enabled(modules, "unload")
+    _unload(modules)
+
+
+def _unload(modules: Modules) -> None:
+    names, merged = adapter_names(modules), bool(traversal.merged_layers(modules))
+    for _, layer, state in list(adapted(modules)):
         _strip(layer, state)
-    saved_modules.release(modules, to_base=not merged)
+    saved_modules.release(modules, names, to_base=not merged)
     unfreeze(modules)
-    sync_nested_tensors(modules)
-    reset_compiled_code()
+    layers_changed(modules)
 
 
 def _strip(layer: nn.Module, state: LayerState) -> None:

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections import defaultdict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_oft.codecs import cut_like, local_part
-from lightning_oft.layers.state import rotations_of
-from lightning_oft.model import saved_modules
+from lightning_oft.model import traversal
 from lightning_oft.model.adapter_state import AdapterState
 from lightning_oft.model.fingerprint import other_bases
 from lightning_oft.model.injection import carry_out
-from lightning_oft.model.placement import (
-    AdapterError,
-    Place,
-    PlacedRotation,
-    expected_tensors,
-    find_place,
-    needed_tensors,
-    plan_of,
-)
-from lightning_oft.model.plan import Plan, check
-from lightning_oft.model.traversal import Modules, adapted, joined, require_unmerged, some, tensor_of, walk
+from lightning_oft.model.placement import AdapterError, Place, find_place, plan_of
+from lightning_oft.model.plan import check
+from lightning_oft.model.saved_modules import saved_tensors
+from lightning_oft.model.traversal import Modules, adapted, is_inside, joined, rotations, some
 
 log = logging.getLogger(__name__)
 
@@ -52,111 +44,89 @@ def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) 
         RuntimeError: the model is merged.
     """
     name = state.name if adapter_name is None else adapter_name
-    modules = walk(model)
-    require_unmerged(modules, "load an adapter")
+    modules = traversal.walk(model)
+    traversal.require_unmerged(modules, "load an adapter")
     place = find_place(modules, state)
     plan = plan_of(modules, state, place, name)
-    saved = needed_tensors(state, place, expected_tensors(modules, state, place))
-    present = any(name in layer_state.configs for _, _, layer_state in adapted(modules))
-    if present:
-        _check_same_structure(modules, state, plan, place, saved)
-    changed = other_bases(modules, {joined(place.root, key): value for key, value in state.fingerprints.items()})
-    if changed:
-        warnings.warn(
-            f"{state.source or 'the adapter'} was trained on another base, {some(changed)} differ; load the one it was "
-            "trained on",
-            stacklevel=3,
+    present = name in traversal.adapter_names(modules)
+    if present and (difference := _difference(modules, state, place, name)):
+        raise AdapterError(
+            f"the model has another adapter {name!r} already, {difference}; "
+            "call unload(model) first, or load it under another adapter_name"
         )
+    _warn_of_another_base(modules, state, place.root)
     if not present:
         check(modules, plan)
-        _untie(_torn(modules, place, saved), place)
-        plan.saved.extend(place.saved[key] for key in saved)
+        _untie(_torn(modules, place), place)
         carry_out(modules, plan)
-    _copy(modules, place, saved, name)
+    _copy(modules, place, name)
     return list(plan.layers)
 
 
-def _torn(modules: Modules, place: Place, saved: Mapping[str, Tensor]) -> list[str]:
+def _warn_of_another_base(modules: Modules, state: AdapterState, root: str) -> None:
+    changed = other_bases(modules, {joined(root, name): value for name, value in state.fingerprints.items()})
+    if changed:
+        what = f"{state.source or 'the adapter'} was trained on another base, {some(changed)} differ"
+        warnings.warn(f"{what}; load the one it was trained on", stacklevel=4)
+
+
+def _torn(modules: Modules, place: Place) -> list[str]:
     """Names of trained tensors that share their memory in the model with one that the state has other values for.
 
     PEFT trains a copy of such a head, so that the embedding it is tied to stays what it was.
     """
-    theirs = {(id(place.saved[name][0]), place.saved[name][1]): value for name, value in saved.items()}
-    holders: dict[int, list[tuple[int, str]]] = {}
-    for module in modules.values() if saved else ():
+    theirs = {(id(one.module), one.key): one.value for one in place.saved.values()}
+    sharing = defaultdict(list)
+    for module in modules.values() if place.saved else ():
         for key, parameter in module._parameters.items():
-            holders.setdefault(id(parameter), []).append((id(module), key))
-    found = []
-    for name, value in saved.items():
-        others = holders.get(id(tensor_of(*place.saved[name])), [])
-        if any(spot not in theirs or not torch.equal(theirs[spot], value) for spot in others):
-            found.append(name)
-    return found
+            sharing[id(parameter)].append(theirs.get((id(module), key)))
+    return [
+        name
+        for name, one in place.saved.items()
+        if any(value is None or not torch.equal(value, one.value) for value in sharing[id(one.tensor())])
+    ]
 
 
 def _untie(names: list[str], place: Place) -> None:
     """Give tensors memory of their own: what they shared it with keeps its values."""
+    for name in names:
+        module, key, _ = place.saved[name]
+        tensor = module.get_parameter(key)
+        module._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
     if names:
         log.warning("load: %s shared a weight with another module; it has a copy of its own now", some(names))
-    for name in names:
-        module, key = place.saved[name]
-        tensor = tensor_of(module, key)
-        module._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
 
 
-def _check_same_structure(
-    modules: Modules, state: AdapterState, plan: Plan, place: Place, saved: Mapping[str, Tensor]
-) -> None:
-    """Raise AdapterError where the adapter in the model is another one than the state."""
-    difference = _difference(modules, state, plan, place, saved)
-    if difference:
-        raise AdapterError(
-            f"the model has another adapter {plan.adapter_name!r} already, {difference}; "
-            "call unload(model) first, or load it under another adapter_name"
-        )
-
-
-def _difference(modules: Modules, state: AdapterState, plan: Plan, place: Place, saved: Mapping[str, Tensor]) -> str:
+def _difference(modules: Modules, state: AdapterState, place: Place, adapter_name: str) -> str:
     """What the model's adapter has and the state lacks, or the other way round; empty where they are alike."""
-    mine = {name: found for name, _, found in adapted(modules) if plan.adapter_name in found.configs}
-    mine = {name: found for name, found in mine.items() if name.startswith(place.root)}
-    if mine.keys() != plan.layers.keys():
-        return f"only one of them adapts {some(sorted(mine.keys() ^ plan.layers.keys()))}"
-    trained = list(saved_modules.saved_tensors(modules))
-    owned = {id(one.tensor): one.name for one in trained if plan.adapter_name in one.slot.owners}
-    stored = {id(tensor_of(*place.saved[name])): name for name in saved}
+    present = rotations(modules, adapter_name)
+    mine = {key: rotation.weight.shape for key, rotation in present.items() if is_inside(key[0], place.root)}
+    theirs = {key: generator.shape for key, generator in place.generators.items()}
+    if mine.keys() != theirs.keys():
+        return f"only one of them adapts {some(dict.fromkeys(name for name, _ in sorted(mine.keys() ^ theirs.keys())))}"
+    owned = {id(one.tensor): one.name for one in saved_tensors(modules) if adapter_name in one.slot.owners}
+    stored = {id(one.tensor()): name for name, one in place.saved.items()}
     if owned.keys() != stored.keys():
-        return f"only one of them trains {some([{**owned, **stored}[key] for key in owned.keys() ^ stored.keys()])}"
-    apart = _torn(modules, place, saved)
-    if apart:
-        return f"which trains {some(apart)} together with what shares its memory"
-    config = next(iter(mine.values())).configs[plan.adapter_name]
+        names = sorted({**owned, **stored}[key] for key in owned.keys() ^ stored.keys())
+        return f"only one of them trains {some(names)}"
+    torn = _torn(modules, place)
+    if torn:
+        return f"which trains {some(torn)} together with what shares its memory"
+    config = next(one.configs[adapter_name] for _, _, one in adapted(modules) if adapter_name in one.configs)
     for field in _MATHS:
         if getattr(config, field) != getattr(state.config, field):
             return f"{field} is {getattr(config, field)!r} there and {getattr(state.config, field)!r} in the file"
-    resized = [
-        one.layer
-        for one in place.rotations
-        if _weight(modules, one, plan.adapter_name) is None
-        or _weight(modules, one, plan.adapter_name).shape != one.generator.shape  # type: ignore[union-attr]
-    ]
+    resized = [name for name, part in mine if mine[name, part] != theirs[name, part]]
     return f"the blocks of {some(resized)} have another size" if resized else ""
 
 
-def _weight(modules: Modules, rotation: PlacedRotation, adapter_name: str) -> Tensor | None:
-    found = rotations_of(modules[rotation.layer], adapter_name).get(rotation.part)
-    return None if found is None else found.weight
-
-
 @torch.no_grad()
-def _copy(modules: Modules, place: Place, saved: Mapping[str, Tensor], adapter_name: str) -> None:
-    for rotation in place.rotations:
-        weight = _weight(modules, rotation, adapter_name)
-        if weight is not None:
-            local_part(weight).copy_(cut_like(rotation.generator, weight))
-    slots = {id(tensor): slot for _, tensor, slot in saved_modules.saved_tensors(modules)}
-    for name, value in saved.items():
-        tensor = tensor_of(*place.saved[name])
-        slot = slots[id(tensor)]
-        mine = tensor if slot.live == adapter_name else slot.waiting[adapter_name]
-        local_part(mine).copy_(cut_like(value, mine))
+def _copy(modules: Modules, place: Place, adapter_name: str) -> None:
+    present = rotations(modules, adapter_name)
+    for key, generator in place.generators.items():
+        weight = present[key].weight
+        local_part(weight).copy_(cut_like(generator, weight))
+    saved = {id(one.tensor): one for one in saved_tensors(modules)}
+    for placed in place.saved.values():
+        mine = saved[id(placed.tensor())].value(adapter_name)
+        local_part(mine).copy_(cut_like(placed.value, mine))

@@ -10,55 +10,64 @@ from torch import Tensor, nn
 from lightning_oft.codecs import is_sharded
 from lightning_oft.functional import block_size_of
 from lightning_oft.layers.base import layer_type_named, layer_type_of, refusal
+from lightning_oft.model import traversal
 from lightning_oft.model.adapter_state import AdapterState, LayerRotations
 from lightning_oft.model.plan import Plan, PlannedLayer
 from lightning_oft.model.saved_modules import base_value
 from lightning_oft.model.targets import matches, owners_of
-from lightning_oft.model.traversal import LIBRARY_MODELS, Modules, class_names, joined, own_tensors, some, tensor_of
+from lightning_oft.model.traversal import Modules, is_inside, joined, some
+
+Owners = dict[str, tuple[str, str]]
 
 
 class AdapterError(ValueError):
     """An adapter that does not fit a model: where, what, remedy. Nothing changed."""
 
 
-class PlacedRotation(NamedTuple):
-    """Where the generator of one rotation goes, by the layer's name in the model, and what it is."""
+class PlacedTensor(NamedTuple):
+    """A tensor trained whole: the module that has it, under which name, and the adapter's values."""
 
-    layer: str
-    part: str
-    generator: Tensor
+    module: nn.Module
+    key: str
+    value: Tensor
+
+    def tensor(self) -> Tensor:
+        """The model's own tensor."""
+        return traversal.tensor_of(self.module, self.key)
 
 
 class Place(NamedTuple):
-    """Where a state goes in a model; `saved` by the state's names."""
+    """Where a state goes in a model: generators by the model's names of layer and part, `saved` by the state's names."""
 
     root: str
-    rotations: list[PlacedRotation]
-    saved: dict[str, tuple[nn.Module, str]]
+    generators: dict[tuple[str, str], Tensor]
+    saved: dict[str, PlacedTensor]
 
 
 def find_place(modules: Modules, state: AdapterState) -> Place:
     """Find the module that the state's names start at, and check every name and shape against the model."""
     owners = owners_of(modules)
     root = _find_root(modules, owners, state)
-    rotations = []
+    generators = {}
     for name, found in state.layers.items():
         for part, generator in found.generators.items():
             layer, own = _owner(owners, joined(root, name), part)
             _check_rotation(modules[layer], own, name, found, generator, state)
-            rotations.append(PlacedRotation(layer, own, generator))
-    saved = {name: spot for name in state.saved if (spot := _tensor_place(modules, joined(root, name))) is not None}
-    for name, (module, key) in saved.items():
-        theirs, mine = tuple(state.saved[name].shape), tuple(tensor_of(module, key).shape)
+            generators[layer, own] = generator
+    spots = {name: _tensor_place(modules, joined(root, name)) for name in state.saved}
+    saved = {name: PlacedTensor(*spot, state.saved[name]) for name, spot in spots.items() if spot is not None}
+    for name, (module, key, value) in saved.items():
+        theirs, mine = tuple(value.shape), tuple(traversal.tensor_of(module, key).shape)
         if theirs != mine:
             raise AdapterError(
                 f"{name} has shape {mine} in the model and {theirs} in the file; build the model with the sizes it was "
                 "trained with (number of classes, resized vocabulary)"
             )
-    return Place(root, rotations, saved)
+    expected = _expected_tensors(modules, state, root)
+    return Place(root, generators, {name: one for name, one in saved.items() if _is_trained(name, one, expected)})
 
 
-def _owner(owners: dict[str, tuple[str, str]], name: str, part: str) -> tuple[str, str]:
+def _owner(owners: Owners, name: str, part: str) -> tuple[str, str]:
     """(layer, part) that a name means: where another layer reads this one's weight, the part of that one."""
     return (name, part) if part or name not in owners else owners[name]
 
@@ -71,17 +80,17 @@ def _tensor_place(modules: Modules, name: str) -> tuple[nn.Module, str] | None:
             module = modules[""].get_submodule(above)
         except AttributeError:
             return None
-    return (module, key) if key in module._parameters or key in module._buffers else None
+    return (module, key) if isinstance(getattr(module, key, None), Tensor) else None
 
 
-def _missing(modules: Modules, owners: dict[str, tuple[str, str]], root: str, state: AdapterState) -> list[str]:
+def _missing(modules: Modules, owners: Owners, root: str, state: AdapterState) -> list[str]:
     lost = [name for name in state.layers if _owner(owners, joined(root, name), "")[0] not in modules]
     return lost + [name for name in state.saved if _tensor_place(modules, joined(root, name)) is None]
 
 
-def _find_root(modules: Modules, owners: dict[str, tuple[str, str]], state: AdapterState) -> str:
+def _find_root(modules: Modules, owners: Owners, state: AdapterState) -> str:
     """The module below which every name exists: where it was, the model, a model inside it, any module."""
-    inner = [name for name, module in modules.items() if class_names(module) & LIBRARY_MODELS]
+    inner = [name for name, module in modules.items() if traversal.class_names(module) & traversal.LIBRARY_MODELS]
     stored = [state.root] if state.root is not None and state.root in modules else []
     for candidates in (stored, [""], inner, list(modules)):
         found = [root for root in candidates if not _missing(modules, owners, root, state)]
@@ -119,62 +128,57 @@ def _check_rotation(
             "use its own model"
         )
     blocks, size, fan = generator.shape[0], block_size_of(generator.shape[1]), weights[part].fan
-    fits = blocks == 1 and fan % size == 0 if state.config.block_share else blocks * size == fan
-    if not fits:
-        shared = " with one shared block" if state.config.block_share else ""
-        raise AdapterError(
-            f"{where} has fan-in {fan}, the file's {blocks} blocks of {size}{shared} turn "
-            f"{'another one' if shared else blocks * size}; load the adapter into the model it was trained on"
-        )
+    shared = state.config.block_share
+    if fan % size or blocks != (1 if shared else fan // size):
+        turned = "with one shared block turn another one" if shared else f"turn {blocks * size}"
+        what = f"{where} has fan-in {fan}, the file's {blocks} blocks of {size} {turned}"
+        raise AdapterError(f"{what}; load the adapter into the model it was trained on")
 
 
 def plan_of(modules: Modules, state: AdapterState, place: Place, adapter_name: str) -> Plan:
     """The layers that the state adapts, in the order of the model, with its block sizes."""
     sizes: dict[str, dict[str, int]] = {}
-    for rotation in place.rotations:
-        sizes.setdefault(rotation.layer, {})[rotation.part] = block_size_of(rotation.generator.shape[1])
+    for (layer, part), generator in place.generators.items():
+        sizes.setdefault(layer, {})[part] = block_size_of(generator.shape[1])
     planned = {}
     for name, module in modules.items():
         layer_type = layer_type_of(module) if name in sizes else None
         if layer_type is not None:
             order = [part for part in layer_type.rotated_weights(module) if part in sizes[name]]
             planned[name] = PlannedLayer(module, layer_type, {part: sizes[name][part] for part in order})
-    return Plan(adapter_name, state.config, planned)
+    return Plan(adapter_name, state.config, planned, [(one.module, one.key) for one in place.saved.values()])
 
 
-def expected_tensors(modules: Modules, state: AdapterState, place: Place) -> set[str]:
+def _expected_tensors(modules: Modules, state: AdapterState, root: str) -> set[str]:
     """Names of the tensors that the configuration says were trained whole. Raises where the state lacks one."""
-    cut = len(place.root) + 1 if place.root else 0
-    inside = {name[cut:]: module for name, module in modules.items() if name.startswith(place.root) and name[cut:]}
+    cut = len(root) + 1 if root else 0
+    inside = {name[cut:]: module for name, module in modules.items() if is_inside(name, root) and name != root}
     heads = state.modules_to_save
     # Ours are whole names; PEFT also compares their ends.
     tops = [name for name in inside if (name in heads if state.root is not None else matches(name, heads))]
-    below = {id(module): module for top in tops for module in inside[top].modules()}
-    expected = {joined(name, key) for name, m in inside.items() if id(m) in below for key in own_tensors(m)}
-    biased = {joined(place.root, name): name for name in state.layers} if state.config.bias != "none" else {}
-    for name, own in biased.items():
-        if name in modules and modules[name]._parameters.get("bias") is not None:
-            expected.add(joined(own, "bias"))
+    below = set(map(id, modules.below(*(joined(root, top) for top in tops)).values()))
+    expected = {joined(name, key) for name, m in inside.items() if id(m) in below for key in traversal.own_tensors(m)}
+    for name in state.layers if state.config.bias != "none" else ():
+        layer = modules.get(joined(root, name))
+        if layer is not None and layer._parameters.get("bias") is not None:
+            expected.add(joined(name, "bias"))
     lost = [name for name in sorted(expected) if name not in state.saved]
     if lost:
         raise AdapterError(
             f"its configuration says that {some(lost)} were trained, and the file lacks them; save it again"
         )
-    return expected | {name for name in state.saved if biased and "bias" in name}
+    return expected | {name for name in state.saved if state.config.bias != "none" and "bias" in name}
 
 
-def needed_tensors(state: AdapterState, place: Place, expected: set[str]) -> dict[str, Tensor]:
-    """What was trained whole. PEFT also writes the untouched weight of an adapted embedding: that is the base's own."""
-    needed = {}
-    for name, (module, key) in place.saved.items():
-        value, tensor, base = state.saved[name], tensor_of(module, key), base_value(module, key)
-        if value.is_floating_point() != tensor.is_floating_point():
-            raise AdapterError(f"{name} is {value.dtype}, {tensor.dtype} in the model; save it again")
-        if name not in expected and not is_sharded(base) and torch.equal(value.to(base), base):
-            continue
-        # A buffer may hold infinities on purpose, such as a mask: then the model's own does too.
-        is_finite = isinstance(tensor, nn.Parameter) or bool(base.isfinite().all())
-        if is_finite and not bool(value.isfinite().all()):
-            raise AdapterError(f"{name} is NaN or infinite; train the adapter again")
-        needed[name] = value
-    return needed
+def _is_trained(name: str, placed: PlacedTensor, expected: set[str]) -> bool:
+    """Whether a tensor was trained: PEFT also writes the untouched weight of an adapted embedding, the base's own."""
+    value, tensor, base = placed.value, placed.tensor(), base_value(placed.module, placed.key)
+    if value.is_floating_point() != tensor.is_floating_point():
+        raise AdapterError(f"{name} is {value.dtype}, {tensor.dtype} in the model; save it again")
+    if name not in expected and not is_sharded(base) and torch.equal(value.to(base), base):
+        return False
+    # A buffer may hold infinities on purpose, such as a mask: then the model's own does too.
+    is_finite = isinstance(tensor, nn.Parameter) or bool(base.isfinite().all())
+    if is_finite and not bool(value.isfinite().all()):
+        raise AdapterError(f"{name} is NaN or infinite; train the adapter again")
+    return True

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from lightning_oft.codecs import local_part, parameter_of
 from lightning_oft.config import OFTConfig
-from lightning_oft.functional import generator_size
 from lightning_oft.layers.base import LayerType
 from lightning_oft.layers.state import state_of
 from lightning_oft.model.targets import Target, find_targets, matches, saved_names
-from lightning_oft.model.traversal import Modules, own_tensors, require_enabled, require_unmerged, some
+from lightning_oft.model.traversal import Modules, own_tensors, require_enabled, require_unmerged, some, tensor_of
 
 
 class PlannedLayer(NamedTuple):
@@ -29,14 +28,8 @@ class PlannedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What inject will do.
-
-    Attributes:
-        adapter_name: the name of the adapter.
-        config: its configuration, as it is kept with every layer.
-        layers: the layers to adapt by name; those that have the adapter already stay as they are.
-        saved: the tensors to train whole, (module, name of its own parameter or buffer).
-    """
+    """What inject will do: the layers to adapt by name (those that have the adapter already stay as they are), and the
+    tensors to train whole, (module, name of its own parameter or buffer)."""
 
     adapter_name: str
     config: OFTConfig
@@ -45,30 +38,27 @@ class Plan:
 
 
 def plan_injection(modules: Modules, config: OFTConfig, adapter_name: str, strict: bool = True) -> Plan:
-    """Resolve a configuration on a model, which stays untouched.
-
-    Args:
-        modules: the walked model.
-        config: what to adapt and how.
-        adapter_name: the name of the adapter.
-        strict: names that match nothing are an error.
+    """Resolve a configuration on a model, which stays untouched; `strict` makes names that match nothing an error.
 
     Raises:
         ValueError: nothing matches, or a target cannot be adapted; names it and the remedy.
         RuntimeError: the model is merged, or inside disable_adapters.
     """
-    targets = find_targets(modules, config, strict)
-    planned = _block_sizes(targets, config, adapter_name)
+    planned = _block_sizes(find_targets(modules, config, strict), config, adapter_name)
     saved = _saved_modules(modules, config, strict)
     plan = Plan(adapter_name, config, planned, _saved_tensors(modules, saved, planned, config))
-    _check_not_trained_too(planned, saved)
+    _check_not_trained_too(planned, plan.saved, modules)
     check(modules, plan)
     return plan
 
 
 def check(modules: Modules, plan: Plan) -> None:
     """Raise where a plan cannot be carried out, wherever it comes from."""
-    _check_name(plan.adapter_name)
+    name: Any = plan.adapter_name
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"adapter_name={name!r}: must be a non-empty string without dots and no name of nn.ModuleDict's own"
+        )
     require_unmerged(modules, "inject an adapter")
     require_enabled(modules, "inject an adapter")
     _check_same_config(plan)
@@ -83,34 +73,22 @@ def nearest_divisor(number: int, wanted: int) -> int:
     return min(divisors, key=lambda d: (abs(d - wanted), d))
 
 
-def _block_size(fan: int, config: OFTConfig) -> tuple[int, str | None]:
-    """The block size for a fan, and a note where it is not the configured one."""
-    if config.r:
-        blocks = nearest_divisor(fan, config.r)
-        return fan // blocks, None if blocks == config.r else f"r={blocks} instead of {config.r} for fan-in {fan}"
-    wanted = config.oft_block_size or 0
-    size = nearest_divisor(fan, wanted)
-    return size, None if size == wanted else f"block size {size} instead of {wanted} for fan-in {fan}"
-
-
 def _block_sizes(targets: Mapping[str, Target], config: OFTConfig, adapter_name: str) -> dict[str, PlannedLayer]:
     """Layers with their block sizes; one warning names the layers whose size had to be adjusted."""
     planned: dict[str, PlannedLayer] = {}
     adjusted: dict[str, list[str]] = {}
     for name, (layer, layer_type, parts) in targets.items():
-        state, sizes = state_of(layer), {}
-        weights = layer_type.rotated_weights(layer)
-        for part in parts:
-            fan = weights[part].fan
-            sizes[part], note = _block_size(fan, config)
-            if generator_size(sizes[part]) == 0:
-                asked = f"r={config.r}" if config.r else f"oft_block_size={config.oft_block_size}"
-                raise ValueError(
-                    f"{name or 'the model itself'}: fan-in {fan} with {asked} leaves blocks of size 1, that is no "
-                    f"parameter at all; add it to exclude_modules, or use a block size near a divisor of {fan}"
-                )
-            if note and (state is None or adapter_name not in state.configs):
-                adjusted.setdefault(note, []).append(name)
+        fans = {part: weight.fan for part, weight in layer_type.rotated_weights(layer).items() if part in parts}
+        sizes = {part: _block_size(name, fan, config) for part, fan in fans.items()}
+        state = state_of(layer)
+        for part, fan in fans.items() if state is None or adapter_name not in state.configs else ():
+            if config.r and fan // sizes[part] != config.r:
+                note = f"r={fan // sizes[part]} instead of {config.r} for fan-in {fan}"
+            elif not config.r and sizes[part] != config.oft_block_size:
+                note = f"block size {sizes[part]} instead of {config.oft_block_size} for fan-in {fan}"
+            else:
+                continue
+            adjusted.setdefault(note, []).append(name)
         planned[name] = PlannedLayer(layer, layer_type, sizes)
     if adjusted:
         lines = "; ".join(f"{note}: {some(dict.fromkeys(names))}" for note, names in adjusted.items())
@@ -118,50 +96,46 @@ def _block_sizes(targets: Mapping[str, Target], config: OFTConfig, adapter_name:
     return planned
 
 
-def _saved_modules(modules: Modules, config: OFTConfig, strict: bool) -> dict[str, nn.Module]:
-    """The modules that modules_to_save names, by name. Raises ValueError for a name that matches nothing."""
+def _block_size(name: str, fan: int, config: OFTConfig) -> int:
+    size = fan // nearest_divisor(fan, config.r) if config.r else nearest_divisor(fan, config.oft_block_size or 0)
+    if size < 2:
+        asked = f"r={config.r}" if config.r else f"oft_block_size={config.oft_block_size}"
+        raise ValueError(
+            f"{name or 'the model itself'}: fan-in {fan} with {asked} leaves blocks of size 1, that is no parameter at "
+            f"all; add it to exclude_modules, or use a block size near a divisor of {fan}"
+        )
+    return size
+
+
+def _saved_modules(modules: Modules, config: OFTConfig, strict: bool) -> list[str]:
+    """Names of the modules that modules_to_save means. Raises ValueError for a name that matches nothing."""
     required, implied = saved_names(config)
-    found: dict[str, nn.Module] = {}
-    missing = []
-    for item in (*required, *implied):
-        hits = {name: module for name, module in modules.items() if name and matches(name, [item])}
-        if not hits and item in required:
-            missing.append(item)
-        found.update(hits)
+    missing = [item for item in required if not any(name and matches(name, [item]) for name in modules)]
     if missing and strict:
         children = some(dict.fromkeys(name.partition(".")[0] for name in modules if name))
         raise ValueError(f"modules_to_save: {some(missing)} matches no module; the model's own are {children}")
-    return found
+    return [name for name in modules if name and matches(name, [*required, *implied])]
 
 
 def _saved_tensors(
-    modules: Modules, saved: Mapping[str, nn.Module], planned: Mapping[str, PlannedLayer], config: OFTConfig
+    modules: Modules, saved: list[str], planned: Mapping[str, PlannedLayer], config: OFTConfig
 ) -> list[tuple[nn.Module, str]]:
     """What modules_to_save and `bias` train whole."""
-    below = {id(module): module for top in saved.values() for module in top.modules()}
+    below = set(map(id, modules.below(*saved).values()))
     found = [(module, key) for module in modules.values() if id(module) in below for key in own_tensors(module)]
     owners = {id(module) for layer, _, _ in planned.values() for module in layer.modules()}
     for module in modules.values() if config.bias != "none" else ():
-        if id(module) in below or (config.bias == "oft_only" and id(module) not in owners):
-            continue
-        biases = (key for key, parameter in module._parameters.items() if parameter is not None and "bias" in key)
-        found += [(module, key) for key in biases]
+        if id(module) not in below and (config.bias == "all" or id(module) in owners):
+            biases = (key for key, parameter in module._parameters.items() if parameter is not None and "bias" in key)
+            found += [(module, key) for key in biases]
     return found
 
 
-def _check_name(adapter_name: Any) -> None:
-    is_name = isinstance(adapter_name, str) and adapter_name and "." not in adapter_name
-    if not is_name or hasattr(nn.ModuleDict(), adapter_name):
-        raise ValueError(
-            f"adapter_name={adapter_name!r}: must be a non-empty string without dots and no name of nn.ModuleDict's own"
-        )
-
-
 def _check_same_config(plan: Plan) -> None:
+    mine = asdict(plan.config)
     for name, planned in plan.layers.items():
         state = state_of(planned.layer)
-        known = plan.config if state is None else state.configs.get(plan.adapter_name, plan.config)
-        mine, theirs = asdict(plan.config), asdict(known)
+        theirs = asdict(state.configs.get(plan.adapter_name, plan.config)) if state is not None else mine
         changed = [f"{key}={theirs[key]!r}, now {mine[key]!r}" for key in mine if mine[key] != theirs[key]]
         if changed:
             raise ValueError(
@@ -171,21 +145,19 @@ def _check_same_config(plan: Plan) -> None:
             )
 
 
-def _check_not_trained_too(planned: Mapping[str, PlannedLayer], saved: Mapping[str, nn.Module]) -> None:
+def _check_not_trained_too(
+    planned: Mapping[str, PlannedLayer], saved: list[tuple[nn.Module, str]], modules: Modules
+) -> None:
     """A rotated weight that is tied to a trained one would train too, and no adapter file could say so."""
-    trained_by = {
-        id(parameter): name
-        for name, module in saved.items()
-        for _, parameter in module.named_parameters(remove_duplicate=False)
-    }
-    for name, (layer, layer_type, sizes) in planned.items() if trained_by else ():
+    trained = {id(tensor_of(module, key)): module for module, key in saved}
+    for name, (layer, layer_type, sizes) in planned.items() if trained else ():
         for part in sizes:
-            weight = parameter_of(layer, layer_type.rotated_weights(layer)[part].parameter)
-            owner = trained_by.get(id(weight))
+            owner = trained.get(id(parameter_of(layer, layer_type.rotated_weights(layer)[part].parameter)))
             if owner is not None:
+                other = next(known for known, module in modules.items() if module is owner)
                 raise ValueError(
-                    f"{name or 'the model itself'}: its weight is also that of {owner} (they are tied), which modules_to_save "
-                    "trains whole; leave one of the two out"
+                    f"{name or 'the model itself'}: its weight is also that of {other} (they are tied), which "
+                    "modules_to_save trains whole; leave one of the two out"
                 )
 
 
@@ -207,12 +179,12 @@ def _is_dead(layer: Any) -> bool:
         return False
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
     device = next((p.device for p in layer._parameters.values() if p is not None), None)
-    with torch.enable_grad():
-        try:
+    try:
+        with torch.enable_grad():
             probe = torch.zeros(1, layer.in_features, dtype=dtype, device=device, requires_grad=True)
             output = layer(probe)
             if not isinstance(output, Tensor) or not output.requires_grad:
                 return isinstance(output, Tensor)
             return torch.autograd.grad(output.sum(), probe, allow_unused=True)[0] is None
-        except Exception:  # a layer that cannot run here and now; the guard after the first backward sees it
-            return False
+    except Exception:  # a layer that cannot run here and now; the guard after the first backward sees it
+        return False

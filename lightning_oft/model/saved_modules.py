@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_oft.layers.state import Slot, drop_empty_record, make_record, record_of
-from lightning_oft.model.traversal import Modules, joined, tensor_of
+from lightning_oft.model.traversal import Modules, joined, records, tensor_of
 
 BASE = ""
 """Owner name of the base's own values."""
@@ -27,26 +27,23 @@ class Saved(NamedTuple):
     tensor: Tensor
     slot: Slot
 
-
-def slots_of(module: nn.Module) -> dict[str, Slot]:
-    """The slots of a module's own tensors, by name."""
-    record = record_of(module)
-    return record.slots if record is not None else {}
+    def value(self, adapter_name: str) -> Tensor:
+        """An owner's values, live or waiting."""
+        return self.tensor.detach() if self.slot.live == adapter_name else self.slot.waiting[adapter_name]
 
 
 def saved_tensors(modules: Modules) -> Iterator[Saved]:
     """Everything that adapters train whole."""
-    for name, module in modules.items():
-        for key, slot in slots_of(module).items():
+    for name, module, record in records(modules):
+        for key, slot in list(record.slots.items()):
             yield Saved(joined(name, key), tensor_of(module, key), slot)
 
 
 def base_value(module: nn.Module, key: str) -> Tensor:
     """The base's own value of a tensor, whoever's is in it now."""
-    slot = slots_of(module).get(key)
-    if slot is None or slot.live == BASE:
-        return tensor_of(module, key).detach()
-    return slot.waiting[BASE]
+    record = record_of(module)
+    slot = record.slots.get(key) if record is not None else None
+    return tensor_of(module, key).detach() if slot is None or slot.live == BASE else slot.waiting[BASE]
 
 
 def claim(module: nn.Module, key: str, adapter_name: str, active: bool, known: dict[int, Slot]) -> None:
@@ -63,12 +60,10 @@ def claim(module: nn.Module, key: str, adapter_name: str, active: bool, known: d
     if adapter_name in slot.owners:
         return
     slot.owners.add(adapter_name)
-    base = tensor.data if slot.live == BASE else slot.waiting[BASE]
-    slot.waiting[adapter_name] = base.clone()
+    slot.waiting[adapter_name] = base_value(module, key).clone()
     if active and slot.live == BASE:
         exchange(tensor, slot, adapter_name)
-        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
-            tensor.requires_grad_(True)
+        _set_trainable(tensor, True)
 
 
 def exchange(tensor: Tensor, slot: Slot, owner: str) -> None:
@@ -88,10 +83,13 @@ def switch(modules: Modules, names: list[str], trainable: set[str]) -> None:
             exchange(tensor, slot, owner)
             # A backward in flight raises instead of reading the new values.
             torch.autograd.graph.increment_version(tensor)
-        if tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
-            tensor.requires_grad_(owner in trainable)
-            if owner not in trainable:
-                tensor.grad = None
+        _set_trainable(tensor, owner in trainable)
+
+
+def _set_trainable(tensor: Tensor, trains: bool) -> None:
+    if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+        tensor.requires_grad_(trains)
+        tensor.grad = tensor.grad if trains else None
 
 
 def conflict(modules: Modules, names: list[str]) -> str | None:
@@ -103,38 +101,16 @@ def conflict(modules: Modules, names: list[str]) -> str | None:
     return None
 
 
-def disown(modules: Modules, adapter_name: str) -> None:
-    """Forget one adapter's values; where they were live, the base's return."""
-    for module in modules.values():
-        for key, slot in list(slots_of(module).items()):
-            tensor = tensor_of(module, key)
-            if slot.live == adapter_name:
-                exchange(tensor, slot, BASE)
-                tensor.requires_grad_(False)
-            slot.owners.discard(adapter_name)
-            slot.waiting.pop(adapter_name, None)
-            if not slot.owners:
-                del make_record(module).slots[key]
-
-
-def release(modules: Modules, to_base: bool) -> None:
-    """Forget all owners and freeze what they had; what stays is the base's values, or those that are live."""
-    for module in modules.values():
-        for key, slot in slots_of(module).items():
-            tensor = tensor_of(module, key)
+def release(modules: Modules, adapter_names: list[str], to_base: bool = True) -> None:
+    """Forget adapters' values; where they are live, those of the base return, or stay frozen as they are."""
+    for _, tensor, slot in saved_tensors(modules):
+        if slot.live in adapter_names:
             if to_base:
                 exchange(tensor, slot, BASE)
             tensor.requires_grad_(False)
-        if slots_of(module):
-            make_record(module).slots = {}
-            drop_empty_record(module)
-
-
-@torch.no_grad()
-def values_of(modules: Modules, adapter_name: str) -> dict[str, Tensor]:
-    """The values that an adapter trained whole, live or waiting, by full name."""
-    return {
-        name: tensor.detach() if slot.live == adapter_name else slot.waiting[adapter_name]
-        for name, tensor, slot in saved_tensors(modules)
-        if adapter_name in slot.owners
-    }
+        slot.owners.difference_update(adapter_names)
+        for name in slot.waiting.keys() & set(adapter_names):
+            del slot.waiting[name]
+    for _, module, record in records(modules):
+        record.slots = {key: slot for key, slot in record.slots.items() if slot.owners}
+        drop_empty_record(module)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from lightning_oft.config import OFTConfig
-from lightning_oft.layers.base import LayerType, layer_type_names, layer_type_of, refusal
+from lightning_oft.layers.base import LayerType, layer_type_of, layer_types, refusal
 from lightning_oft.model.traversal import Modules, class_names, some
 
 _PROJECTIONS = ("q_proj", "v_proj")
@@ -45,13 +46,8 @@ class Target(NamedTuple):
 def find_targets(modules: Modules, config: OFTConfig, strict: bool = True) -> dict[str, Target]:
     """The modules that the configuration selects, by name, in the order of the model.
 
-    Args:
-        modules: a walked model; names are relative to it.
-        config: what to select.
-        strict: nothing selected is an error.
-
     Raises:
-        ValueError: nothing is selected, or something is that cannot be adapted; names the modules and the remedy.
+        ValueError: something is selected that cannot be adapted, or `strict` and nothing is; with names and the remedy.
     """
     owners = owners_of(modules)
     found: dict[str, Target] = {}
@@ -60,12 +56,12 @@ def find_targets(modules: Modules, config: OFTConfig, strict: bool = True) -> di
         owner, part = owners.get(name, (name, ""))
         module = modules[owner]
         layer_type = layer_type_of(module)
-        reason = None if layer_type is None else refusal(module)
         if layer_type is None:
-            refused[name] = f"a {type(module).__name__} cannot be adapted (only {_supported()} can)"
+            known = ", ".join(layer_types())
+            refused[name] = f"a {type(module).__name__} cannot be adapted (only layers of type {known} can)"
         elif id(module) in modules.compiled:
             refused[name] = "it is compiled by itself: compile the module above it, or after the adapter is in"
-        elif reason is not None:
+        elif reason := refusal(module):
             refused[name] = reason
         elif owner not in found or len(found[owner].parts) == 1:
             excluded = {own for child, (of, own) in owners.items() if of == owner and _excluded(config, child)}
@@ -78,10 +74,6 @@ def find_targets(modules: Modules, config: OFTConfig, strict: bool = True) -> di
     if strict and not found:
         raise ValueError(_nothing_found(modules, config))
     return found
-
-
-def _supported() -> str:
-    return f"layers of type {', '.join(layer_type_names())}"
 
 
 def saved_names(config: OFTConfig) -> tuple[list[str], list[str]]:
@@ -97,13 +89,10 @@ def matches(name: str, items: list[str]) -> bool:
 
 
 def _selected(modules: Modules, owners: dict[str, tuple[str, str]], config: OFTConfig) -> list[str]:
-    wanted = config.target_modules
-    if wanted is None:
-        choice = _architecture_choice(modules)
-        wanted = choice if isinstance(choice, str) else list(choice)
+    wanted = _architecture_choice(modules) if config.target_modules is None else config.target_modules
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        return [name for name in _all_linear(modules, owners) if not _excluded(config, name)]
-    if isinstance(wanted, str):
+        names = _all_linear(modules, owners)
+    elif isinstance(wanted, str):
         pattern = _compiled(wanted, "target_modules")
         names = [name for name in modules if name and pattern.fullmatch(name)]
     else:
@@ -121,14 +110,13 @@ def _compiled(pattern: str, field: str) -> re.Pattern[str]:
 
 
 def _excluded(config: OFTConfig, name: str) -> bool:
-    exclude = config.exclude_modules
+    exclude = config.exclude_modules or []
     if isinstance(exclude, str):
-        if _compiled(exclude, "exclude_modules").fullmatch(name):
-            return True
-    elif exclude and matches(name, exclude):
-        return True
-    required, implied = saved_names(config)
-    return any(re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", name) for saved in (*required, *implied))
+        excluded = _compiled(exclude, "exclude_modules").fullmatch(name) is not None
+    else:
+        excluded = matches(name, exclude)
+    saved = [item for items in saved_names(config) for item in items]
+    return excluded or any(re.match(rf"(^|.*\.){re.escape(item)}($|\..*)", name) for item in saved)
 
 
 def _in_layers(name: str, wanted: list[str], config: OFTConfig) -> bool:
@@ -147,21 +135,18 @@ def _in_layers(name: str, wanted: list[str], config: OFTConfig) -> bool:
 
 
 def _all_linear(modules: Modules, owners: dict[str, tuple[str, str]]) -> list[str]:
-    heads = {id(_output_embedding(module)) for module in modules.values() if "PreTrainedModel" in class_names(module)}
+    heads = set()
+    for module in modules.values():
+        if "PreTrainedModel" in class_names(module):
+            with contextlib.suppress(AttributeError, NotImplementedError):
+                heads.add(id(module.get_output_embeddings()))  # type: ignore[operator]
     types = {name: layer_type_of(module) for name, module in modules.items() if id(module) not in heads}
     return [name for name, found in types.items() if found is not None and found.in_all_linear and name not in owners]
 
 
-def _output_embedding(model: Any) -> Any:
-    try:
-        return model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-
-
 def owners_of(modules: Modules) -> dict[str, tuple[str, str]]:
-    """By the name of a module whose weight another one reads and never calls, such as an attention's out_proj: that
-    other one's name, and the part of it."""
+    """By the name of a module whose weight another one reads and never calls, such as an attention's out_proj: the other
+    one's name, and the part of it."""
     found = {}
     for name, module in modules.items():
         layer_type = layer_type_of(module) if module._modules else None  # only a module with children reads theirs
@@ -172,19 +157,18 @@ def owners_of(modules: Modules) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _architecture_choice(modules: Modules) -> str | tuple[str, ...]:
-    types = [getattr(getattr(module, "config", None), "model_type", None) for module in modules.values()]
-    for model_type in (t for t in types if isinstance(t, str) and t):
-        for known, choice in _ARCHITECTURES.items():
-            if model_type in known:
-                return choice
-        raise ValueError(
-            f"target_modules is null and the architecture {model_type!r} has no choice of its own: "
-            "name the modules, or use 'all-linear'"
+def _architecture_choice(modules: Modules) -> str | list[str]:
+    types = (getattr(getattr(module, "config", None), "model_type", None) for module in modules.values())
+    model_type = next((found for found in types if isinstance(found, str) and found), "")
+    choice = next((choice for known, choice in _ARCHITECTURES.items() if model_type in known), None)
+    if choice is None:
+        what = (
+            f"the architecture {model_type!r} has no choice of its own"
+            if model_type
+            else "the model is of no known architecture"
         )
-    raise ValueError(
-        "target_modules is null and the model is of no known architecture: name the modules, or use 'all-linear'"
-    )
+        raise ValueError(f"target_modules is null and {what}: name the modules, or use 'all-linear'")
+    return choice if isinstance(choice, str) else list(choice)
 
 
 def _nothing_found(modules: Modules, config: OFTConfig) -> str:

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from graphlib import TopologicalSorter
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from lightning_oft.layers.state import LayerState, state_of
-
-
-class Modules(dict[str, nn.Module]):
-    """A model that has been walked: every module once, by name; the model itself is ''.
-
-    Attributes:
-        compiled: ids of the modules that torch.compile wraps themselves.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.compiled: set[int] = set()
-
+from lightning_oft.layers.rotation import Rotation
+from lightning_oft.layers.state import LayerState, Record, record_of, rotations_of, state_of
 
 _WRAPPERS = {
     "OptimizedModule": {"_orig_mod"},
@@ -37,9 +27,29 @@ LIBRARY_MODELS = {"PreTrainedModel", "ModelMixin"}
 """Base classes of transformers' and diffusers' models."""
 
 
-def class_names(module: object) -> set[str]:
-    """Names of an object's class and of all it derives from; asking them needs no import of their package."""
-    return {cls.__name__ for cls in type(module).__mro__}
+class Modules(dict[str, nn.Module]):
+    """A model that has been walked: every module once, by its first name; the model itself is ''.
+
+    Attributes:
+        aliases: further names of modules that have several, with the first one.
+        compiled: ids of the modules that torch.compile wraps themselves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aliases: dict[str, str] = {}
+        self.compiled: set[int] = set()
+
+    def below(self, *tops: str) -> dict[str, nn.Module]:
+        """Modules and everything inside them, by first names, wherever those are."""
+        chosen = set(tops)
+
+        def is_below(name: str) -> bool:
+            return any(above in chosen for above in ("", *accumulate(name.split("."), joined)))
+
+        while more := {first for alias, first in self.aliases.items() if is_below(alias)} - chosen:
+            chosen |= more
+        return {name: module for name, module in self.items() if is_below(name)}
 
 
 def walk(model: nn.Module) -> Modules:
@@ -49,14 +59,15 @@ def walk(model: nn.Module) -> Modules:
     and hands the result on.
     """
     found = Modules()
-    _walk(model, "", set(), found)
+    _walk(model, "", {}, found)
     return found
 
 
-def _walk(module: nn.Module, name: str, seen: set[int], found: Modules) -> None:
+def _walk(module: nn.Module, name: str, seen: dict[int, str], found: Modules) -> None:
     if id(module) in seen:
+        found.aliases[name] = seen[id(module)]
         return
-    seen.add(id(module))
+    seen[id(module)] = name
     inside = set().union(*(_WRAPPERS.get(cls, set()) for cls in class_names(module)))
     if "_orig_mod" in inside:
         found.compiled.add(id(module._modules["_orig_mod"]))
@@ -68,9 +79,24 @@ def _walk(module: nn.Module, name: str, seen: set[int], found: Modules) -> None:
         _walk(child, name if child_name in inside else joined(name, child_name), seen, found)
 
 
+def class_names(module: object) -> set[str]:
+    """Names of an object's class and of all it derives from; asking them needs no import of their package."""
+    return {cls.__name__ for cls in type(module).__mro__}
+
+
 def joined(above: str, name: str) -> str:
     """The name of something below a module."""
     return f"{above}.{name}" if above and name else above or name
+
+
+def is_inside(name: str, top: str) -> bool:
+    """Whether a name is that of a module or of something below it."""
+    return not top or name == top or name.startswith(f"{top}.")
+
+
+def records(modules: Modules) -> list[tuple[str, nn.Module, Record]]:
+    """(name, module, record) of the modules that have one."""
+    return [(name, module, record) for name, module in modules.items() if (record := record_of(module)) is not None]
 
 
 def adapted(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, LayerState]]:
@@ -90,6 +116,25 @@ def oft_layers(model: nn.Module) -> dict[str, nn.Module]:
 def adapter_names(modules: Modules) -> list[str]:
     """Names of the adapters that any layer has, in order of injection."""
     return list(dict.fromkeys(name for _, _, state in adapted(modules) for name in state.configs))
+
+
+def active_names(modules: Modules) -> list[str]:
+    """Names of the active adapters, in an order that agrees with that of every layer."""
+    order: TopologicalSorter[str] = TopologicalSorter()
+    for _, _, state in adapted(modules):
+        for index, name in enumerate(state.active):
+            order.add(name, *state.active[:index])
+    return list(order.static_order())
+
+
+def rotations(modules: Modules, adapter_name: str) -> dict[tuple[str, str], Rotation]:
+    """The rotations of an adapter by layer and part."""
+    return {
+        (name, part): rotation
+        for name, layer, state in adapted(modules)
+        if adapter_name in state.configs
+        for part, rotation in rotations_of(layer, adapter_name).items()
+    }
 
 
 def merged_layers(modules: Modules) -> dict[str, nn.Module]:
@@ -129,11 +174,8 @@ def library_root(modules: Modules, names: Iterable[str]) -> str:
     """The name of the topmost transformers or diffusers model that holds all these layers and tensors, else of the
     model itself. Files written from there have the keys that those libraries know."""
     names = list(names)
-    for name, module in modules.items():
-        inside = all(other == name or other.startswith(f"{name}.") for other in names) if name else True
-        if inside and class_names(module) & LIBRARY_MODELS:
-            return name
-    return ""
+    roots = (name for name, module in modules.items() if class_names(module) & LIBRARY_MODELS)
+    return next((root for root in roots if all(is_inside(name, root) for name in names)), "")
 
 
 def own_tensors(module: nn.Module) -> list[str]:
@@ -145,11 +187,7 @@ def own_tensors(module: nn.Module) -> list[str]:
 
 def tensor_of(module: nn.Module, key: str) -> Tensor:
     """A module's own parameter or buffer. Raises AttributeError where it has none of this name."""
-    tensor: Tensor | None = module._parameters.get(key)
-    tensor = module._buffers.get(key) if tensor is None else tensor
-    if tensor is None:
-        raise AttributeError(f"{type(module).__name__} has no tensor {key!r}")
-    return tensor
+    return module.get_parameter(key) if key in module._parameters else module.get_buffer(key)
 
 
 def some(names: Iterable[str], limit: int = 4) -> str:
