@@ -8,10 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_oft.cli.errors import OneLineParser, UserError, a_name, suggestion
-from lightning_oft.formats.adapters import FORMATS, read_adapter, read_adapters
-from lightning_oft.model.adapter_state import AdapterState
-from lightning_oft.model.traversal import joined
+from lightning_oft.cli.errors import OneLineParser, UserError, a_name
+from lightning_oft.formats.adapters import FORMATS, read_adapter
 
 DESCRIPTION = """\
 Write an adapter in another format: by default the one inside a Lightning checkpoint as a PEFT directory
@@ -25,9 +23,12 @@ example:
 def run(arguments: list[str]) -> int:
     """Read the adapter, write it, say what was written."""
     options = _parser().parse_args(arguments)
-    state = choose(options.checkpoint, options.adapter_name)
+    state = read_adapter(options.checkpoint, options.adapter_name)
     if options.root is not None:
-        state = rooted(state, options.root)
+        try:  # the class at the root is another one, which no file names
+            state = replace(state.rooted(options.root), base=state.base and state.base._replace(class_name=""))
+        except ValueError as error:
+            raise UserError(f"export: --root {options.root}: {error}") from None
     FORMATS[options.format].write(state, Path(options.output))  # type: ignore[misc]
     print(f"{options.output}: adapter {state.name!r}, rotations of {len(state.layers)} layers")
     if options.format == "peft":
@@ -48,29 +49,3 @@ def _parser() -> OneLineParser:
         help="the LightningModule's attribute that holds the model, such as `model`; the file says it where not given",
     )
     return parser
-
-
-def choose(path: str, name: str | None) -> AdapterState:
-    """The adapter called `name`, or the only one. Raises UserError where there is none of this name."""
-    names = [state.name for state in read_adapters(path, name)] if Path(path).is_file() else []
-    if name is not None and names and name not in names:
-        raise UserError(f"{path}: no adapter {name!r}{suggestion(name, names)}; there is {', '.join(names)}")
-    if name is None and len(names) > 1:
-        raise UserError(f"{path}: holds {', '.join(names)}: say which with --adapter-name")
-    return read_adapter(path, name)
-
-
-def rooted(state: AdapterState, root: str) -> AdapterState:
-    """The same adapter with names that start at another module. Raises UserError where a name is not below it."""
-    above, cut = state.root or "", len(root) + 1 if root else 0
-    names = [joined(above, name) for name in (*state.layers, *state.saved)]
-    outside = [name for name in names if root and not name.startswith(f"{root}.")]
-    if outside:
-        raise UserError(f"export: --root {root}: {outside[0]} is not below it")
-
-    def moved(found: dict[str, object]) -> dict[str, object]:
-        return {joined(above, name)[cut:]: value for name, value in found.items()}
-
-    fields = {name: moved(getattr(state, name)) for name in ("layers", "saved", "carried", "fingerprints")}
-    heads = [joined(above, name)[cut:] for name in state.modules_to_save]
-    return replace(state, root=root, modules_to_save=heads, **fields)  # type: ignore[arg-type]

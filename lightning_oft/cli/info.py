@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from torch import Tensor
 from lightning_oft import functional
 from lightning_oft.cli.errors import OneLineParser, UserError
 from lightning_oft.config import OFTConfig
-from lightning_oft.formats import checkpoint as adapter_checkpoint
 from lightning_oft.formats.adapters import read_adapters
+from lightning_oft.formats.checkpoint import content_of
 from lightning_oft.formats.checkpoint_file import read as read_checkpoint
+from lightning_oft.formats.checkpoint_file import read_states
 from lightning_oft.model.adapter_state import AdapterState
 
 DESCRIPTION = """\
@@ -26,8 +28,7 @@ example:
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """One layer's rotation in numbers."""
 
     blocks: int
@@ -63,9 +64,9 @@ def _read(path: Path) -> tuple[str, list[AdapterState]]:
         states = read_adapters(path)
         return f"an adapter directory, written for PEFT {states[0].extra.get('peft_version', 'before 0.18')}", states
     checkpoint = read_checkpoint(path)
+    kind = _CONTENTS[content_of(checkpoint)]
     where = f"epoch {checkpoint.get('epoch', '?')}, step {checkpoint.get('global_step', '?')}"
-    kind = _CONTENTS[adapter_checkpoint.content_of(checkpoint)]
-    return f"{kind}; {where}", adapter_checkpoint.read_states(checkpoint)
+    return f"{kind}; {where}", read_states(checkpoint)
 
 
 _CONTENTS = {
@@ -104,10 +105,10 @@ def lines(state: AdapterState, each_layer: bool = False) -> list[str]:
     blocks = ", ".join(f"{count} of {n} x {b}" for (b, n), count in sorted(shapes.items()))
     worst = max(layers, key=lambda name: layers[name].error)
     widest = max(layers, key=lambda name: layers[name].angle)
-    total = sum(g.parameters for g in layers.values())
+    total, others = sum(g.parameters for g in layers.values()), sum(tensor.numel() for tensor in state.saved.values())
     text += [
         f"  layers       {len(layers)} (blocks x block size: {blocks})",
-        f"  parameters   {total:,} in rotations" + _and_others(state.saved),
+        f"  parameters   {total:,} in rotations" + (f", {others:,} in {', '.join(state.saved)}" if others else ""),
         f"  error        {layers[worst].error:.1e} = largest ||R^T R - I||, in {worst}",
         f"  angle        {layers[widest].angle:.2f} degrees = largest turn of a plane, in {widest}",
     ]
@@ -121,13 +122,7 @@ def lines(state: AdapterState, each_layer: bool = False) -> list[str]:
     return text
 
 
-def _and_others(others: dict[str, Tensor]) -> str:
-    return f", {sum(t.numel() for t in others.values()):,} in {', '.join(others)}" if others else ""
-
-
 def _config(config: OFTConfig) -> str:
     """The fields that differ from their defaults; the block size always."""
-    default = OFTConfig()
-    changed = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    changed = {k: v for k, v in changed.items() if v != getattr(default, k) or k == "oft_block_size"}
-    return " ".join(f"{key}={value}" for key, value in changed.items())
+    fields, default = dataclasses.asdict(config), OFTConfig()
+    return " ".join(f"{k}={v}" for k, v in fields.items() if v != getattr(default, k) or k == "oft_block_size")

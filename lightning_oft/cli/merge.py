@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_oft.cli.auto import loader_of
 from lightning_oft.cli.errors import OneLineParser, UserError, a_name, one_line
-from lightning_oft.cli.export import choose
+from lightning_oft.formats.adapters import read_adapter
 from lightning_oft.formats.pretrained import Companions, write_pretrained
 from lightning_oft.model.adapter_state import AdapterState
 from lightning_oft.model.injection import unload
@@ -38,7 +37,7 @@ def run(arguments: list[str]) -> int:
     _check_apart(options.output, {"--base": options.base, "--adapter": options.adapter})
     if Path(options.output).exists() and any(Path(options.output).iterdir()) and not options.overwrite:
         raise UserError(f"merge: {options.output} is there already and not empty; --overwrite replaces it")
-    state = choose(options.adapter, options.adapter_name)
+    state = read_adapter(options.adapter, options.adapter_name)
     model = load_base(options.base)
     labels = _other_labels(model, state.saved)
     model = model if labels is None else load_base(options.base, num_labels=labels, ignore_mismatched_sizes=True)
@@ -89,7 +88,7 @@ def _put(model: nn.Module, state: AdapterState, path: str, any_base: bool) -> No
 def load_base(base: str, **options: Any) -> nn.Module:
     """The model at `base` in the class and the dtype it was saved in; `options` go to its from_pretrained."""
     local = Path(base) / "config.json"
-    with _base_errors(base):
+    try:
         config: dict[str, Any] = json.loads(local.read_text(encoding="utf-8")) if local.is_file() else {}
         if "_class_name" in config:  # how diffusers signs its models
             import diffusers
@@ -100,19 +99,11 @@ def load_base(base: str, **options: Any) -> nn.Module:
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         # False rather than its default, which asks at the terminal whether to run the Python files beside the weights.
         found = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-        architecture = next(iter(found.architectures or []), None)
-        if architecture is None:
-            raise UserError(f"merge: the config.json of {base} names no architecture, so its class is not known")
-        return cast("nn.Module", getattr(transformers, architecture).from_pretrained(base, dtype="auto", **options))
-
-
-@contextlib.contextmanager
-def _base_errors(base: str) -> Iterator[None]:
-    try:
-        yield
+        if not found.architectures:
+            raise ValueError("its config.json names no architecture")
+        loader = getattr(transformers, found.architectures[0])
+        return cast("nn.Module", loader.from_pretrained(base, dtype="auto", **options))
     except Exception as error:  # a damaged file raises whatever its reader does not expect
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"merge: the base {base!r} cannot be loaded: {one_line(error)}") from error
 
 

@@ -2,7 +2,6 @@
 
 from lightning_oft.formats.adapters import (
     Format,
-    format_of,
     load_adapter,
     read_adapter,
     read_adapters,
@@ -11,13 +10,5 @@ from lightning_oft.formats.adapters import (
 )
 from lightning_oft.formats.errors import AdapterFileError
 
-__all__ = [
-    "AdapterFileError",
-    "Format",
-    "format_of",
-    "load_adapter",
-    "read_adapter",
-    "read_adapters",
-    "register_format",
-    "save_adapter",
-]
+__all__ = ["AdapterFileError", "Format", "load_adapter", "read_adapter", "read_adapters", "register_format",
+           "save_adapter"]  # fmt: skip

@@ -8,15 +8,14 @@ from pathlib import Path
 
 from torch import nn
 
-from lightning_oft.formats.checkpoint import read_states
 from lightning_oft.formats.checkpoint_file import read as read_checkpoint
+from lightning_oft.formats.checkpoint_file import read_states
 from lightning_oft.formats.errors import AdapterFileError
-from lightning_oft.formats.peft import write_peft
-from lightning_oft.formats.peft_reading import read_peft
+from lightning_oft.formats.peft import read_peft, write_peft
 from lightning_oft.model.adapter_state import AdapterState, take
 from lightning_oft.model.loading import put
 from lightning_oft.model.placement import AdapterError
-from lightning_oft.model.traversal import require_unmerged, some, walk
+from lightning_oft.model.traversal import some
 
 
 @dataclass(frozen=True)
@@ -51,44 +50,42 @@ register_format(Format("peft", Path.is_dir, lambda path, name: [read_peft(path, 
 register_format(Format("checkpoint", Path.is_file, lambda path, name: read_states(read_checkpoint(path))))
 
 
-def format_of(path: str | Path) -> Format:
-    """The format of what is at a path. Raises AdapterFileError where there is nothing, or nothing known."""
-    place = Path(path)
-    found = next((known for known in FORMATS.values() if known.matches(place)), None)
-    if found is None:
-        what = "no such file or directory" if not place.exists() else "is of no known format"
-        raise AdapterFileError(f"{path}: {what}; give an adapter directory or a checkpoint ({', '.join(FORMATS)})")
-    return found
-
-
 def read_adapters(path: str | Path, adapter_name: str | None = None) -> list[AdapterState]:
     """All adapters at a path, of any known format; of a name, where one is given and the format has names.
 
     Raises:
         AdapterFileError: there is none, or it cannot be read.
-        CheckpointError: a checkpoint that is damaged.
     """
-    return format_of(path).read(Path(path), adapter_name)
+    place = Path(path)
+    found = next((known for known in FORMATS.values() if known.matches(place)), None)
+    if found is None:
+        what = "no such file or directory" if not place.exists() else "is of no known format"
+        raise AdapterFileError(
+            f"{path}: {what}; give an adapter directory or a checkpoint (formats: {', '.join(FORMATS)})"
+        )
+    return found.read(place, adapter_name)
 
 
-def read_adapter(path: str | Path, adapter_name: str | None = None) -> AdapterState:
-    """The adapter at a path, of any known format; of this name, where there are several.
+def read_adapter(path: str | Path, adapter_name: str | None = None, or_only: bool = False) -> AdapterState:
+    """The adapter at a path, of any known format; of this name, where one is given.
+
+    Args:
+        path: a file or directory.
+        adapter_name: the adapter's name.
+        or_only: where there is a single adapter, take it whatever its name is.
 
     Raises:
         AdapterFileError: there is none, none of this name, several and no name was given, or it cannot be read.
-        CheckpointError: a checkpoint that is damaged.
     """
-    states = {state.name: state for state in read_adapters(path, adapter_name)}
-    if not states:
-        raise AdapterFileError(f"{path}: no adapter in it; was it trained with OFTFinetuning?")
-    if adapter_name is None and len(states) > 1:
-        raise AdapterFileError(f"{path}: holds {', '.join(states)}: say which one")
-    if adapter_name is not None and adapter_name not in states:
-        raise AdapterFileError(f"{path}: no adapter {adapter_name!r}; there is {', '.join(states)}")
-    state = states[adapter_name or next(iter(states))]
-    if not state.generators():
+    states = read_adapters(path, adapter_name)
+    is_any = adapter_name is None or (or_only and len(states) == 1)
+    named = [state for state in states if is_any or state.name == adapter_name]
+    if len(named) != 1:
+        found = f"holds {some(state.name for state in states)}: give the name of one" if states else "no adapter in it"
+        raise AdapterFileError(f"{path}: {found}")
+    if not named[0].generators():
         raise AdapterFileError(f"{path}: a merged model; its rotations are in the weights, and cannot be told apart")
-    return state
+    return named[0]
 
 
 def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> Path:
@@ -133,18 +130,8 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
         AdapterFileError: the directory cannot be read or does not fit the model. The model is untouched.
         RuntimeError: the model is merged.
     """
-    require_unmerged(walk(model), "load an adapter")  # before a file is read
+    state = read_adapter(directory, adapter_name, or_only=True)
     try:
-        return put(model, _read_one(directory, adapter_name), adapter_name)
+        return put(model, state, adapter_name)
     except AdapterError as error:
         raise AdapterFileError(f"{directory}: {error}") from None
-
-
-def _read_one(path: str | Path, adapter_name: str) -> AdapterState:
-    """The adapter of a name, or whatever single one there is."""
-    states = read_adapters(path, adapter_name)
-    named = [state for state in states if state.name == adapter_name] or states
-    if len(named) != 1:
-        found = f"holds {some(state.name for state in named)}: give one of these names" if named else "no adapter in it"
-        raise AdapterFileError(f"{path}: {found}")
-    return named[0]

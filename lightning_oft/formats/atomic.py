@@ -19,28 +19,23 @@ _SCRATCH = ".lightning-oft-"
 
 
 def write_directory(directory: Path, write: Callable[[Path], None], order: tuple[str, ...] | None = None) -> None:
-    """Write a directory so that it appears complete or not at all.
+    """Write a directory so that it appears complete or not at all. Raises OSError; what was there is unchanged then.
 
-    Args:
-        directory: its final place; what is there is replaced.
-        write: writes the content into the directory it is given.
-        order: names of the files to replace one by one, the one without which no reader accepts the rest last; other
-            files that are there then stay. By default the directory is replaced whole.
-
-    Raises:
-        OSError: it cannot be written; what was there is unchanged.
+    `write` fills the directory that it is given. By default that replaces the whole of what is there; with `order`, the
+    files of these names alone, one by one, the one without which no reader accepts the rest last.
     """
     directory = Path(os.path.realpath(directory))
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
     directory.parent.mkdir(parents=True, exist_ok=True)
-    others = [name for name in _listing(directory) if name not in (order or ()) and not name.startswith(_SCRATCH)]
+    there = os.listdir(directory) if order is not None and directory.is_dir() else []
+    others = [name for name in there if name not in (order or ()) and not name.startswith(_SCRATCH)]
     # Beside other files, within the directory itself: it may be a mount point.
-    within = directory if order is not None and others else directory.parent
+    within = directory if others else directory.parent
     try:
         scratch = _written(within, write)
     except OSError:
-        if order is None or within == directory:
+        if order is None or within == directory or not directory.is_dir():
             raise
         scratch = _written(directory, write)
     try:
@@ -55,16 +50,13 @@ def write_directory(directory: Path, write: Callable[[Path], None], order: tuple
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _listing(directory: Path) -> list[str]:
-    return os.listdir(directory) if directory.is_dir() else []
-
-
 def _written(parent: Path, write: Callable[[Path], None]) -> Path:
     """A new directory with the content, on disk and not only in its cache, readable as the umask says."""
     scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
     try:
         write(scratch)
-        mask = _umask()
+        mask = os.umask(0)
+        os.umask(mask)
         os.chmod(scratch, 0o777 & ~mask)
         for file in scratch.rglob("*"):
             if file.is_file():
@@ -74,12 +66,6 @@ def _written(parent: Path, write: Callable[[Path], None]) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     return scratch
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _exchanged(one: Path, other: Path) -> bool:
@@ -95,17 +81,17 @@ def _replace(scratch: Path, directory: Path, order: tuple[str, ...] | None) -> N
 
     Taken away in the reverse of `order` and put in place in it: a kill in between leaves what every reader refuses.
     """
-    aside = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory if order is not None else directory.parent))
-    moves = [directory / name for name in reversed(order)] if order is not None else [directory]
     arrivals = [(scratch / name, directory / name) for name in order] if order is not None else [(scratch, directory)]
+    places = [place for _, place in arrivals]
+    aside = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=places[0].parent))
     try:
-        for old in moves:
+        for old in reversed(places):
             if old.exists():
                 os.replace(old, aside / old.name)
         for new, place in arrivals:
             os.replace(new, place)
     except BaseException:
-        for old in moves:
+        for old in reversed(places):
             if (aside / old.name).exists():
                 os.replace(aside / old.name, old)
         raise

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightning_oft.model.placement import AdapterError
+
 
 def printable(text: str, limit: int = 1000) -> str:
     """One line of bounded length: names and values come from a file, which may hold control characters or megabytes."""
@@ -16,8 +22,31 @@ def first_line(error: BaseException) -> str:
     return printable(str(text).splitlines()[0][:200])
 
 
-class AdapterFileError(ValueError):
+class AdapterFileError(AdapterError):
     """An adapter file that cannot be read, written or put on this model: where, what, remedy. Nothing changed."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+class CheckpointError(AdapterFileError):
+    """A checkpoint that cannot be read or does not fit the model: where, what, remedy. Nothing has been loaded."""
+
+
+@contextlib.contextmanager
+def refusing(
+    file: str | Path,
+    what: str,
+    remedy: str = "copy the file again",
+    error_class: type[AdapterFileError] = AdapterFileError,
+) -> Iterator[None]:
+    """Within this context an error of ours gets the file's name in front, and whatever else a reader raises over
+    damaged bytes becomes one: `what` is wrong with the file."""
+    try:
+        yield
+    except AdapterFileError as error:
+        raise type(error)(f"{file}: {error}") from None
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise error_class(f"{file}: {what} ({first_line(error)}); {remedy}") from None

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import warnings
-from collections.abc import Collection
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_oft import __version__
+from lightning_oft import functional
 from lightning_oft.formats.atomic import write_directory
-from lightning_oft.formats.errors import AdapterFileError
-from lightning_oft.formats.peft_keys import (
-    CONFIG_FILE,
-    OWN_FIELDS,
-    OWN_KEY,
-    OWN_VERSION,
-    PEFT_DEFAULTS,
-    PEFT_VERSION,
-    PREFIX,
-    TENSOR_FILE,
-    UNHALVED_VERSION,
-    is_implied,
-    rotation_key,
-)
-from lightning_oft.model.adapter_state import AdapterState
+from lightning_oft.formats.errors import AdapterFileError, printable, refusing
+from lightning_oft.formats.peft_config import CONFIG_FILE, PeftConfig, read_config, to_json
+from lightning_oft.formats.peft_tensors import TENSOR_FILE, Key, read_tensors, to_tensors
+from lightning_oft.model.adapter_state import AdapterState, Base, LayerRotations
 from lightning_oft.model.traversal import some
 
 
@@ -43,10 +28,8 @@ def write_peft(state: AdapterState, directory: str | Path) -> Path:
     Raises:
         AdapterFileError: the directory cannot be written.
     """
-    tensors = save(peft_tensors(state), metadata={"format": "pt"})
-    config = peft_config(state)
-    config[OWN_KEY]["sha256"] = hashlib.sha256(tensors).hexdigest()
-    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    tensors = save(to_tensors(state), metadata={"format": "pt"})
+    text = to_json(state, hashlib.sha256(tensors).hexdigest())
 
     def write(place: Path) -> None:
         (place / TENSOR_FILE).write_bytes(tensors)
@@ -59,77 +42,99 @@ def write_peft(state: AdapterState, directory: str | Path) -> Path:
             f"{directory}: the adapter cannot be written ({error.strerror or error}); what was there is unchanged: "
             "free space there or give another directory"
         ) from None
-    for note in _notes(state):
-        warnings.warn(note, stacklevel=3)
+    known = set(state.known_to_peft())
+    unknown = [name for name in state.layers if name not in known]
+    if unknown:
+        warnings.warn(
+            f"PEFT cannot represent the rotations of {some(unknown, 20)}: they are in the file for this library, and "
+            "PEFT will load the adapter without them",
+            stacklevel=3,
+        )
+    if state.config.neumann_series == "unhalved":
+        warnings.warn(
+            "this adapter uses the series of PEFT before 0.18, kept under our own key; PEFT 0.18 and later halve its "
+            "last term and compute a slightly different rotation",
+            stacklevel=3,
+        )
     return Path(directory)
 
 
-def peft_tensors(state: AdapterState) -> dict[str, Tensor]:
-    """The tensors of the file by key."""
-    sign = 1 if state.config.use_cayley_neumann else -1  # PEFT's exact map is the transpose of ours
-    known = _known_to_peft(state)
-    tensors = {
-        rotation_key(name, rotations.layer_type, part): (sign * generator.float()).contiguous()
-        for name, rotations in state.layers.items()
-        for part, generator in rotations.generators.items()
-    }
-    for name, tensor in (state.saved | state.carried).items():
-        owner, _, key = name.rpartition(".")
-        # PEFT wraps the layers it adapts, and keeps the layer itself as `base_layer`.
-        place = f"{owner}.base_layer.{key}" if owner and owner in known and key == "bias" else name
-        tensors[PREFIX + place] = tensor.contiguous()
-    return tensors
+def read_peft(directory: str | Path, adapter_name: str | None = None) -> AdapterState:
+    """Read a directory of this library's or of PEFT's, or one below it of the adapter's name, as PEFT writes it.
+
+    No model is needed, and nothing but torch is imported.
+
+    Raises:
+        AdapterFileError: not an adapter, damaged, or of a format that cannot be read; names the file and the remedy.
+    """
+    place = _locate(Path(directory), adapter_name)
+    file, found = place / TENSOR_FILE, read_config(place / CONFIG_FILE)
+    with refusing(file, "cannot be read"):
+        if not file.is_file():
+            pickled = "adapter_model.bin is a pickle, which may run code: convert it to safetensors with PEFT"
+            there = (place / "adapter_model.bin").is_file()
+            raise AdapterFileError(f"no such file; {pickled if there else 'copy it from where the adapter was saved'}")
+        if "sha256" in found.own and _digest(file) != found.own["sha256"]:
+            raise AdapterFileError(
+                f"is not the file that {CONFIG_FILE} was written with: an interrupted write, or damaged since; save or "
+                "copy the adapter again"
+            )
+    tensors = read_tensors(file, found.own.get("layer_types", {}), found.config)
+    mapping, path = found.extra.get("auto_mapping"), found.extra.get("base_model_name_or_path")
+    mapping = mapping if isinstance(mapping, dict) else {}
+    class_name, library = (str(mapping.get(key, "")) for key in ("base_model_class", "parent_library"))
+    return AdapterState(
+        name=adapter_name or "default",
+        config=found.config,
+        layers=_layers(file, found, {key: value for key, value in tensors.items() if key.layer_type is not None}),
+        root=found.own.get("root"),
+        saved={key.name: value for key, value in tensors.items() if key.layer_type is None},
+        modules_to_save=found.modules_to_save,
+        fingerprints=found.own.get("fingerprint", {}),
+        base=Base(class_name, library, path if isinstance(path, str) else None),
+        has_unique_names=not isinstance(found.target_modules, str),
+        source=printable(str(place)),
+        extra=found.extra,
+    )
 
 
-def _known_to_peft(state: AdapterState) -> list[str]:
-    return [name for name, rotations in state.layers.items() if rotations.is_known_to_peft]
-
-
-def peft_config(state: AdapterState) -> dict[str, Any]:
-    """The content of `adapter_config.json`."""
-    fields, base, known = asdict(state.config), state.base, _known_to_peft(state)
-    names: list[str] | str = known if state.has_unique_names else "|".join(re.escape(name) for name in known)
-    mapping = {"base_model_class": base.class_name, "parent_library": base.library} if base is not None else None
-    told = {name: one.layer_type for name, one in state.layers.items() if not is_implied(one.layer_type)}
-    return {
-        "peft_type": "OFT",
-        "auto_mapping": None if state.config.task_type else mapping,
-        "base_model_name_or_path": base.name_or_path if base is not None else None,
-        "revision": None,
-        "inference_mode": True,
-        "peft_version": PEFT_VERSION if state.config.neumann_series == "halved" else UNHALVED_VERSION,
-        **{field: fields[field] for field in PEFT_DEFAULTS},
-        "target_modules": names,
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "modules_to_save": state.modules_to_save or None,
-        "fan_in_fan_out": False,
-        "coft": False,  # the projection is in the tensors; PEFT would project again, into a smaller ball
-        OWN_KEY: {
-            "version": OWN_VERSION,
-            "written_by": __version__,
-            "root": state.root or "",
-            "config": {field: fields[field] for field in OWN_FIELDS},
-            "fingerprint": dict(state.fingerprints),
-            **({"layer_types": {name: kind for name, kind in told.items() if kind}} if any(told.values()) else {}),
-        },
-    }
-
-
-def _notes(state: AdapterState) -> list[str]:
-    """What PEFT will not do with the file."""
-    known: Collection[str] = set(_known_to_peft(state))
-    unknown = [name for name in state.layers if name not in known]
-    notes = []
-    if unknown:
-        notes.append(
-            f"PEFT cannot represent the rotations of {some(unknown, 20)}: they are in the file for this library, and "
-            "PEFT will load the adapter without them"
+def _layers(file: Path, found: PeftConfig, generators: dict[Key, Tensor]) -> dict[str, LayerRotations]:
+    """The rotations by layer. PEFT rotates all layers of a file of its own; of ours, the target_modules written for it."""
+    targets, types = found.target_modules, found.own.get("layer_types", {})
+    known = set(re.split(r"(?<!\\)\|", targets) if isinstance(targets, str) else map(re.escape, targets))
+    layers: dict[str, LayerRotations] = {}
+    for (name, part, implied), generator in generators.items():
+        if generator.shape[1]:
+            is_known = not found.own or re.escape(name) in known
+            one = layers.setdefault(name, LayerRotations(types.get(name) or str(implied), is_known, {}, {}))
+            one.block_sizes[part] = functional.block_size_of(generator.shape[1])
+            one.generators[part] = generator
+    dead = [key.name for key in generators if key.name not in layers]
+    if not layers:
+        raise AdapterFileError(
+            f"{file}: all its blocks are of size 1, which rotate nothing; train with a larger block size"
         )
-    if state.config.neumann_series == "unhalved":
-        notes.append(
-            "this adapter uses the series of PEFT before 0.18, kept under our own key; PEFT 0.18 and later halve its "
-            "last term and compute a slightly different rotation"
-        )
-    return notes
+    if dead:
+        warnings.warn(printable(f"{file}: {some(dead)} have blocks of size 1, which rotate nothing; left out"))
+    return layers
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _locate(directory: Path, adapter_name: str | None) -> Path:
+    """The directory itself, or the one below it that PEFT makes for an adapter of another name than `default`."""
+    if (directory / CONFIG_FILE).is_file():
+        return directory
+    below = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
+    if adapter_name in below:
+        return directory / str(adapter_name)
+    hint = "give the one that holds it"
+    if below:
+        hint = f"there are adapters in {some(below)}: give one of these directories"
+    raise AdapterFileError(f"{directory / CONFIG_FILE}: no such file, so this is no adapter directory; {hint}")

@@ -31,13 +31,8 @@ def write_pretrained(
 
     A transformers or diffusers model goes through its own `save_pretrained`; any other module into
     `model.safetensors` under its state-dict names. The directory appears complete or not at all; one that is there
-    is replaced.
-
-    Args:
-        model: a merged model, or a LightningModule around one.
-        directory: where to write.
-        companions: processors and tokenizers, written beside the model by their `save_pretrained`.
-        state: the whole tensors of `root_of(model)` by name, where the model holds only parts of them.
+    is replaced. `companions` are processors and tokenizers to save beside it; `state` the whole tensors of
+    `root_of(model)`, where the model holds only parts of them.
 
     Raises:
         FileExistsError: something is there that is no model.
@@ -82,13 +77,9 @@ _OF_A_MODEL = ("config.json", "model_index.json", "model.safetensors")
 
 
 class Companions:
-    """The tokenizer and image processor files beside a base model, copied as they are.
+    """The tokenizer and image processor files beside a base model, a folder or a hub id; copied as they are."""
 
-    Args:
-        base: a folder, or a hub id.
-    """
-
-    PATTERNS = (
+    PATTERNS = [
         "*token*",
         "vocab*",
         "merges.txt",
@@ -96,7 +87,7 @@ class Companions:
         "*processor_config.json",
         "chat_template*",
         "generation_config.json",
-    )
+    ]
 
     def __init__(self, base: str) -> None:
         self.base = base
@@ -106,10 +97,10 @@ class Companions:
         is a warning: the model is worth more than its companions."""
         folder = Path(self.base)
         if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
             try:
-                folder = Path(snapshot_download(self.base, allow_patterns=list(self.PATTERNS)))
+                from huggingface_hub import snapshot_download
+
+                folder = Path(snapshot_download(self.base, allow_patterns=self.PATTERNS))
             except Exception as error:
                 warnings.warn(
                     f"{self.base}: its tokenizer and image processor were not copied to {directory} "

@@ -18,7 +18,9 @@ import torch
 from torch import nn
 
 from lightning_oft import OFTConfig, inject, save_adapter
-from lightning_oft.formats import AdapterFileError, contents_of, read_adapter, write_contents, writing
+from lightning_oft.formats import AdapterFileError, atomic, read_adapter
+from lightning_oft.formats.peft import write_peft
+from lightning_oft.model.adapter_state import take
 
 
 def _model(value: float = 0.1, width: int = 8) -> nn.Module:
@@ -30,7 +32,7 @@ def _model(value: float = 0.1, width: int = 8) -> nn.Module:
 
 
 def _value(directory: Path) -> float:
-    return float(read_adapter(directory).rotations["0"][0, 0])
+    return float(read_adapter(directory).generators()["0"][0, 0])
 
 
 def _snapshot(directory: Path) -> dict[str, bytes]:
@@ -68,14 +70,14 @@ def test_a_full_disk_is_one_error_and_changes_nothing(there: bool, tmp_path: Pat
     if there:
         save_adapter(_model(0.1), place)
     before = _snapshot(place) if there else {}
-    contents = contents_of(_model(0.2, width=1024))
+    contents = take(_model(0.2, width=1024))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         with pytest.raises(
             AdapterFileError, match=r"cannot be written \(File too large\); what was there is unchanged"
         ) as caught:
-            write_contents(contents, place)
+            write_peft(contents, place)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(caught.value)
@@ -119,7 +121,7 @@ def test_an_error_at_any_rename_puts_the_old_files_back(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", failing)
-    monkeypatch.setattr(writing, "exchange", lambda *_: False)  # as on file systems that cannot
+    monkeypatch.setattr(atomic, "_exchanged", lambda *_: False)  # as on file systems that cannot
     with pytest.raises(AdapterFileError, match="Input/output error"):
         save_adapter(_model(0.2), tmp_path)
     assert _snapshot(tmp_path) == before
@@ -129,19 +131,21 @@ def test_an_error_at_any_rename_puts_the_old_files_back(
 
 KILLED = """
 import json, os, pathlib, shutil, sys
-import lightning_oft.formats.peft as writing
+import lightning_oft.formats.atomic as writing
+from lightning_oft.formats.peft import write_peft
+from lightning_oft.model.adapter_state import take
 from test_writing import _model, _value
-from lightning_oft.formats import AdapterFileError, contents_of
+from lightning_oft.formats import AdapterFileError
 root = pathlib.Path(sys.argv[1])
-old, new = contents_of(_model(0.1)), contents_of(_model(0.2))
+old, new = take(_model(0.1)), take(_model(0.2))
 seen = set()
-exchange = writing.exchange
+exchange = writing._exchanged
 for kind in ("at_once", "ours", "peft", "new"):
-    writing.exchange = exchange if kind == "at_once" else lambda *_: False
+    writing._exchanged = exchange if kind == "at_once" else lambda *_: False
     for step in range(100):
         place = root / f"{kind}{step}"
         if kind != "new":
-            writing.write_contents(old, place)
+            write_peft(old, place)
         if kind == "peft":
             raw = json.loads((place / "adapter_config.json").read_text())
             del raw["lightning_oft"]
@@ -158,7 +162,7 @@ for kind in ("at_once", "ours", "peft", "new"):
                 return call
             for module, name in ((os, "replace"), (os, "fsync"), (pathlib.Path, "rename"), (pathlib.Path, "mkdir"), (shutil, "rmtree")):
                 setattr(module, name, counted(getattr(module, name)))
-            writing.write_contents(new, place)
+            write_peft(new, place)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         try:
@@ -170,7 +174,7 @@ for kind in ("at_once", "ours", "peft", "new"):
         if code == 0:
             assert value == 0.2
             break
-        writing.write_contents(new, place)
+        write_peft(new, place)
         assert round(_value(place), 3) == 0.2
 print(sorted(seen, key=str))
 """
@@ -205,13 +209,13 @@ def _seen(directory: Path) -> float | None:
 
 
 def test_a_reader_beside_two_writers_never_sees_a_mixture(tmp_path: Path) -> None:
-    contents = [contents_of(_model(value)) for value in (0.1, 0.2)]
+    contents = [take(_model(value)) for value in (0.1, 0.2)]
     place = tmp_path / "adapter"
 
     def write(which: int) -> None:
         for _ in range(20):
             with contextlib.suppress(AdapterFileError):
-                write_contents(contents[which], place)
+                write_peft(contents[which], place)
 
     threads = [threading.Thread(target=write, args=(which,)) for which in (0, 1)]
     for thread in threads:
@@ -222,6 +226,6 @@ def test_a_reader_beside_two_writers_never_sees_a_mixture(tmp_path: Path) -> Non
     for thread in threads:
         thread.join()
     assert seen <= {0.1, 0.2, None}
-    write_contents(contents[0], place)
+    write_peft(contents[0], place)
     assert _seen(place) == 0.1
     assert sorted(_snapshot(place)) == ["adapter_config.json", "adapter_model.safetensors"]
