@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import traceback
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import spawning
 import tasks_worker
 import torch
 import torch.distributed as dist
@@ -63,7 +63,6 @@ GROUPS: dict[str, tuple[int, list[str]]] = {
     "two": (2, [*_SAVED, *_MORE, "layers", "refusals", *_TASKS]),
     "one": (1, [f"resume:{strategy}:{kind}" for strategy, kind in RESUMED_ALONE]),
     "four": (4, ["fit:tp-fsdp2"]),
-    "forks": (0, []),
 }
 
 
@@ -114,7 +113,7 @@ def fork(group: str, output: Path) -> list[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = []
-    for rank in range(max(GROUPS[group][0], 1)):
+    for rank in range(GROUPS[group][0]):
         child = os.fork()
         if child:
             children.append(child)
@@ -124,10 +123,7 @@ def fork(group: str, output: Path) -> list[int]:
             log = os.open(output / f"{group}-rank{rank}.log", os.O_WRONLY | os.O_CREAT)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            if group == "forks":
-                torch.save(spawning.run(output / "forks"), output / "forks-rank0.pt")
-            else:
-                run_rank(group, rank, port, output)
+            run_rank(group, rank, port, output)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -139,11 +135,13 @@ def fork(group: str, output: Path) -> list[int]:
 def main() -> int:
     """Returns 1 where a process has failed as a whole."""
     output = Path(sys.argv[1])
+    # What starts processes by itself has a main module of its own, which `spawn` imports again.
+    spawning = subprocess.Popen([sys.executable, str(Path(__file__).with_name("spawning.py")), str(output)])
     codes = []
-    for groups in (["two"], ["one", "forks", "four"]):
+    for groups in (["two"], ["one", "four"]):
         children = [child for group in groups for child in fork(group, output)]
         codes += [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return int(any(codes))
+    return int(any([*codes, spawning.wait()]))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Fits by processes that the main process forks itself, as notebooks do: what comes home."""
+"""Fits by processes that the main process starts itself (fork, as notebooks do, and spawn): what comes home."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from scenario import Model, callback, data, trainer
@@ -49,5 +51,10 @@ def run(output: Path) -> dict[str, Any]:
     return {
         "refused": fit(output / "refused", ddp("fork"), 2, merge_on_fit_end=False),
         "fork": fit(output / "fork", ddp("fork"), 2),
+        "spawn": fit(output / "spawn", ddp("spawn"), 2),
         "one process": fit(output / "one", "auto", 1),
     }
+
+
+if __name__ == "__main__":
+    torch.save(run(Path(sys.argv[1]) / "forks"), Path(sys.argv[1]) / "forks-rank0.pt")

@@ -60,13 +60,14 @@ def test_recipe_runs_through_the_command_line(runs: Runs) -> None:
     AutoModelForImageClassification.from_pretrained(output / "recipe" / "export" / "merged")
 
 
-def test_forked_fits_bring_their_weights_home(runs: Runs) -> None:
+def test_spawned_fits_bring_their_weights_home(runs: Runs) -> None:
     results = runs.forks
     alone = results["one process"]["state"]
     assert largest_difference(alone, results["one process"]["before"]) > 1e-3
-    assert "error" not in results["fork"], results["fork"]["error"]
-    assert results["fork"]["state"].keys() == results["fork"]["before"].keys()
-    assert largest_difference(results["fork"]["state"], alone) < 1e-6
+    for method in ("fork", "spawn"):
+        assert "error" not in results[method], results[method]["error"]
+        assert results[method]["state"].keys() == results[method]["before"].keys()
+        assert largest_difference(results[method]["state"], alone) < 1e-6
     # Its adapter on top of the weights that hold it already would turn them twice.
     assert "trained on another base" in results["fork"]["twice"]
     # Without the merge nothing could come home; nothing has been trained either.
