@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 FILES = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py"))
-TOOLS = {"bases/make_digits_vit.py", "compare_with_peft.py", "picture.py", "scaling_plan.py"}
+TOOLS = {"architecture.py", "bases/make_digits_vit.py", "compare_with_peft.py", "picture.py", "scaling_plan.py"}
 """What makes a table, a picture or a file, and the benchmarks; the others show one idea each."""
 COMMANDS = [name for name in FILES if "__main__" in (EXAMPLES / name).read_text(encoding="utf-8")]
 """What is run; a benchmark keeps its parts in files beside it."""
