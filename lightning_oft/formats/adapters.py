@@ -20,19 +20,16 @@ from lightning_oft.model.traversal import some
 
 @dataclass(frozen=True)
 class Format:
-    """One way to keep adapters in files.
-
-    Attributes:
-        name: as it is given to `lightning-oft export --format`.
-        matches: whether a path holds this format.
-        read: the adapters at a path; the second argument is the name asked for, where one is.
-        write: writes one adapter to a path; None where the format is only read.
-    """
+    """One way to keep adapters in files."""
 
     name: str
+    """As it is given to `lightning-oft export --format`."""
     matches: Callable[[Path], bool]
+    """Whether a path holds this format."""
     read: Callable[[Path, str | None], list[AdapterState]]
+    """The adapters at a path; the second argument is the name asked for, where one is."""
     write: Callable[[AdapterState, Path], object] | None = None
+    """Writes one adapter to a path; None where the format is only read."""
 
 
 FORMATS: dict[str, Format] = {}
@@ -51,11 +48,7 @@ register_format(Format("checkpoint", Path.is_file, lambda path, name: read_state
 
 
 def read_adapters(path: str | Path, adapter_name: str | None = None) -> list[AdapterState]:
-    """All adapters at a path, of any known format; of a name, where one is given and the format has names.
-
-    Raises:
-        AdapterFileError: there is none, or it cannot be read.
-    """
+    """All adapters at a path, of any known format; of a name, where one is given and the format has names."""
     place = Path(path)
     found = next((known for known in FORMATS.values() if known.matches(place)), None)
     if found is None:
@@ -68,11 +61,7 @@ def read_adapters(path: str | Path, adapter_name: str | None = None) -> list[Ada
 
 def read_adapter(path: str | Path, adapter_name: str | None = None, or_only: bool = False) -> AdapterState:
     """The adapter at a path, of any known format; of this name, where one is given.
-
-    Args:
-        path: a file or directory.
-        adapter_name: the adapter's name.
-        or_only: where there is a single adapter, take it whatever its name is.
+    With `or_only` a single adapter is taken whatever its name is.
 
     Raises:
         AdapterFileError: there is none, none of this name, several and no name was given, or it cannot be read.

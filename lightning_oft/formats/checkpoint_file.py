@@ -36,8 +36,8 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     if not Path(path).is_file():
         what = "is a directory, not a checkpoint file" if Path(path).is_dir() else "no such checkpoint file"
         raise FileNotFoundError(f"{path}: {what}; give one that ModelCheckpoint wrote")
-    what = "is no checkpoint, is damaged, or holds more than tensors and plain values"
-    with refusing(path, what, "copy it again, or save it without objects of your own", CheckpointError):
+    what = "is no checkpoint, is damaged, or holds more than tensors and plain values, such as objects of your own"
+    with refusing(path, what, CheckpointError):
         _check_unpacked_size(Path(path))
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):

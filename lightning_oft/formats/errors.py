@@ -34,12 +34,7 @@ class CheckpointError(AdapterFileError):
 
 
 @contextlib.contextmanager
-def refusing(
-    file: str | Path,
-    what: str,
-    remedy: str = "copy the file again",
-    error_class: type[AdapterFileError] = AdapterFileError,
-) -> Iterator[None]:
+def refusing(file: str | Path, what: str, error_class: type[AdapterFileError] = AdapterFileError) -> Iterator[None]:
     """Within this context an error of ours gets the file's name in front, and whatever else a reader raises over
     damaged bytes becomes one: `what` is wrong with the file."""
     try:
@@ -49,4 +44,4 @@ def refusing(
     except (ImportError, MemoryError):
         raise
     except Exception as error:
-        raise error_class(f"{file}: {what} ({first_line(error)}); {remedy}") from None
+        raise error_class(f"{file}: {what} ({first_line(error)}); copy it again") from None

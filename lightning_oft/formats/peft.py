@@ -42,20 +42,19 @@ def write_peft(state: AdapterState, directory: str | Path) -> Path:
             f"{directory}: the adapter cannot be written ({error.strerror or error}); what was there is unchanged: "
             "free space there or give another directory"
         ) from None
-    known = set(state.known_to_peft())
-    unknown = [name for name in state.layers if name not in known]
-    if unknown:
-        warnings.warn(
-            f"PEFT cannot represent the rotations of {some(unknown, 20)}: they are in the file for this library, and "
-            "PEFT will load the adapter without them",
-            stacklevel=3,
+    known, notes = set(state.known_to_peft()), []
+    if unknown := [name for name in state.layers if name not in known]:
+        notes.append(
+            f"PEFT cannot represent the rotations of {some(unknown, 20)}: they are in the file for this library, and PEFT "
+            "will load the adapter without them"
         )
     if state.config.neumann_series == "unhalved":
-        warnings.warn(
-            "this adapter uses the series of PEFT before 0.18, kept under our own key; PEFT 0.18 and later halve its "
-            "last term and compute a slightly different rotation",
-            stacklevel=3,
+        notes.append(
+            "this adapter uses the series of PEFT before 0.18, kept under our own key; PEFT 0.18 and later halve its last "
+            "term and compute a slightly different rotation"
         )
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
     return Path(directory)
 
 

@@ -235,6 +235,7 @@ IDS, PICTURES, SQUARES, ROWS = (
 Row = tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]
 MODELS: dict[str, Row] = {
     "SEQ_CLS": (_bert, IDS, {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
+    "head by its full name": (_bert, IDS, {"target_modules": ["query"], "modules_to_save": ["model.bert.pooler"]}),
     "pre_classifier": (_distilbert, IDS, {"target_modules": ["q_lin"], "task_type": "SEQ_CLS"}),
     "pre_classifier adapted": (_distilbert, IDS, {"target_modules": ["q_lin", "pre_classifier"], "modules_to_save": ["classifier"]}),
     "ViT": (_vit, PICTURES, {"target_modules": ["q_proj", "projection"], "modules_to_save": ["classifier"], "bias": "oft_only"}),
