@@ -146,7 +146,9 @@ def describe(modules: Modules, adapter_name: str, value_of: Any = torch.Tensor.d
     root, cut = modules[root_name], len(root_name) + 1 if root_name else 0
     log.info("adapter %r: names start at %s (%s)", adapter_name, root_name or "the model", type(root).__name__)
     config = next(iter(layers.values()))[1].configs[adapter_name]
-    heads = [name[cut:] for name in modules_trained_whole(saved, config)]  # by full names, as the configuration has them
+    heads = [
+        name[cut:] for name in modules_trained_whole(saved, config)
+    ]  # by full names, as the configuration has them
     saved = {name[cut:]: tensor for name, tensor in saved.items()}
     inside = {name[cut:]: module for name, module in modules.items() if is_inside(name, root_name)}
     fingerprints = {name[cut:]: state.fingerprint for name, (_, state) in layers.items()}

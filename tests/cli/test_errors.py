@@ -223,7 +223,7 @@ def test_a_file_that_is_no_checkpoint_is_one_line(
     adapter = fitted.directory / "export" / "adapter" / "adapter_model.safetensors"
     file.write_bytes({"cut short": whole[:-500], "text": b"text", "adapter": adapter.read_bytes()}[content])
     said = error_of(capsys, command, "--config", config_file(), "--ckpt_path", str(file))
-    assert "x.ckpt: is no checkpoint" in said
+    assert "x.ckpt: cannot be read as a checkpoint" in said
 
 
 def test_an_adapters_checkpoint_without_oft_says_what_it_needs(
