@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_oft import OFTConfig, inject, oft_layers, project
-from lightning_oft.rotation import rotation_angle
+from lightning_oft.functional import rotation_angle
 
 
 def largest_turn(max_angle: float | None) -> tuple[float, float]:

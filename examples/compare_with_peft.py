@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM
 
 import lightning_oft
 from lightning_oft import OFTConfig, inject, merge, oft_layers, project, set_adapter
-from lightning_oft.rotation import orthogonality_error, rotation_angle
+from lightning_oft.functional import orthogonality_error, rotation_angle
 
 LAYER: dict[str, Any] = {"target_modules": ["0"], "oft_block_size": 32}
 Row = tuple[str, object, object]

@@ -14,7 +14,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from lightning_oft.rotation import cayley, rotate_weight, skew
+from lightning_oft.functional import cayley, rotate_weight, skew
 
 matplotlib.use("Agg")  # draws into files only, so that no display is needed
 import matplotlib.pyplot as plt

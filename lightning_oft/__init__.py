@@ -8,49 +8,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_oft.adapters import load_adapter, save_adapter
-    from lightning_oft.callback import OFTFinetuning, load_from_checkpoint
+    from lightning_oft.callback.loading import load_from_checkpoint
+    from lightning_oft.callback.oft import OFTFinetuning
     from lightning_oft.config import OFTConfig
-    from lightning_oft.surgery import disable_adapters, oft_layers, project, set_adapter
-
-    # From where they are written: `lightning_oft.surgery.inject` names a module as well as a function.
-    from lightning_oft.surgery.inject import inject, unload
-    from lightning_oft.surgery.merge import merge, unmerge
+    from lightning_oft.formats import load_adapter, save_adapter
+    from lightning_oft.layers.base import register_layer_type
+    from lightning_oft.model.activation import disable_adapters, project, set_adapter
+    from lightning_oft.model.adapter_state import AdapterState
+    from lightning_oft.model.injection import delete_adapter, inject, unload
+    from lightning_oft.model.merging import merge, unmerge
+    from lightning_oft.model.traversal import oft_layers
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "OFTConfig",
-    "OFTFinetuning",
-    "__version__",
-    "disable_adapters",
-    "inject",
-    "load_adapter",
-    "load_from_checkpoint",
-    "merge",
-    "oft_layers",
-    "project",
-    "save_adapter",
-    "set_adapter",
-    "unload",
-    "unmerge",
-]
-
 _HOME = {
+    "AdapterState": "model.adapter_state",
     "OFTConfig": "config",
-    "OFTFinetuning": "callback",
-    "disable_adapters": "surgery",
-    "inject": "surgery",
-    "load_adapter": "adapters",
-    "load_from_checkpoint": "callback",
-    "merge": "surgery",
-    "oft_layers": "surgery",
-    "project": "surgery",
-    "save_adapter": "adapters",
-    "set_adapter": "surgery",
-    "unload": "surgery",
-    "unmerge": "surgery",
+    "OFTFinetuning": "callback.oft",
+    "delete_adapter": "model.injection",
+    "disable_adapters": "model.activation",
+    "inject": "model.injection",
+    "load_adapter": "formats",
+    "load_from_checkpoint": "callback.loading",
+    "merge": "model.merging",
+    "oft_layers": "model.traversal",
+    "project": "model.activation",
+    "register_layer_type": "layers",
+    "save_adapter": "formats",
+    "set_adapter": "model.activation",
+    "unload": "model.injection",
+    "unmerge": "model.merging",
 }
+
+__all__ = ["AdapterState", "OFTConfig", "OFTFinetuning", "__version__", "delete_adapter", "disable_adapters", "inject",
+           "load_adapter", "load_from_checkpoint", "merge", "oft_layers", "project", "register_layer_type",
+           "save_adapter", "set_adapter", "unload", "unmerge"]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -72,44 +73,34 @@ class OFTConfig:
             object.__setattr__(self, "oft_block_size", 0 if self.r else 32)
         if self.r == 0 and self.oft_block_size == 0:
             raise ValueError("r=0 and oft_block_size=0: give one of them a positive value")
-        checks = [
-            (self.r >= 0, f"r={self.r}: must be positive, or 0 to use oft_block_size"),
-            ((self.oft_block_size or 0) >= 0, f"oft_block_size={self.oft_block_size}: must be at least 2"),
-            (self.oft_block_size != 1, "oft_block_size=1: a block of size 1 cannot rotate; use at least 2"),
-            (0 <= self.module_dropout < 1, f"module_dropout={self.module_dropout}: must be in [0, 1)"),
-            (0 < self.eps < 1e30, f"eps={self.eps}: must be a positive number"),
-            (
-                self.max_angle is None or 0 < self.max_angle < 180,
-                f"max_angle={self.max_angle}: must be in degrees between 0 and 180",
-            ),
-            (
-                self.num_cayley_neumann_terms >= 2 or not self.use_cayley_neumann,
-                f"num_cayley_neumann_terms={self.num_cayley_neumann_terms}: fewer than 2 terms never leave the "
-                "identity; use an even number such as 6",
-            ),
-            (
-                self.num_cayley_neumann_terms <= 1000,
-                f"num_cayley_neumann_terms={self.num_cayley_neumann_terms}: must be at most 1000; for more accuracy than "
-                "8 or 10 give, set use_cayley_neumann=false",
-            ),
-            (
-                self.layers_pattern is None or self.layers_to_transform is not None,
-                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform",
-            ),
-            (
-                self.layers_to_transform is None or isinstance(self.target_modules, list),
+        size, terms, task_types = self.oft_block_size or 0, self.num_cayley_neumann_terms, ", ".join(TASK_TYPES)
+        self._refuse(self.r < 0, "r", "must be positive, or 0 to use oft_block_size")
+        self._refuse(size < 0, "oft_block_size", "must be at least 2")
+        self._refuse(size == 1, "oft_block_size", "a block of size 1 cannot rotate; use at least 2")
+        self._refuse(not 0 <= self.module_dropout < 1, "module_dropout", "must be in [0, 1)")
+        self._refuse(not 0 < self.eps < 1e30, "eps", "must be a positive number")
+        angle = self.max_angle
+        self._refuse(angle is not None and not 0 < angle < 180, "max_angle", "must be in degrees between 0 and 180")
+        too_few = "fewer than 2 terms never leave the identity; use an even number such as 6"
+        self._refuse(self.use_cayley_neumann and terms < 2, "num_cayley_neumann_terms", too_few)
+        too_many = "must be at most 1000; for more accuracy than 8 or 10 give, set use_cayley_neumann=false"
+        self._refuse(terms > 1000, "num_cayley_neumann_terms", too_many)
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
+        if self.layers_to_transform is not None and not isinstance(self.target_modules, list):
+            raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names, got "
-                f"{self.target_modules!r}: list the names, or put the indices into the regular expression",
-            ),
-            (
-                self.task_type is None or self.task_type in TASK_TYPES,
-                f"task_type={self.task_type!r}: must be one of PEFT's, {', '.join(TASK_TYPES)}, or null",
-            ),
-            (self.target_modules not in ("", []), "target_modules is empty: name the layers, or use 'all-linear'"),
-        ]
-        for holds, message in checks:
-            if not holds:
-                raise ValueError(message)
+                f"{self.target_modules!r}: list the names, or put the indices into the regular expression"
+            )
+        self._refuse(
+            self.task_type not in (None, *TASK_TYPES), "task_type", f"must be one of PEFT's, {task_types}, or null"
+        )
+        if self.target_modules in ("", []):
+            raise ValueError("target_modules is empty: name the layers, or use 'all-linear'")
+
+    def _refuse(self, wrong: bool, name: str, why: str) -> None:
+        if wrong:
+            raise ValueError(f"{name}={getattr(self, name)!r}: {why}")
 
     @property
     def constrained(self) -> bool:
@@ -120,36 +111,36 @@ class OFTConfig:
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 """What PEFT knows; it reads no adapter of any other."""
 
-_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "int": ((int,), "a whole number"),
-    "float": ((int, float), "a number"),
-    "bool": ((bool,), "true or false"),
-    "str": ((str,), "a string"),
-    "list[str]": ((list,), "a list of strings"),
-    "list[int]": ((list,), "a list of whole numbers"),
-    "None": ((type(None),), "null"),
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list[str]: "a list of strings",
+    list[int]: "a list of whole numbers",
+    type(None): "null",
 }
 
 
-def _fits(value: Any, kind: str) -> bool:
-    if kind.startswith("Literal["):
-        return isinstance(value, str) and repr(value) in kind
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type; a whole number is also a number, and true is neither."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind) if isinstance(value, str) else False
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
     if isinstance(value, bool):
-        return kind == "bool"
-    if isinstance(value, list) and kind.startswith("list["):
-        return all(_fits(item, kind[5:-1]) for item in value)
-    return kind in _KINDS and isinstance(value, _KINDS[kind][0])
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _check_types(config: OFTConfig) -> None:
     """Raise ValueError naming the first field whose value is of none of its types; sets and tuples become lists."""
-    for field in fields(config):
-        value = getattr(config, field.name)
+    for name, annotation in get_type_hints(OFTConfig).items():
+        value = getattr(config, name)
         if isinstance(value, (set, frozenset, tuple)):
-            value = sorted(value, key=str) if isinstance(value, (set, frozenset)) else list(value)
-            object.__setattr__(config, field.name, value)
-        annotation = str(field.type)
-        kinds = [annotation] if annotation.startswith("Literal[") else annotation.split(" | ")
+            value = list(value) if isinstance(value, tuple) else sorted(value, key=str)
+            object.__setattr__(config, name, value)
+        kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
         if not any(_fits(value, kind) for kind in kinds):
-            takes = " or ".join(k[8:-1].replace(", ", " or ") if k.startswith("Lit") else _KINDS[k][1] for k in kinds)
-            raise ValueError(f"{field.name}={value!r}: must be {takes}")
+            takes = " or ".join(_WORDS.get(kind) or " or ".join(map(repr, get_args(kind))) for kind in kinds)
+            raise ValueError(f"{name}={value!r}: must be {takes}")

@@ -27,20 +27,14 @@ from bad_inputs.files import CHECKPOINTS, FILES
 from bad_inputs.table import Bench, Exit, Mistake, is_same, snapshot
 
 TABLE: list[Mistake] = [*CALLS, *CONFIGS, *FILES, *CHECKPOINTS, *YAMLS, *COMMANDS]
-_TITLES = {
-    "call": "Calls",
-    "config": "`OFTConfig`",
-    "file": "Adapter directories",
-    "checkpoint": "Checkpoints",
-    "YAML": "YAML files, read by `lightning-oft fit --config FILE`",
-    "command": "The command line",
-}
 _HEAD = """\
 # What goes wrong, and what it says
 
 Every message says where, what, and the remedy, in one line; no call below changes the model that it was given. On the
 command line a mistake is one line on standard error and exit code 2. `...` stands for a directory, `(...)` for what
 another library says or names.
+
+The error is an exception's class, or the command line's exit code.
 
 This page is written by `python tests/bad_input.py > docs/bad-input.md` from the table that the tests run.
 """
@@ -90,29 +84,24 @@ def shown(mistake: Mistake, message: str, directory: Path) -> str:
 
 
 def row(mistake: Mistake, message: str) -> str:
-    """One line of the page's tables."""
-    error = f"exit code {mistake.error}" if isinstance(mistake.error, int) else f"`{mistake.error.__name__}`"
-    return f"| {mistake.name} | {error} | {message.replace('|', chr(92) + '|').replace('*', chr(92) + '*')} |"
+    """One line of the page's table."""
+    error = f"exit {mistake.error}" if isinstance(mistake.error, int) else f"`{mistake.error.__name__}`"
+    shown = message.removeprefix("lightning-oft: error: ").replace("|", chr(92) + "|").replace("*", chr(92) + "*")
+    return f"| {mistake.category} | {mistake.name} | {error} | {shown} |"
 
 
-def page(rows: dict[str, list[str]]) -> str:
-    """The whole page from its rows by category."""
-    parts = [_HEAD]
-    for category, title in _TITLES.items():
-        parts.append(
-            f"## {title}\n\n| mistake | error | message |\n| --- | --- | --- |\n" + "\n".join(rows[category]) + "\n"
-        )
-    return "\n".join(parts)
+def page(rows: list[str]) -> str:
+    """The whole page from its rows."""
+    return "\n".join([_HEAD, "| of a | mistake | error | message |", "| --- | --- | --- | --- |", *rows, ""])
 
 
 def main() -> None:
     """Make every mistake and print the page."""
-    rows: dict[str, list[str]] = {category: [] for category in _TITLES}
+    rows = []
     for mistake in TABLE:
         with tempfile.TemporaryDirectory() as root:
             directory = Path(root).resolve()
-            found = outcome(mistake, directory)
-            rows[mistake.category].append(row(mistake, shown(mistake, found.message, directory)))
+            rows.append(row(mistake, shown(mistake, outcome(mistake, directory).message, directory)))
     print(page(rows), end="")
 
 

@@ -14,7 +14,9 @@ from hypothesis import settings
 settings.register_profile("ordinary", derandomize=os.environ.get("LIGHTNING_OFT_EXAMPLES") != "nightly")
 settings.load_profile("ordinary")
 
-sys.path.insert(0, str(Path(__file__).parent))  # `import kinds`: the importlib mode leaves the tests' own folder out
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # `import layer_cases`: the importlib mode leaves the tests' own folder out
 
 
 @pytest.fixture(autouse=True)

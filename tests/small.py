@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_oft import OFTFinetuning
+from lightning_oft.model import traversal
 
 FEATURES, HIDDEN = 8, 16
 
@@ -110,6 +111,11 @@ def trainer(root: Path, *callbacks: Any, **options: Any) -> pl.Trainer:
         "default_root_dir": str(root),
     }
     return pl.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+
+def merged_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers whose weights hold their rotations."""
+    return traversal.merged_layers(traversal.walk(model))
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

@@ -25,12 +25,9 @@ def test_a_mistake_says_where_what_and_the_remedy(mistake: Mistake, tmp_path: Pa
     assert line in PAGE.read_text(encoding="utf-8").splitlines(), "python tests/bad_input.py > docs/bad-input.md"
 
 
-def test_the_table_is_long_and_the_page_is_its_rendering() -> None:
-    assert len(TABLE) >= 60
+def test_the_page_is_a_rendering_of_the_table() -> None:
     assert len({(mistake.category, mistake.name) for mistake in TABLE}) == len(TABLE)
     lines = PAGE.read_text(encoding="utf-8").splitlines()
-    rows: dict[str, list[str]] = {mistake.category: [] for mistake in TABLE}
-    for mistake in TABLE:
-        (line,) = [line for line in lines if line.startswith(row(mistake, "").removesuffix("  |"))]
-        rows[mistake.category].append(line)
+    starts = [row(mistake, "").removesuffix("  |") for mistake in TABLE]
+    rows = [line for start in starts for line in lines if line.startswith(start)]
     assert page(rows).splitlines() == lines, "python tests/bad_input.py > docs/bad-input.md"

@@ -51,38 +51,25 @@ def test_tuples_and_sets_become_lists() -> None:
         ({"r": 4, "oft_block_size": 8}, "r=4 and oft_block_size=8 exclude each other"),
         ({"r": 0, "oft_block_size": 0}, "r=0 and oft_block_size=0"),
         ({"r": -2}, "r=-2: must be positive"),
-        ({"oft_block_size": -4}, "oft_block_size=-4: must be at least 2"),
         ({"oft_block_size": 1}, "oft_block_size=1: a block of size 1 cannot rotate"),
         ({"oft_block_size": 8.0}, "oft_block_size=8.0: must be a whole number or null"),
         ({"oft_block_size": True}, "oft_block_size=True: must be a whole number"),
-        ({"oft_block_size": "32"}, "oft_block_size='32': must be a whole number"),
         ({"module_dropout": 1.0}, r"module_dropout=1.0: must be in \[0, 1\)"),
-        ({"module_dropout": -0.1}, r"module_dropout=-0.1: must be in \[0, 1\)"),
-        ({"module_dropout": float("nan")}, "module_dropout=nan"),
-        ({"eps": 0.0}, "eps=0.0: must be a positive number"),
-        ({"eps": float("inf")}, "eps=inf: must be a positive number"),
         ({"eps": float("nan")}, "eps=nan: must be a positive number"),
         ({"eps": "6e-5"}, "eps='6e-5': must be a number"),
         ({"max_angle": 0}, "max_angle=0: must be in degrees between 0 and 180"),
-        ({"max_angle": 180.0}, "max_angle=180.0: must be in degrees"),
         ({"num_cayley_neumann_terms": 1}, "num_cayley_neumann_terms=1: fewer than 2 terms never leave the identity"),
         ({"layers_pattern": "layers", "target_modules": ["q"]}, "layers_pattern='layers' needs layers_to_transform"),
         (
             {"layers_to_transform": 0, "target_modules": ".*q_proj"},
             "layers_to_transform=0 needs target_modules as a list of names, got '.*q_proj': list the names",
         ),
-        ({"layers_to_transform": [0]}, "got 'all-linear': list the names"),
         ({"target_modules": []}, "target_modules is empty"),
-        ({"target_modules": ""}, "target_modules is empty"),
         ({"target_modules": ["q", 3]}, r"target_modules=\['q', 3\]: must be a string or a list of strings or null"),
-        ({"target_modules": 3}, "target_modules=3: must be a string"),
         ({"modules_to_save": "head"}, "modules_to_save='head': must be a list of strings or null"),
         ({"layers_to_transform": ["0"], "target_modules": ["q"]}, r"layers_to_transform=\['0'\]: must be a whole"),
         ({"bias": "some"}, "bias='some': must be 'none' or 'all' or 'oft_only'"),
-        ({"bias": "', '"}, "bias=.*: must be 'none' or"),
         ({"coft": 1}, "coft=1: must be true or false"),
-        ({"coft_radius": "ours"}, "coft_radius='ours': must be 'paper' or 'peft'"),
-        ({"neumann_series": None}, "neumann_series=None: must be 'halved' or 'unhalved'"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(options: dict[str, Any], message: str) -> None:
@@ -90,22 +77,13 @@ def test_a_wrong_value_is_refused_by_name(options: dict[str, Any], message: str)
         OFTConfig(**options)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"eps": 1},
-        {"max_angle": 179},
+def test_these_are_fine() -> None:
+    for options in (
+        {"eps": 1, "max_angle": 179, "target_modules": None},
         {"num_cayley_neumann_terms": 0, "use_cayley_neumann": False},
-        {"target_modules": None},
         {"layers_to_transform": 0, "target_modules": ["q"], "layers_pattern": ["h", "layers"]},
-        {"layers_to_transform": [0, 2], "target_modules": ["q"]},
-        {"exclude_modules": ".*head"},
-        {"exclude_modules": ["head"]},
-        {"task_type": "SEQ_CLS"},
-    ],
-)
-def test_these_are_fine(options: dict[str, Any]) -> None:
-    config = OFTConfig(**options)
-    for name, value in options.items():
-        assert getattr(config, name) == value
-    assert dataclasses.replace(config) == config
+        {"exclude_modules": ".*head", "task_type": "SEQ_CLS"},
+    ):
+        config = OFTConfig(**options)  # type: ignore[arg-type]
+        assert all(getattr(config, name) == value for name, value in options.items())
+        assert dataclasses.replace(config) == config

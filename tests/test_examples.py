@@ -15,8 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 FILES = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py"))
-TOOLS = {"bases/make_digits_vit.py", "compare_with_peft.py", "picture.py", "scaling_plan.py"}
+TOOLS = {"architecture.py", "bases/make_digits_vit.py", "compare_with_peft.py", "picture.py", "scaling_plan.py"}
 """What makes a table, a picture or a file, and the benchmarks; the others show one idea each."""
+COMMANDS = [name for name in FILES if "__main__" in (EXAMPLES / name).read_text(encoding="utf-8")]
+"""What is run; a benchmark keeps its parts in files beside it."""
 IDEAS = [name for name in FILES if name not in TOOLS and not name.startswith("benchmarks/")]
 
 pytestmark = [
@@ -87,7 +89,7 @@ def test_example_shows_what_it_promises(name: str, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == [], "an example leaves nothing behind"
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_example_says_how_to_run_it(name: str) -> None:
     said = ast.get_docstring(ast.parse((EXAMPLES / name).read_text(encoding="utf-8"))) or ""
     assert re.search(rf"^ *(python|torchrun [^\n]*) examples/{re.escape(name)}", said, re.MULTILINE)
@@ -119,14 +121,6 @@ def test_the_documented_comparison_is_what_the_command_prints() -> None:
                 assert float(now) < 1e-4
             else:
                 assert float(now) == pytest.approx(float(then), rel=0.1)
-
-
-def test_the_benchmark_runs_and_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--width", "64", "--layers", "1", "--tokens", "16", "--rounds", "1"]
-    rows = load("benchmarks/speed.py").main(sizes)
-    said = capsys.readouterr().out
-    assert [title for title in (*rows, "trainable parameters") if title not in said] == []
-    assert all(value > 0 for row in rows.values() for value in row.values())
 
 
 def test_the_picture_is_drawn_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

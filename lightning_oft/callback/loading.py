@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import lightning
 import torch
 
-from lightning_oft import checkpoints
+from lightning_oft.formats import checkpoint as adapter_checkpoint
+from lightning_oft.formats.checkpoint_file import read
+from lightning_oft.model.fingerprint import refresh_fingerprints
+from lightning_oft.model.traversal import walk
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
-
-_VERSION = "pytorch-lightning_version"
-"""What Lightning requires of a checkpoint, and one that was put together by hand lacks."""
 
 T = TypeVar("T", bound="LightningModule")
 
@@ -41,23 +41,22 @@ def load_from_checkpoint(cls: type[T], path: str | Path, **kwargs: Any) -> T:
         FileNotFoundError: there is no such file.
     """
     location = kwargs.pop("map_location", "cpu")
-    checkpoint = checkpoints.read(path, location)
-    # Lightning makes the module and calls its hooks; the tensors come when the adapters have their places.
+    checkpoint = read(path, location)
+    # Lightning makes the module and calls its hooks; the tensors come when the adapters have their places. It asks for
+    # its version, which a file that was put together by hand lacks.
     buffer = io.BytesIO()
-    torch.save({_VERSION: lightning.__version__, **checkpoint, "state_dict": {}}, buffer)
+    torch.save({"pytorch-lightning_version": lightning.__version__, **checkpoint, "state_dict": {}}, buffer)
     buffer.seek(0)
     with warnings.catch_warnings():
-        for message in (
-            "Found keys that are in the model state dict but not in",
-            "The state dict in .* contains no param",
-        ):
-            warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict but not in")
+        warnings.filterwarnings("ignore", message="The state dict in .* contains no param")
         model = cls.load_from_checkpoint(buffer, map_location=location, strict=False, weights_only=True, **kwargs)
-    entry = checkpoint.get(checkpoints.ENTRY)
-    if entry is not None and not entry.get("merged"):
-        checkpoints.restore_structure(model, entry)
-        checkpoints.complete(model, checkpoint)
-    checkpoints.load_state(model, checkpoint["state_dict"], path)
+    content = adapter_checkpoint.content_of(checkpoint)
+    if content in ("adapter", "full"):
+        adapter_checkpoint.put_adapters(model, checkpoint)
+        adapter_checkpoint.complete(model, checkpoint)
+    adapter_checkpoint.load_state(model, checkpoint["state_dict"], path)
+    if content == "full":
+        refresh_fingerprints(walk(model))
     tensors = (value for value in checkpoint["state_dict"].values() if isinstance(value, torch.Tensor))
-    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    return model.to(device).eval()
+    return model.to(next((tensor.device for tensor in tensors), torch.device("cpu"))).eval()

@@ -4,60 +4,45 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 
 from torch import nn
 
-from lightning_oft import rotation as maths
-from lightning_oft.layers import rotations_of, state_of
-from lightning_oft.surgery import oft_layers
-from lightning_oft.surgery.walk import merged_layers, some
+from lightning_oft import functional
+from lightning_oft.layers.rotation import Rotation
+from lightning_oft.model.traversal import Modules, adapted, merged_layers, some
 
 
-def start_line(pl_module: nn.Module, root: nn.Module, adapter_name: str) -> str:
+def start_line(adapter_name: str, layers: int, rotations: Mapping[str, Rotation], pl_module: nn.Module) -> str:
     """What is adapted: layers, trainable and total parameters, block sizes, the largest angle a constraint allows."""
-    sizes: Counter[int] = Counter()
-    layers, radius = 0, None
-    for layer in oft_layers(root).values():
-        state = state_of(layer)
-        if state is None or adapter_name not in state.configs:
-            continue
-        layers += 1
-        for rotation in rotations_of(layer, adapter_name).values():
-            sizes[rotation.block_size] += 1
-            if rotation.radius is not None:
-                radius = max(radius or 0.0, rotation.radius)
     trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
     total = sum(p.numel() for p in pl_module.parameters())
+    sizes = Counter(rotation.block_size for rotation in rotations.values())
     blocks = ", ".join(f"{size} (x{count})" for size, count in sorted(sizes.items()))
-    share = 100 * trainable / max(total, 1)
-    line = f"OFT adapter {adapter_name!r}: {layers} layers, {trainable:,} of {total:,} parameters train ({share:.2f}%)"
-    line += f", block size {blocks}"
-    if radius is not None:
-        line += f"; the constraint allows rotations up to {maths.largest_angle(radius):.3g} degrees"
-    return line
+    line = (
+        f"OFT adapter {adapter_name!r}: {layers} layers, {trainable:,} of {total:,} parameters train "
+        f"({100 * trainable / max(total, 1):.2f}%), block size {blocks}"
+    )
+    angles = [_largest_angle(rotation) for rotation in rotations.values() if rotation.radius is not None]
+    return f"{line}; the constraint allows rotations up to {max(angles):.3g} degrees" if angles else line
 
 
-def warn_about_constraint(root: nn.Module, adapter_name: str) -> None:
+def _largest_angle(rotation: Rotation) -> float:
+    return functional.largest_angle(rotation.radius or 0.0)
+
+
+def warn_about_constraint(rotations: Mapping[str, Rotation]) -> None:
     """Warn where a constraint allows next to nothing, or more than the truncated series can represent."""
-    tight, loose = {}, {}
-    for name, layer in oft_layers(root).items():
-        state = state_of(layer)
-        if state is None or adapter_name not in state.configs:
-            continue
-        for rotation in rotations_of(layer, adapter_name).values():
-            if rotation.radius is None:
-                continue
-            if maths.largest_angle(rotation.radius) < 1:
-                tight[name] = maths.largest_angle(rotation.radius)
-            reach = maths.series_reach(rotation.terms) if rotation.terms is not None else float("inf")
-            if rotation.radius / 2**0.5 > reach:
-                loose[name] = maths.largest_angle(rotation.radius)
+    held = {name: rotation for name, rotation in rotations.items() if rotation.radius is not None}
+    tight = {name: angle for name, rotation in held.items() if (angle := _largest_angle(rotation)) < 1}
     if tight:
         warnings.warn(
             f"the constraint lets {some(tight)} turn by at most {max(tight.values()):.2g} degrees, which trains next to "
             "nothing: raise eps, or give max_angle in degrees",
             stacklevel=2,
         )
+    reach = {name: functional.series_reach(one.terms) for name, one in held.items() if one.terms is not None}
+    loose = {name: _largest_angle(held[name]) for name in reach if (held[name].radius or 0) / 2**0.5 > reach[name]}
     if loose:
         warnings.warn(
             f"the constraint lets {some(loose)} turn by up to {max(loose.values()):.3g} degrees, where the truncated "
@@ -66,9 +51,9 @@ def warn_about_constraint(root: nn.Module, adapter_name: str) -> None:
         )
 
 
-def end_line(root: nn.Module, adapter_name: str, written: dict[str, str]) -> str:
+def end_line(adapter_name: str, modules: Modules, written: Mapping[str, str]) -> str:
     """What became of the adapter, and where it was written."""
-    layers = len(oft_layers(root))
-    how = f"merged into {layers} layers" if merged_layers(root) else f"not merged, active beside {layers} layers"
+    layers = len(list(adapted(modules)))
+    how = f"merged into {layers} layers" if merged_layers(modules) else f"not merged, active beside {layers} layers"
     places = "".join(f"; {what} written to {place}" for what, place in written.items())
     return f"OFT adapter {adapter_name!r}: {how}{places}"

@@ -46,11 +46,7 @@ LIGHTNING_OFT_DEBUG=1 in the environment brings back the traceback behind an err
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, or 2 for a user error, which is one line on standard error.
-
-    Args:
-        args: what follows the program's name; None takes it from `sys.argv`.
-    """
+    """Run the command line, `sys.argv` by default, and return its exit code: 0, or 2 after one line about a user error."""
     arguments = list(sys.argv[1:] if args is None else args)
     try:
         return _dispatch(arguments)
@@ -73,14 +69,11 @@ def _dispatch(arguments: list[str]) -> int:
     if first == "--version":
         print(f"lightning-oft {__version__}")
         return 0
-    if first in FILE_COMMANDS:
-        run: Callable[[list[str]], int] = import_module(f"lightning_oft.cli.{first}").run
-        return run(arguments[1:])
     if first in COMMANDS:
-        run = import_module("lightning_oft.cli.application").run
-        return run(arguments)
+        of_files = first in FILE_COMMANDS
+        run: Callable[[list[str]], int] = import_module(f"lightning_oft.cli.{first if of_files else 'application'}").run
+        return run(arguments[1:] if of_files else arguments)
     if first.startswith("-") and (command := next((a for a in arguments if a in COMMANDS), None)):
         raise UserError(f"options come after the command: lightning-oft {command} {first} ...")
-    kind = "option" if first.startswith("-") else "command"
-    valid = ["--help", "--version"] if kind == "option" else list(COMMANDS)
-    raise UserError(f"unknown {kind} {first!r}{suggestion(first, valid) or '; one of ' + ', '.join(valid)}")
+    hint = suggestion(first, [*COMMANDS, "--help", "--version"]) or f"; one of {', '.join(COMMANDS)}"
+    raise UserError(f"unknown command {first!r}{hint}")

@@ -1,11 +1,11 @@
-"""What a configuration file must be before the parser sees it: text, of a sane size, and a tree when it is written out.
+"""Limits of a configuration file, checked before the parser reads it.
 
-The parser copies what an alias stands for, so that ten lines of aliases of aliases would take every byte of memory.
+The parser copies what an alias stands for: ten lines of aliases of aliases would take every byte of memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,66 +15,48 @@ from lightning_oft.cli.errors import UserError
 
 SIZE_LIMIT = 2**18
 """Bytes of a file; the longest shipped one has some thousand, and a quarter of a MiB takes seconds to parse."""
-GROUPS = ("oft", "trainer")
-"""Blocks of options, which nothing but a mapping can stand for."""
 VALUE_LIMIT = 100_000
 """Values of a file with its aliases written out."""
 
 
-def check(arguments: Sequence[str]) -> None:
-    """Raise UserError for a configuration file that is no text, too large, or an alias of itself.
-
-    What is no YAML, or is not there, the parser says.
-    """
-    for file in _named(arguments):
-        if file.is_file():
-            _check(file)
-
-
-def _named(arguments: Sequence[str]) -> Iterator[Path]:
+def check(arguments: Sequence[str]) -> list[str]:
+    """Return the texts of the configuration files among `arguments`. Raises UserError; the parser reports absent files."""
+    texts = []
     for before, argument in pairwise(["", *arguments]):
-        if before in ("--config", "-c"):
-            yield Path(argument)
-        elif argument.startswith("--config="):
-            yield Path(argument.removeprefix("--config="))
-        elif argument.endswith((".yaml", ".yml", ".json")):
-            yield Path(argument.rpartition("=")[2])
+        option, _, value = argument.partition("=") if argument.startswith("-") else (before, "", argument)
+        whole, file = option in ("-c", "--config"), Path(value)
+        if (whole or file.suffix in (".yaml", ".yml", ".json")) and file.is_file():
+            try:
+                texts.append(_text(file, whole))
+            except (ValueError, yaml.YAMLError) as error:
+                raise UserError(f"{file}: {error}") from None
+            except RecursionError:
+                raise UserError(f"{file}: nested too deeply; a configuration has a handful of levels") from None
+    return texts
 
 
-def _check(file: Path) -> None:
+def _text(file: Path, whole: bool) -> str:
+    """The text of one file; `whole` says that it holds the options of a command, not the value of one option."""
     if file.stat().st_size > SIZE_LIMIT:
-        raise UserError(
-            f"{file}: larger than {SIZE_LIMIT // 2**10} KiB, which no configuration is; give the right file"
-        )
-    try:
-        text = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file}: no UTF-8 text at byte {error.start}; save it as UTF-8, or give the right file"
-        ) from None
-    try:
-        # Not CSafeLoader: half a million brackets overflow its stack, and the process ends without a word (measured).
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        count = _count(tree, {}, ())
-    except yaml.YAMLError:
-        return
-    except RecursionError:
-        raise UserError(f"{file}: nested too deeply; a configuration has a handful of levels") from None
-    if count > VALUE_LIMIT:
-        raise UserError(
-            f"{file}: holds more than {VALUE_LIMIT:,} values once its aliases (*name) are written out; use fewer"
-        )
+        raise ValueError(f"larger than {SIZE_LIMIT // 2**10} KiB; no configuration is, so give another file")
+    text = file.read_bytes().decode("utf-8")
+    # Not CSafeLoader: half a million brackets overflow its stack, and the process ends without a message (measured).
+    tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    if _count(tree, {}, ()) > VALUE_LIMIT:
+        raise ValueError(f"more than {VALUE_LIMIT:,} values once its aliases (*name) are written out; use fewer")
+    if whole and not isinstance(tree, yaml.MappingNode):
+        raise ValueError("expected a mapping of options")
     for key, value in tree.value if isinstance(tree, yaml.MappingNode) else ():
         if key.value == "config":
-            raise UserError(f"{file}: config: a file cannot include another; give each of them with --config FILE")
-        # The parser would let a scalar or a list take the place of a whole block, that of an earlier file too.
-        if key.value in GROUPS and not isinstance(value, yaml.MappingNode):
-            found = (value.value or "nothing") if isinstance(value, yaml.ScalarNode) else "a list"
-            raise UserError(f"{file}: {key.value}: expected a mapping of options, got {found}")
+            raise ValueError("config: a file cannot include another; give each of them with --config FILE")
+        # The parser accepts anything in the place of these two blocks, and drops their options, those of an earlier file too.
+        if key.value in ("oft", "trainer") and not isinstance(value, yaml.MappingNode):
+            raise ValueError(f"{key.value}: expected a mapping of options")
+    return text
 
 
 def _count(node: yaml.Node | None, known: dict[int, int], above: tuple[int, ...]) -> int:
-    """Values below a node, aliases written out; infinite where one contains itself."""
+    """Values below a node, aliases written out; over the limit where one contains itself."""
     if id(node) in above:
         return VALUE_LIMIT + 1
     if id(node) not in known:

@@ -1,42 +1,33 @@
-"""User errors: which exceptions are one, how it becomes one line, and the nearest thing that would have been right."""
+"""User errors: which exceptions are user errors, their text on one line, and suggestions for a mistyped word."""
 
 import argparse
 import difflib
-import re
 import traceback
 from collections.abc import Iterable
 from typing import NoReturn
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend. The message is one line: where, what, and the remedy."""
-
-
-class Formatter(argparse.HelpFormatter):
-    """Keeps a description's line breaks, and wraps the help of an option."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n".join(indent + line for line in text.splitlines())
+    """An error that the user can correct. The message is one line: where, what, and the remedy."""
 
 
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors are UserErrors that name the nearest valid option."""
 
     def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description, formatter_class=Formatter, allow_abbrev=False)
+        raw = argparse.RawDescriptionHelpFormatter  # keeps a description's line breaks
+        super().__init__(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would have printed below its usage."""
-        command = self.prog.split()[-1]
-        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
-            options = [option for action in self._actions for option in action.option_strings]
-            word = unknown[1].split("=")[0]
-            message = f"unknown option {word!r}{suggestion(word, options)}"
-        raise UserError(f"{command}: {message}")
+        _, _, words = message.partition("unrecognized arguments: ")
+        options = [option for action in self._actions for option in action.option_strings]
+        hint = suggestion(words.split(" ")[0].partition("=")[0], options)
+        raise UserError(f"{self.prog.split()[-1]}: {message}{hint}")
 
 
 def a_name(text: str) -> str:
-    """An argument that names a file or a directory. Raises ArgumentTypeError for an empty one, which would be here."""
+    """An argument that names a file or a directory. Raises ArgumentTypeError for an empty one, which would be the current directory."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a name")
     return text
@@ -44,49 +35,27 @@ def a_name(text: str) -> str:
 
 def suggestion(word: str, candidates: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the candidates nearest to `word`, or an empty string where nothing is near."""
-    scored = sorted(((_nearness(word, c), c) for c in set(candidates)), key=lambda pair: (-pair[0], pair[1]))
-    near = [c for score, c in scored[:2] if score >= 0.6 and score >= scored[0][0] - 0.1]
-    if scored and scored[0][0] >= 0.85:
-        near = near[:1]
+    candidates = set(candidates)
+    near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.85) or difflib.get_close_matches(word, candidates)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def _nearness(word: str, candidate: str) -> float:
-    """How much `candidate` looks like `word`, 0 to 1: as a whole, by its last part, or by the stems it is made of.
-
-    difflib alone prefers `coft_radius` to `coft` and `eps` for `coft_epsilon`; the stems know better.
-    """
-    (head, _, last), (head_c, _, last_c) = word.rpartition("."), candidate.rpartition(".")
-    if not last or not last_c:
-        return 0.0
-    stems, stems_c = (re.findall(r"[A-Za-z0-9]{2,}", text) for text in (last, last_c))
-    shared = sum(any(s.startswith(c) or c.startswith(s) for s in stems) for c in stems_c) / max(len(stems_c), 1)
-    of_last = max(difflib.SequenceMatcher(None, last.lower(), last_c.lower()).ratio(), 0.75 * shared)
-    # The right name under another head (`max_epochs` for `trainer.max_epochs`) beats a wrong one under the same.
-    of_head = difflib.SequenceMatcher(None, head, head_c).ratio() if head or head_c else 1.0
-    return 0.85 * of_last + 0.15 * of_head
-
-
 def is_user_error(error: BaseException) -> bool:
-    """Whether `error` is for the user to mend, so that its one line says all there is to say.
+    """Whether the user can correct `error`, so that one line is enough and a traceback is noise.
 
-    A failure inside somebody's model after hours of training is not: it keeps its traceback. An error that this package
-    or Lightning raises on purpose is, and so is a file, a hub name or an optional package that is not there.
+    An error that this package, Lightning or jsonargparse raises on purpose is, and so is a file, a hub name or an optional
+    package that is not there. A failure inside somebody's model after hours of training is not: it keeps its traceback.
     """
     if isinstance(error, UserError | OSError | ImportError) or type(error).__name__ == "MisconfigurationException":
         return True
-    if isinstance(error, RuntimeError) and str(error).startswith(_MISFIT):
-        return True
-    *_, (innermost, _) = traceback.walk_tb(error.__traceback__) if error.__traceback__ else [(None, 0)]
-    package = innermost.f_globals.get("__name__", "").partition(".")[0] if innermost else ""
-    return package in _CHECKING and isinstance(error, ValueError | TypeError | RuntimeError)
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_by = modules[-1].partition(".")[0] if modules else ""
+    on_purpose = raised_by in ("lightning_oft", "lightning", "pytorch_lightning", "jsonargparse")
+    return str(error).startswith(_MISFIT) or (on_purpose and isinstance(error, ValueError | TypeError | RuntimeError))
 
 
 _MISFIT = "Error(s) in loading state_dict"
-"""How torch begins to say that weights are not those of a model."""
-
-_CHECKING = ("lightning_oft", "lightning", "pytorch_lightning", "jsonargparse")
-"""Packages that raise to say what is wrong with what they were given."""
+"""Beginning of torch's message about weights that do not fit a model."""
 
 
 def one_line(error: BaseException) -> str:
@@ -95,10 +64,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     if text.startswith(_MISFIT):
-        text = (
-            f"the checkpoint does not fit the model ({text[:200].rstrip()} ...); build the model that it was written from: "
-            "an adapter's checkpoint needs oft.enabled: true and the adapter's own oft block"
-        )
-    if len(text) > 1000:  # a value that was given is repeated; the remedy stands at the end
+        remedy = "an adapter's checkpoint needs oft.enabled: true and the adapter's own oft block"
+        text = f"the checkpoint does not fit the model that is configured; {remedy} ({text[:200].rstrip()} ...)"
+    if len(text) > 1000:  # a value is repeated in the middle; the remedy stands at the end
         text = f"{text[:700]} ... {text[-300:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lightning_oft.adapters import load_adapter, read_adapter
 from lightning_oft.cli.auto import loader_of
 from lightning_oft.cli.errors import OneLineParser, UserError, a_name, one_line
-from lightning_oft.cli.export import write_adapter
-from lightning_oft.merged import Companions, save_merged
-from lightning_oft.surgery import merge, oft_layers, unload
+from lightning_oft.formats.adapters import read_adapter
+from lightning_oft.formats.pretrained import Companions, write_pretrained
+from lightning_oft.model.adapter_state import AdapterState
+from lightning_oft.model.injection import unload
+from lightning_oft.model.loading import put
+from lightning_oft.model.merging import merge
+from lightning_oft.model.placement import AdapterError
+from lightning_oft.model.traversal import oft_layers
 
 DESCRIPTION = """\
 Fold an adapter into its base model and write the result, which transformers loads as it loads any other;
@@ -35,16 +37,15 @@ def run(arguments: list[str]) -> int:
     _check_apart(options.output, {"--base": options.base, "--adapter": options.adapter})
     if Path(options.output).exists() and any(Path(options.output).iterdir()) and not options.overwrite:
         raise UserError(f"merge: {options.output} is there already and not empty; --overwrite replaces it")
-    with contextlib.ExitStack() as stack:
-        adapter = _directory_of(Path(options.adapter), options.adapter_name, stack)
-        model = load_base(options.base)
-        labels = _other_labels(model, read_adapter(adapter).saved)
-        model = model if labels is None else load_base(options.base, num_labels=labels, ignore_mismatched_sizes=True)
-        _load(model, adapter, options.any_base)
+    state = read_adapter(options.adapter, options.adapter_name)
+    model = load_base(options.base)
+    labels = _other_labels(model, state.saved)
+    model = model if labels is None else load_base(options.base, num_labels=labels, ignore_mismatched_sizes=True)
+    _put(model, state, options.adapter, options.any_base)
     layers = len(oft_layers(model))
     merge(model, keep_base="never")
     unload(model)
-    save_merged(model, options.output, companions=[Companions(options.base)])
+    write_pretrained(model, options.output, companions=[Companions(options.base)])
     loader = loader_of(Path(options.output))
     print(f"{options.output}: {type(model).__name__} with the rotations of {layers} layers in its weights")
     print(f'load it with  {loader}.from_pretrained("{options.output}")')
@@ -70,11 +71,14 @@ def _check_apart(output: str, inputs: dict[str, str]) -> None:
             raise UserError(f"merge: --output {output} would replace {option} {given}; give another directory")
 
 
-def _load(model: nn.Module, adapter: Path, any_base: bool) -> None:
-    """Load the adapter; what it warns of is said on a line each, and another base is an error unless asked for."""
+def _put(model: nn.Module, state: AdapterState, path: str, any_base: bool) -> None:
+    """Put the adapter in; what that warns of is said on a line each, and another base is an error unless asked for."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        load_adapter(model, adapter)
+        try:
+            put(model, state)
+        except AdapterError as error:
+            raise UserError(f"{path}: {error}") from None
     for message in (str(warning.message) for warning in caught):
         if "was trained on another base" in message and not any_base:
             raise UserError(f"merge: {message}, or merge all the same with --any-base")
@@ -84,7 +88,7 @@ def _load(model: nn.Module, adapter: Path, any_base: bool) -> None:
 def load_base(base: str, **options: Any) -> nn.Module:
     """The model at `base` in the class and the dtype it was saved in; `options` go to its from_pretrained."""
     local = Path(base) / "config.json"
-    with _base_errors(base):
+    try:
         config: dict[str, Any] = json.loads(local.read_text(encoding="utf-8")) if local.is_file() else {}
         if "_class_name" in config:  # how diffusers signs its models
             import diffusers
@@ -95,30 +99,12 @@ def load_base(base: str, **options: Any) -> nn.Module:
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         # False rather than its default, which asks at the terminal whether to run the Python files beside the weights.
         found = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-        architecture = next(iter(found.architectures or []), None)
-        if architecture is None:
-            raise UserError(f"merge: the config.json of {base} names no architecture, so its class is not known")
-        return cast("nn.Module", getattr(transformers, architecture).from_pretrained(base, dtype="auto", **options))
-
-
-@contextlib.contextmanager
-def _base_errors(base: str) -> Iterator[None]:
-    try:
-        yield
+        if not found.architectures:
+            raise ValueError("its config.json names no architecture")
+        loader = getattr(transformers, found.architectures[0])
+        return cast("nn.Module", loader.from_pretrained(base, dtype="auto", **options))
     except Exception as error:  # a damaged file raises whatever its reader does not expect
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"merge: the base {base!r} cannot be loaded: {one_line(error)}") from error
-
-
-def _directory_of(adapter: Path, name: str | None, stack: contextlib.ExitStack) -> Path:
-    """The adapter's directory; for a checkpoint a temporary one, since a directory is what fits itself to a model."""
-    if adapter.is_file():
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter"
-        write_adapter(adapter, directory, name)
-        return directory
-    named = adapter / (name or "")
-    return named if named.is_dir() else adapter
 
 
 def _other_labels(model: nn.Module, saved: Mapping[str, Tensor]) -> int | None:

@@ -1,129 +1,140 @@
-"""jsonargparse's parser and help, made readable: one line for an error, and a --help that a person reads to the end."""
+"""jsonargparse's parser with an error on one line, and a --help with Lightning's fifty Trainer options on a page of their own."""
 
 from __future__ import annotations
 
-import ast
+import argparse
 import re
-from argparse import Action
 from collections.abc import Iterable
-from functools import reduce
-from itertools import pairwise
-from typing import Any, ClassVar, NoReturn
+from contextlib import suppress
+from pkgutil import resolve_name
+from typing import Any, NoReturn
 
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from lightning.pytorch import Trainer, callbacks, loggers
 from lightning.pytorch.cli import LightningArgumentParser
+from torch import optim
 
 from lightning_oft import data, tasks
-from lightning_oft.cli.errors import UserError
-from lightning_oft.cli.explain import Complaint, explain
+from lightning_oft.cli.errors import UserError, suggestion
 
 TITLES = {
     "oft": "the adapter",
-    "model": "the model: any LightningModule, by its name or its import path",
-    "data": "the data: any LightningDataModule",
+    "model": "the model",
+    "data": "the data",
     "optimizer": "the optimizer, in the place of the model's own",
-    "lr_scheduler": "the learning rate schedule, with that optimizer",
+    "lr_scheduler": "the learning rate schedule of that optimizer",
     "trainer": "Lightning's Trainer",
 }
+HELP = {
+    "print_config": "print the options as YAML and exit; =skip_default leaves defaults out",
+    "seed_everything": "seed of the random numbers; true draws one, false sets none",
+    "model": f"a LightningModule: an import path, or one of {', '.join(tasks.__all__)}",
+    "data": f"a LightningDataModule: an import path, or one of {', '.join(data.__all__)}",
+    "optimizer": "a torch optimizer, such as AdamW",
+    "lr_scheduler": "a torch schedule, such as CosineAnnealingLR",
+    "ckpt_path": 'a checkpoint to start from: a path, "last" or "best"',
+    "weights_only": "load tensors and plain values only, which is the default",
+}
+"""Help of the options that Lightning and jsonargparse explain to programmers."""
+
+CLASS_NAMES = [
+    *(*tasks.__all__, *data.__all__, *callbacks.__all__, *loggers.__all__),
+    *(*optim.__all__, *optim.lr_scheduler.__all__),
+]
+"""Classes that a configuration names most; a mistyped one is looked for here."""
 
 
-class Formatter(DefaultHelpFormatter):
-    """Keeps a description's line breaks; drops what every line of jsonargparse's help repeats."""
+class TrainerHelp(argparse._HelpAction):
+    """`--trainer.help`: the Trainer's options, as jsonargparse shows them."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print them and exit."""
+        page = ArgumentParser(usage=parser.usage, add_help=False)
+        page.add_class_arguments(Trainer, "trainer", fail_untyped=False)
+        page.print_help()
+        parser.exit()
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """An option with its type, and below it its docstring and its default. The Trainer's fifty options are left out."""
 
     def __init__(self, prog: str, *args: Any, **kwargs: Any) -> None:
-        super().__init__(prog, max_help_position=34)  # type: ignore[no-untyped-call]
+        super().__init__(prog, max_help_position=8)  # type: ignore[no-untyped-call]
 
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n".join(indent + line for line in text.splitlines())
+    def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
+        """Called with the options of one group. Not argparse.SUPPRESS: jsonargparse drops such options from config.yaml."""
+        super().add_arguments(a for a in actions if isinstance(a, TrainerHelp) or not a.dest.startswith("trainer"))
 
-    def _get_default_metavar_for_optional(self, action: Action) -> str:
-        return "VALUE"
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kind = (self._get_type_str(action) or "[").replace(" | ", "|")
+        return "VALUE" if "[" in kind else kind
 
-    def _format_action_invocation(self, action: Action) -> str:
-        """`--oft.target_modules VALUE` without its twin `--oft.target_modules+ VALUE`, which appends to a list."""
-        options = action.option_strings
-        if action.dest in TITLES:
-            return f"{options[0]} {'FILE' if action.dest in ('oft', 'trainer') else 'CLASS'}"
-        action.option_strings = [option for option in options if not option.endswith("+")] or options
-        try:
-            return super()._format_action_invocation(action)
-        finally:
-            action.option_strings = options
-
-    def add_arguments(self, actions: Iterable[Action]) -> None:
-        """Leave out `--trainer.strategy.help` and its like: fourteen lines for what nobody looks up here."""
-        super().add_arguments([a for a in actions if not re.match(r"--trainer\..*\.help$", "".join(a.option_strings))])
-
-    def _get_type_str(self, action: Action) -> str | None:
-        text = super()._get_type_str(action)
-        try:
-            return text and ast.unparse(_Unions().visit(ast.parse(text, mode="eval")))
-        except SyntaxError:
-            return text
-
-    def _expand_help(self, action: Action) -> str:
-        text, _, known = super()._expand_help(action).partition(", known subclasses: ")
-        if known:
-            names = [path.rpartition(".")[2] for path in known.rstrip(")").split(", ") if ".demos." not in path]
-            text += f", for instance {', '.join(n for n in dict.fromkeys(names) if f'[{n}' not in text)})"
-        for pattern, replacement in _SHORTER:
-            text = re.sub(pattern, replacement, text)
-        return text
-
-
-class _Unions(ast.NodeTransformer):
-    """`Union[A, B]` and `Optional[A]`, which jsonargparse prints for some types, as `A | B` and `A | null`."""
-
-    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
-        self.generic_visit(node)
-        name = getattr(node.value, "id", "")
-        if name not in ("Union", "Optional"):
-            return node
-        members = list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
-        members += [ast.Name("null")] if name == "Optional" else []
-        return reduce(lambda left, right: ast.BinOp(left, ast.BitOr(), right), members)
-
-
-_SHORTER = [
-    (r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1"),  # Sphinx roles in Lightning's docstrings
-    (r"'?``'?", "'"),
-    (r"type: Literal\[[^\]]*\](, )?", ""),  # the choices stand beside the option
-    (r" Default: '[^ ]*'\.", ""),  # said again in the brackets
-    (r", default: null| \(\)$", ""),
-    (r'One or more arguments specifying "class_path" and "init_args" for any', "The name of a"),
-    (r"Show the help for the given subclass of .* and exit", "Show the options of a class and exit"),
-]
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return (action.help or "") + ("" if action.default in (None, argparse.SUPPRESS) else " (default: %(default)s)")
 
 
 class Parser(LightningArgumentParser):
-    """Raises one explained line where jsonargparse prints its usage, a tip and a tree of alternatives."""
-
-    class_names: ClassVar[list[str]] = [*tasks.__all__, *data.__all__]
+    """Raises UserError where jsonargparse prints its usage and a tree of alternatives."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Called for everything that does not parse; parsers made for a nested class keep jsonargparse's exception."""
         if not self.exit_on_error:
             super().error(message, ex)
-        parser = self._command_parser()
-        args: list[str] = list(getattr(self, "args", []))
-        files = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
-        complaint = Complaint(message, known_keys=parser.known_keys(), config_files=files, class_names=self.class_names)
-        raise UserError(f"{parser.prog.split()[-1]}: {explain(complaint)}") from ex
-
-    def known_keys(self) -> list[str]:
-        """Every key this parser accepts, dotted."""
-        return [a.dest for a in self._actions if a.option_strings and a.dest != "help" and not a.dest.endswith(".help")]
+        commands = self._subcommands_action.choices if self._subcommands_action else {}
+        parser = next(iter(commands.values()), self)  # the top-level parser, which has no keys, reports for its command
+        command = parser.prog.split()[-1]
+        keys = [action.dest for action in parser._actions if not action.dest.endswith("help")]
+        hint = _nearest(message, keys) or f"; see lightning-oft {command} --help"
+        raise UserError(f"{command}: {squeezed(message)}{hint}") from ex
 
     def tidy(self, command: str) -> None:
-        """Give the groups titles of our own and the usage one line: jsonargparse spells out a hundred options."""
+        """Give --help the texts above, and leave the Trainer's options to --trainer.help."""
         self.usage = f"lightning-oft {command} --config FILE [--KEY VALUE ...]"
-        groups = self.groups or {}
-        for key, title in TITLES.items():
-            if key in groups:
-                groups[key].title = title
-        self._action_groups[-1].title = "the checkpoint"
+        for key, group in (self.groups or {}).items():
+            group.title = TITLES.get(key, "the checkpoint")
+        *first, trainer, checkpoint = self._action_groups
+        self._action_groups = [*first, checkpoint, trainer]
+        for action in self._actions:
+            # Without `--oft.target_modules+`, which appends to a list; the parser still takes it.
+            action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
+            action.help = HELP.get(action.dest, action.help)
+            if action.dest in TITLES or action.dest == "config":
+                action.metavar = "FILE" if action.dest in ("config", "oft") else "CLASS"
+            elif action.dest.endswith(".help"):
+                action.metavar, action.help = "CLASS", "show the options of CLASS and exit"
+        text = "show the Trainer's options, such as --trainer.max_epochs 3, and exit"
+        trainer.add_argument("--trainer.help", action=TrainerHelp, help=text)
 
-    def _command_parser(self) -> Parser:
-        """The parser of the command: the top-level parser, which knows no keys, reports for it."""
-        commands: dict[str, Parser] = self._subcommands_action.choices if self._subcommands_action else {}
-        return next(iter(commands.values()), self)
+
+_TREE = (
+    *("Does not validate", "Subtypes:", "Errors:", "Given value type:", "Expected a <class 'NoneType'>"),
+    *("Expected a path but", "Subclass types expect", "a class path", "a dict with"),
+)
+_WRONG = re.compile(r"(?:accept option|unrecognized arguments:|import path string:|no attribute|Option) '?-*([\w.]+)")
+_CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
+
+
+def squeezed(message: str) -> str:
+    """A message of jsonargparse on one line, without the lines that draw its tree of alternatives, and long values cut."""
+    lines = [line.strip() for line in message.splitlines()]
+    return " ".join(_cut(line) for line in lines if not line.lstrip("- ").startswith(_TREE)).removeprefix("- ")
+
+
+def _cut(line: str) -> str:
+    """Both ends of a long line: a value may be the whole configuration, and the key at fault stand at its end."""
+    start = 100 if line.startswith("Given value") else 180
+    return line if len(line) <= start + 60 else f"{line[:start]} ... {line[-60:]}"
+
+
+def _nearest(message: str, keys: list[str]) -> str:
+    """The suggestion for what `message` says is unknown: a key, a class, or an argument of a class that it names."""
+    if not (wrong := _WRONG.search(message)):
+        return ""
+    valid = [*keys, *CLASS_NAMES]
+    if wrong[0].startswith("Option"):
+        scratch = ArgumentParser(exit_on_error=False)
+        for path in set(_CLASS.findall(message)):
+            with suppress(Exception):  # a suggestion is no reason to hide the error
+                arguments = scratch.add_class_arguments(resolve_name(path), path, fail_untyped=False)
+                valid += [argument.removeprefix(f"{path}.") for argument in arguments]
+    return suggestion(wrong[1], valid)

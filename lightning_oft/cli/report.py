@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 
 from lightning_oft.cli.auto import loader_of
 
@@ -15,13 +13,11 @@ from lightning_oft.cli.auto import loader_of
 def quiet_test(trainer: Trainer, model: LightningModule, data: LightningDataModule | None) -> dict[str, float]:
     """Run `trainer.test` without its table and progress bar and return every metric it logged."""
     bar = trainer.progress_bar_callback
-    if isinstance(bar, ProgressBar):
+    if bar:
         bar.disable()
-    try:
-        scores = trainer.test(model, datamodule=data, verbose=False)
-    finally:
-        if isinstance(bar, ProgressBar):
-            bar.enable()
+    scores = trainer.test(model, datamodule=data, verbose=False)
+    if bar:
+        bar.enable()
     return {name: float(value) for loader in scores for name, value in loader.items()}
 
 
@@ -32,20 +28,16 @@ def score_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """
     names = [name for name in before if name in after]
     names = [name for name in names if "acc" in name] or names
-    titles = [re.sub(r"/dataloader_idx_(\d+)$", r" \1", re.sub(r"^test[/_]", "", name)) for name in names]
-    rows = {
-        "": titles,
-        **{row: [f"{scores[n]:.4f}" for n in names] for row, scores in (("before", before), ("after", after))},
-    }
-    widths = [max(map(len, column)) for column in zip(*rows.values(), strict=True)]
-    return "\n".join(
-        f"{row:<6}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        for row, cells in rows.items()
-    )
+    columns = [["      ", "before", "after "]]
+    for name in names:
+        title = name.removeprefix("test/").removeprefix("test_").replace("/dataloader_idx_", " ")
+        cells = [title, f"{before[name]:.4f}", f"{after[name]:.4f}"]
+        columns.append([cell.rjust(max(map(len, cells))) for cell in cells])
+    return "\n".join("  ".join(row) for row in zip(*columns, strict=True))
 
 
 def how_to_load(export_dir: Path) -> list[str]:
-    """The call that loads `adapter/` and the one that loads `merged/`, a line each; the callback says where they are."""
+    """The call that loads `adapter/` and the one that loads `merged/`, a line each."""
     merged, adapter = export_dir / "merged", export_dir / "adapter"
     lines = []
     if (adapter / "adapter_config.json").is_file():

@@ -1,17 +1,9 @@
 """Floor 1: the Rotation module, and how one module gets it and loses it."""
 
-from .kinds import Kind, Part, kind_of, refusal
-from .rotation import Rotation
-from .state import LayerState, is_adapted, rotations_of, state_of
+from lightning_oft.layers import attention, conv, linear  # noqa: F401  they register their layer types
+from lightning_oft.layers.base import LayerType, RotatedWeight, layer_type_of, register_layer_type
+from lightning_oft.layers.rotation import Rotation
+from lightning_oft.layers.state import LayerState, applied_rotations, rotated_weight, rotations_of, state_of
 
-__all__ = [
-    "Kind",
-    "LayerState",
-    "Part",
-    "Rotation",
-    "is_adapted",
-    "kind_of",
-    "refusal",
-    "rotations_of",
-    "state_of",
-]
+__all__ = ["LayerState", "LayerType", "RotatedWeight", "Rotation", "applied_rotations", "layer_type_of",
+           "register_layer_type", "rotated_weight", "rotations_of", "state_of"]  # fmt: skip

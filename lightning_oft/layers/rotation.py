@@ -1,6 +1,6 @@
 """Rotation: the generators of one fan-in as a module, and the rotation they stand for.
 
-Shapes: n blocks of size b, fan-in i = n*b; see `lightning_oft.rotation` for the maths.
+Shapes: n blocks of size b, fan-in i = n*b; see `lightning_oft.functional` for the functional.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import override
 
-from lightning_oft import rotation as maths
+from lightning_oft import functional
 from lightning_oft.config import OFTConfig
-
-from . import parallel
-from .parallel import Cut
+from lightning_oft.layers import tensor_parallel
+from lightning_oft.layers.tensor_parallel import Cut
 
 
 class _Cached(NamedTuple):
@@ -30,27 +29,23 @@ class _Cached(NamedTuple):
     rotation: Tensor
 
 
-class _Steps:
-    """Counts optimizer steps of the process: fused optimizers change parameters without a new `_version`."""
+@functools.cache
+def _steps() -> list[int]:
+    """[optimizer steps of this process], counted from the first call on: fused ones change parameters without a new
+    `_version`."""
+    steps = [0]
 
-    count = 0
-    watching = False
+    def count(*_: Any) -> None:
+        steps[0] += 1
 
-    @classmethod
-    def watch(cls) -> None:
-        if not cls.watching:
-            cls.watching = True
-            register_optimizer_step_post_hook(cls._stepped)
-
-    @classmethod
-    def _stepped(cls, *_: Any) -> None:
-        cls.count += 1
+    register_optimizer_step_post_hook(count)
+    return steps
 
 
 @contextlib.contextmanager
 def _full_float32(device: torch.device) -> Iterator[None]:
     """Neither autocast nor TF32: a rotation of a reduced mantissa is not orthogonal."""
-    with maths.without_autocast(device):
+    with functional.without_autocast(device):
         matmul = torch.backends.cuda.matmul
         if device.type != "cuda" or torch.compiler.is_compiling() or not hasattr(matmul, "fp32_precision"):
             yield
@@ -67,20 +62,13 @@ class Rotation(nn.Module):
     """A learned block-diagonal rotation of a fan-in; the identity until it is trained.
 
     `weight` holds the generators, (n, b(b-1)/2) float32 whatever the precision of the model, or (1, b(b-1)/2) where
-    one block is shared. Calling the module rotates the last dimension of its input.
-
-    Args:
-        fan_in: size of the dimension that is rotated, a multiple of `block_size`.
-        block_size: size b of a block, at least 2.
-        config: the adapter's configuration.
-        device: where the generators live.
+    one block is shared. Calling the module rotates the last dimension of its input, `fan_in`, a multiple of
+    `block_size`, which is at least 2.
     """
 
     weight: nn.Parameter
 
-    def __init__(
-        self, fan_in: int, block_size: int, config: OFTConfig, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, fan_in: int, block_size: int, config: OFTConfig, device: Any = None) -> None:
         super().__init__()
         self.fan_in = fan_in
         self.block_size = block_size
@@ -89,9 +77,8 @@ class Rotation(nn.Module):
         self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
         self.halve_last = config.neumann_series == "halved"
         self.identity_init = config.init_weights
-        stored = 1 if config.block_share else self.blocks
-        self.radius = _radius(config, block_size, stored)
-        shape = (stored, maths.generator_size(block_size))
+        shape = (1 if config.block_share else self.blocks, functional.generator_size(block_size))
+        self.radius = _radius(config, block_size, shape[0])
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
         self._cache: _Cached | None = None
         self.reset_parameters()
@@ -118,22 +105,22 @@ class Rotation(nn.Module):
         if cut is not None:
             generator = cut.generators(generator)
         with _full_float32(generator.device):
-            q_nbb = maths.skew(generator.float(), self.block_size)
+            q_nbb = functional.skew(generator.float(), self.block_size)
             if self.terms is None:
-                return maths.cayley(q_nbb)
-            return maths.cayley_neumann(q_nbb, self.terms, self.halve_last)
+                return functional.cayley(q_nbb)
+            return functional.cayley_neumann(q_nbb, self.terms, self.halve_last)
 
     def forward(self, x: Tensor, transpose: bool = False) -> Tensor:
         """x . blockdiag(R), or with R^T where `transpose`. (..., n*b) -> (..., n*b), dtype and device of x; a DTensor
         stays spread as it is."""
-        if hasattr(x, "to_local"):
-            return parallel.rotate(self, x, transpose)
-        return self.rotate(x, transpose)
 
-    def rotate(self, x: Tensor, transpose: bool = False, cut: Cut | None = None) -> Tensor:
-        """The same of what this process holds of x."""
-        r_nbb = self._matrix_in(x.dtype, cut)
-        return maths.rotate(x, r_nbb.mT if transpose else r_nbb)
+        def rotated(local: Tensor, cut: Cut | None = None) -> Tensor:
+            r_nbb = self._matrix_in(x.dtype, cut)
+            return functional.rotate(local, r_nbb.mT if transpose else r_nbb)
+
+        if hasattr(x, "to_local"):
+            return tensor_parallel.rotate(x, self.fan_in, self.block_size, rotated)
+        return rotated(x)
 
     def _matrix_in(self, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
@@ -158,17 +145,12 @@ class Rotation(nn.Module):
         compares = _is_on_host(weight)
         key: tuple[Any, ...] = (dtype, weight.device)
         if not compares:
-            _Steps.watch()
             version = 0 if weight.is_inference() else weight._version
-            key = (*key, id(self.weight), weight.data_ptr(), version, _Steps.count)
+            key = (*key, id(self.weight), weight.data_ptr(), version, *_steps())
         cache = self._cache
-        if (
-            cache is not None
-            and cache.key == key
-            # A tensor made in inference mode cannot be used where gradients are recorded later.
-            and (torch.is_inference_mode_enabled() or not cache.rotation.is_inference())
-            and (cache.generator is None or torch.equal(cache.generator, weight))
-        ):
+        # A tensor made in inference mode cannot be used where gradients are recorded later.
+        usable = cache and (torch.is_inference_mode_enabled() or not cache.rotation.is_inference())
+        if cache and usable and cache.key == key and (cache.generator is None or torch.equal(cache.generator, weight)):
             return cache.rotation
         rotation = self.matrix().to(dtype)
         self._cache = _Cached(key, weight.clone() if compares else None, rotation)
@@ -200,32 +182,34 @@ class Rotation(nn.Module):
         """Pull every block back into the constraint's ball, in place; nothing where there is none."""
         if self.radius is None:
             return
-        weight = self.weight.detach()
-        weight = weight.to_local() if hasattr(weight, "to_local") else weight  # blocks are rows: each shard has its own
+        weight = _local(self.weight)  # blocks are rows: each shard has its own
         if weight.numel():
-            maths.project(weight, self.radius)
+            functional.project(weight, self.radius)
 
     def error_bound(self) -> float:
         """Upper bound of ||R^T R - I||_2 over the blocks; 0 for the exact Cayley map. Waits for the device."""
         if self.terms is None or self.weight.numel() == 0:
             return 0.0
-        weight = self.weight.detach()
-        if hasattr(weight, "to_local"):
-            weight = weight.to_local()
-        norm = float(maths.frobenius_norm(weight).max()) / 2**0.5 if weight.numel() else 0.0
-        if self.halve_last:
-            if maths.series_error(norm, self.terms) <= maths.SERIES_TOLERANCE:
-                return maths.series_error(norm, self.terms)
-            norm = float(torch.linalg.matrix_norm(maths.skew(weight, self.block_size), 2).max())
-            return maths.series_error(norm, self.terms)
-        with torch.no_grad():
-            return float(maths.orthogonality_error(self.matrix()).max())
+        if not self.halve_last:
+            with torch.no_grad():
+                return float(functional.orthogonality_error(self.matrix()).max())
+        weight = _local(self.weight)
+        norm = float(functional.frobenius_norm(weight).max()) / 2**0.5 if weight.numel() else 0.0
+        if functional.series_error(norm, self.terms) > functional.SERIES_TOLERANCE:  # the exact norm costs more
+            norm = float(torch.linalg.matrix_norm(functional.skew(weight, self.block_size), 2).max())
+        return functional.series_error(norm, self.terms)
 
     @override
     def extra_repr(self) -> str:
         series = "exact" if self.terms is None else f"{self.terms} terms"
         shared = ", shared" if self.weight.shape[0] < self.blocks else ""
         return f"{self.fan_in}, {self.blocks} blocks of {self.block_size}, {series}{shared}"
+
+
+def _local(weight: Tensor) -> Tensor:
+    """What this process holds of a parameter, sharing its memory."""
+    weight = weight.detach()
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def _is_on_host(tensor: Tensor) -> bool:
@@ -235,7 +219,7 @@ def _is_on_host(tensor: Tensor) -> bool:
 
 def _radius(config: OFTConfig, block_size: int, stored: int) -> float | None:
     if config.max_angle is not None:
-        return maths.angle_radius(config.max_angle)
+        return functional.angle_radius(config.max_angle)
     if not config.coft:
         return None
-    return maths.eps_radius(config.eps, block_size if config.coft_radius == "paper" else 1, stored)
+    return functional.eps_radius(config.eps, block_size if config.coft_radius == "paper" else 1, stored)

@@ -1,38 +1,33 @@
-"""What an adapted layer remembers beside its rotations. It lives on the layer, so any module above it can be asked."""
+"""What the library remembers of a module. It lives on the module, so any module above it can be asked."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_oft.config import OFTConfig
+from lightning_oft.layers.base import LayerType
+from lightning_oft.layers.rotation import Rotation
 
-from .rotation import Rotation
-
-if TYPE_CHECKING:
-    from .kinds import Kind
-
-_ATTRIBUTE = "_oft_state"
-FROZEN = "_oft_frozen"
-"""Attribute of a module that names the parameters which were trainable before an adapter froze the base."""
+_ATTRIBUTE = "_oft"
 
 
 @dataclass
 class LayerState:
-    """The adapters of one layer.
+    """The adapters of one layer. `oft_R` of the layer maps their names to rotations.
 
-    `oft_R` of the layer maps adapter names to rotations; `active` are those applied, in order. A merged layer keeps
-    its rotations out of the module tree, and in `base` the weights to return to, by parameter name.
+    A merged layer keeps its rotations out of the module tree, and in `base` the weights to return to, by parameter name.
     """
 
-    kind: Kind
+    layer_type: LayerType
     configs: dict[str, OFTConfig] = field(default_factory=dict)
-    active: list[str] = field(default_factory=list)
+    active: list[str] = field(default_factory=list)  # those that are applied, in order
     enabled: bool = True
     merged: tuple[str, ...] | None = None
-    base: dict[str, Tensor | None] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
     merged_fingerprints: dict[str, str | None] = field(default_factory=dict)
     fingerprint: str | None = None
 
@@ -41,22 +36,50 @@ class LayerState:
         return self.active if self.enabled and self.merged is None else []
 
 
+@dataclass
+class Slot:
+    """One tensor with several owners: whose values are in it now, and the values of the others."""
+
+    live: str
+    owners: set[str] = field(default_factory=set)
+    waiting: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Record:
+    """All that the library remembers of one module, adapted or not: the only attribute that it adds to a module."""
+
+    layer: LayerState | None = None
+    slots: dict[str, Slot] = field(default_factory=dict)  # the module's own tensors that adapters train whole
+    frozen: set[str] = field(default_factory=set)  # parameters that were trainable before an adapter froze the base
+    released: dict[str, bool] = field(default_factory=dict)  # what trained when a merge made the model trainable again
+    norm_mode: bool | None = None  # the mode that was asked of a norm whose statistics are frozen
+    nested_tensor: bool | None = None  # an nn.TransformerEncoder's own choice of packing padded batches
+    tied: bool = False  # whether a merge untied the weights of this transformers model
+
+
+def record_of(module: nn.Module) -> Record | None:
+    """The record of a module, if it has one."""
+    found: Record | None = module.__dict__.get(_ATTRIBUTE)
+    return found
+
+
+def make_record(module: nn.Module) -> Record:
+    """The record of a module, made where it has none."""
+    found: Record = module.__dict__.setdefault(_ATTRIBUTE, Record())
+    return found
+
+
+def drop_empty_record(module: nn.Module) -> None:
+    """Take the record off a module where it says nothing."""
+    if record_of(module) == Record():
+        del module.__dict__[_ATTRIBUTE]
+
+
 def state_of(module: nn.Module) -> LayerState | None:
     """The state of an adapted layer, merged or not; None for any other module."""
-    return module.__dict__.get(_ATTRIBUTE)
-
-
-def set_state(module: nn.Module, state: LayerState | None) -> None:
-    """Give a module its state, or take it away."""
-    if state is None:
-        module.__dict__.pop(_ATTRIBUTE, None)
-    else:
-        module.__dict__[_ATTRIBUTE] = state
-
-
-def is_adapted(module: nn.Module) -> bool:
-    """Whether the module carries rotations, merged or not."""
-    return _ATTRIBUTE in module.__dict__
+    record = record_of(module)
+    return record.layer if record is not None else None
 
 
 def rotations_of(layer: nn.Module, adapter_name: str) -> dict[str, Rotation]:
@@ -67,6 +90,12 @@ def rotations_of(layer: nn.Module, adapter_name: str) -> dict[str, Rotation]:
     return dict(parts)
 
 
+def every_rotation(layer: nn.Module) -> Iterator[Rotation]:
+    """All rotations of a layer, of every adapter and part."""
+    for adapter_name in layer.oft_R:  # type: ignore[union-attr]
+        yield from rotations_of(layer, adapter_name).values()
+
+
 def applied_rotations(layer: nn.Module, part: str) -> list[Rotation]:
     """The rotations that a forward applies to one part of a layer now, in order."""
     state = state_of(layer)
@@ -74,3 +103,14 @@ def applied_rotations(layer: nn.Module, part: str) -> list[Rotation]:
         return []
     found = (rotations_of(layer, name).get(part) for name in state.applied())
     return [rotation for rotation in found if rotation is not None]
+
+
+def rotated_weight(layer: nn.Module, layer_type: LayerType, part: str, weight: Tensor) -> Tensor:
+    """The weight as a forward uses it now; through Rotation.__call__, so that FSDP gathers what it must."""
+    rotations = applied_rotations(layer, part)
+    if not rotations:
+        return weight
+    matrix = layer_type.to_matrix(layer, weight)
+    for rotation in reversed(rotations):
+        matrix = rotation(matrix, transpose=True)
+    return layer_type.from_matrix(layer, matrix, weight)

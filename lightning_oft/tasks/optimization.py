@@ -1,27 +1,19 @@
-"""What an optimizer of these tasks is given: what is trainable at that moment, rotations without weight decay."""
+"""Optimizers and schedules of the tasks: what is trainable at that moment, rotations without weight decay."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 
 GENERATORS = frozenset({"oft_R", "oft_embedding_R"})
 """The name that holds an adapted layer's rotations, in parameter names and in files."""
 
 
-class ParameterGroup(TypedDict, total=False):
-    """One group as torch.optim takes it."""
-
-    params: list[nn.Parameter]
-    weight_decay: float
-
-
-def parameter_groups(module: nn.Module) -> list[ParameterGroup]:
-    """The trainable parameters of a module, generators of rotations in a group with weight_decay 0.
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """The trainable parameters of a module as torch.optim takes them, rotations in a group with weight_decay 0.
 
     The optimizer's own weight decay applies to the other group. Decay pulls a parameter to zero, and a generator of
     zero is the identity: decayed rotations drift back to the model one started from.
@@ -30,13 +22,13 @@ def parameter_groups(module: nn.Module) -> list[ParameterGroup]:
         ValueError: When nothing is trainable.
     """
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(f"{type(module).__name__}: every parameter is frozen; adapt some layers or unfreeze some")
     generators = {name for name in trainable if not GENERATORS.isdisjoint(name.split("."))}
-    groups: list[ParameterGroup] = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for name, p in trainable.items() if name not in generators]},
         {"params": [p for name, p in trainable.items() if name in generators], "weight_decay": 0.0},
     ]
-    if not trainable:
-        raise ValueError(f"{type(module).__name__}: every parameter is frozen; adapt some layers or unfreeze some")
     return [group for group in groups if group["params"]]
 
 
@@ -58,9 +50,9 @@ def configure(
     Raises:
         ValueError: When the optimizer or the schedule refuses its arguments.
     """
-    made: Optimizer = _made("optimizer", optimizer, parameter_groups(module))
+    made = _made("optimizer", optimizer, parameter_groups(module))
     if lr_scheduler is None:
-        return made
+        return made  # type: ignore[no-any-return]
     schedule = _made("lr_scheduler", lr_scheduler, made)
     if lr_interval == "auto":
         lr_interval = "step" if isinstance(schedule, OneCycleLR | CyclicLR) else "epoch"

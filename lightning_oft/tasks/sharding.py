@@ -1,19 +1,21 @@
-"""FSDP2 for these tasks: which parts of a model become a unit that is gathered, used and given back as one."""
+"""FSDP2 for the tasks: which submodules of a model are gathered and freed one at a time."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 
-def shard_blocks(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard a model over the processes of ModelParallelStrategy (FSDP2), in place: each block by itself, then the rest.
+def shard_blocks(model: nn.Module, mesh: DeviceMesh, units: Sequence[nn.Module] | None = None) -> None:
+    """Shard a model over the processes of ModelParallelStrategy (FSDP2), in place: each unit by itself, then the rest.
 
-    Does nothing to what is sharded already, so that it can be called in every `configure_model`.
+    Units that are sharded already stay as they are, so that it can be called in every `configure_model`.
 
     Args:
         model: transformers' or any other model; not the LightningModule, whose own forward is not called.
         mesh: the strategy's, with the dimensions `data_parallel` and `tensor_parallel`.
+        units: submodules that are gathered one at a time; None means `blocks(model)`.
 
     Raises:
         ValueError: tensor parallelism is asked for, which would compute the same thing several times.
@@ -26,7 +28,7 @@ def shard_blocks(model: nn.Module, mesh: DeviceMesh) -> None:
             f"tensor_parallel_size={split}: this task shards its model but splits no layer; set tensor_parallel_size: 1 "
             f"and data_parallel_size: {mesh.size()} in ModelParallelStrategy"
         )
-    for unit in (*blocks(model), model):
+    for unit in (*(blocks(model) if units is None else units), model):
         if not isinstance(unit, FSDPModule):
             fully_shard(unit, mesh=mesh["data_parallel"])
 

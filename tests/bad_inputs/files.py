@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from small import Small
 from torch import Tensor
 
 from lightning_oft import load_adapter, load_from_checkpoint, save_adapter
-from lightning_oft.adapters import AdapterFileError
-from lightning_oft.callback.files import WholeCheckpoints
-from lightning_oft.checkpoints import CheckpointError
+from lightning_oft.formats import AdapterFileError
+from lightning_oft.formats.checkpoint import CheckpointError
 
 
 def _load(damage: Any = None, **sizes: int) -> Any:
@@ -81,17 +79,9 @@ def _bare(bench: Bench) -> Path:
     return bench.directory / "bare.ckpt"
 
 
-def _sharded(bench: Bench) -> Path:
-    (bench.directory / "last.ckpt").mkdir()
-    (bench.directory / "last.ckpt" / "__0_0.distcp").touch()
-    return bench.directory / "last.ckpt"
-
-
 FILES = [
     _file("a directory that is not there", lambda b: load_adapter(b.net(), b.directory / "adaptor"),
-        "adaptor", "no such directory", f"give the one that holds {CONFIG}"),
-    _file("a directory without an adapter", lambda b: load_adapter(b.net(), b.directory),
-        CONFIG, "no such file, so this is no adapter directory", "give the one that holds it"),
+        "adaptor", "no such file or directory", "give an adapter directory or a checkpoint"),
     _file("the directory above two adapters", _nested,
         CONFIG, "there are adapters in a, b", "give one of these directories"),
     _file("no tensors", _load(lambda place: (place / TENSORS).unlink()),
@@ -99,9 +89,7 @@ FILES = [
     _file("tensors as a pickle", _load(_pickled),
         TENSORS, "adapter_model.bin is a pickle, which may run code", "convert it to safetensors with PEFT"),
     _file("a configuration that is no JSON", _load(lambda place: (place / CONFIG).write_text("{'r': 4}")),
-        CONFIG, "not a readable JSON file", "copy the file again", True),
-    _file("a configuration that is a list", _load(lambda place: (place / CONFIG).write_text("[]")),
-        CONFIG, "holds a list where an object is expected", "copy the file again"),
+        CONFIG, "not a readable JSON file", "copy it again", True),
     _file("an adapter of LoRA's", _load(fields(peft_type="LORA")),
         CONFIG, "peft_type is 'LORA', not 'OFT'", "only OFT adapters are read"),
     _file("an adapter from before PEFT 0.14", _load(fields(oft_block_size=...)),
@@ -113,13 +101,9 @@ FILES = [
     _file("a file cut short", _load(_cut),
         TENSORS, "an interrupted write, or damaged since", "save or copy the adapter again"),
     _file("a file of git-lfs's", _load(lambda p: ((p / TENSORS).write_text("version https://git-lfs"), fields()(p))),
-        TENSORS, "not a whole safetensors file", "copy the file again", True),
+        TENSORS, "not a whole safetensors file", "copy it again", True),
     _file("generators that are NaN", _load(_generator(torch.full((2, 6), float("nan")))),
-        TENSORS, "generators of body are NaN or infinite", "train the adapter again"),
-    _file("generators of no block size", _load(_generator(torch.zeros(2, 5))),
-        TENSORS, "5 is not b(b-1)/2 for any block size b", "train the adapter again"),
-    _file("no rotation in it", _load(_renamed("oft_R", "lora_A")),
-        TENSORS, "holds no rotation", "was it saved with another method?"),
+        TENSORS, "is NaN or infinite", "train it again"),
     _file("a wider model", _load(width=12),
         "body has fan-in 12", "the file's 2 blocks of 4 turn 8", "load the adapter into the model it was trained on"),
     _file("another model", _load(_renamed("body", "trunk")),
@@ -129,7 +113,7 @@ FILES = [
         "head.bias", "has shape (4,) in the model and (3,) in the file", "build the model with the sizes it was trained with"),
     _file("an adapter of that name is there already",
         lambda b: load_adapter(b.adapted(target_modules=["layers.0"]), b.adapter()),
-        "the model has another adapter 'default' already", "only one of them adapts layers.0", "or load it under another adapter_name"),
+        "the model has another adapter 'default' already", "only one of them adapts", "or load it under another adapter_name"),
     _file("saving where a file is", lambda b: save_adapter(b.adapted(), b.text("taken", "") / "adapter"),
         "taken/adapter", "the adapter cannot be written", "or give another directory"),
 ]  # fmt: skip
@@ -140,27 +124,19 @@ CHECKPOINTS = [
     _checkpoint("a file that is no checkpoint", lambda b: load_from_checkpoint(Small, b.text("x.ckpt", "epoch 3")),
         "x.ckpt", "is damaged", "copy it again", True),
     _checkpoint("a checkpoint that would run code", _from(callbacks=_Runs()),
-        "model.ckpt", "holds more than tensors and plain values", "save it without objects of your own", True),
-    _checkpoint("a pickle instead of a checkpoint", lambda b: load_from_checkpoint(Small, b.text("x.ckpt", pickle.dumps(_Runs()))),
-        "x.ckpt", "holds more than tensors and plain values", "save it without objects of your own", True),
+        "model.ckpt", "holds more than tensors and plain values", "copy it again", True),
     _checkpoint("a bare state dict", lambda b: load_from_checkpoint(Small, _bare(b)),
         "bare.ckpt", "has no state_dict", "give a file that Lightning's ModelCheckpoint wrote"),
     _checkpoint("a checkpoint of a newer version", _from(lightning_oft={"version": 2}),
         "model.ckpt", "written by a newer lightning_oft", "upgrade it to read this checkpoint"),
     _checkpoint("a checkpoint whose entry is damaged", _from(lightning_oft=_entry(layers={"net.0": 4})),
-        "model.ckpt", "what it says of its adapters is damaged", "copy it again"),
-    _checkpoint("a checkpoint of another model", _from(lightning_oft=_entry(layers={"body": {"": 4}})),
-        "the model", "has no layer body, which adapter 'default' turns", "build the model it was trained on"),
-    _checkpoint("blocks that the layer does not divide into", _from(lightning_oft=_entry(layers={"net.0": {"": 5}})),
-        "net.0", "has fan-in 8 in the model, and blocks of 5 in the checkpoint", "build the model that the adapter was trained on"),
+        "model.ckpt", "its adapters are damaged", "copy it again"),
     _checkpoint("rotations that are not there", _from(lightning_oft=_entry(), state=_rotation(0.1, "net.3")),
-        "the checkpoint's adapter is another one", "it lacks net.0.oft_R.default.weight", "use the checkpoint's own target_modules"),
+        "model.ckpt", "lacks generators of net.0", "copy it again"),
     _checkpoint("generators that are NaN", _from(lightning_oft=_entry(), state=_rotation(float("nan"))),
-        "the checkpoint's generators net.0.oft_R.default.weight", "are NaN or infinite", "use an earlier checkpoint"),
+        "net.0.oft_R.default.weight", "is NaN or infinite", "use an earlier state"),
     _checkpoint("another base", _from(lightning_oft=_entry(fingerprints={"net.0": "float32:0123456789abcdef"}), state=_rotation(0.1)),
         "net.0 differ", "the checkpoint was trained on another base", "load the base it was trained on"),
     _checkpoint("a plain checkpoint of another model", _from(state={"net.weight": torch.zeros(2)}),
         "model.ckpt", "has net.weight, which the model lacks", "build the model that the checkpoint was written from"),
-    _checkpoint("a distributed checkpoint under DDP", lambda b: WholeCheckpoints().load_checkpoint(_sharded(b)),
-        "last.ckpt", "is a folder, which only the strategy that wrote it can read", "resume it under that strategy"),
 ]  # fmt: skip

@@ -31,18 +31,11 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def test_export_writes_what_the_fit_wrote(exported: Path, fitted: Any) -> None:
-    theirs, ours = fitted.directory / "export" / "adapter", exported
-    torch.testing.assert_close(
-        load_file(ours / "adapter_model.safetensors"), load_file(theirs / "adapter_model.safetensors"), rtol=0, atol=0
-    )
-    configs = [json.loads((place / "adapter_config.json").read_text(encoding="utf-8")) for place in (ours, theirs)]
-    for config in configs:
-        config.pop("auto_mapping")  # names the model's class, which a checkpoint does not hold
-        config["lightning_oft"].pop("sha256", None)
-    assert configs[0] == configs[1]
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (exported / file).read_bytes() == (fitted.directory / "export" / "adapter" / file).read_bytes()
 
 
-@pytest.mark.parametrize("source", ["adapter directory", "checkpoint", "exported"])
+@pytest.mark.parametrize("source", ["adapter directory", "checkpoint"])
 def test_merge_is_the_model_that_the_fit_merged(
     source: str, fitted: Any, exported: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,10 +109,8 @@ def test_merge_names_a_damaged_base(
     assert f"the base '{damaged}' cannot be loaded" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["merge", "export"])
-def test_an_empty_output_is_not_this_directory(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    inputs = ["--base", "b", "--adapter", "a"] if command == "merge" else ["--checkpoint", "c"]
-    assert main([command, *inputs, "--output", ""]) == 2
+def test_an_empty_output_is_not_this_directory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", "--base", "b", "--adapter", "a", "--output", ""]) == 2
     assert "--output: is empty" in capsys.readouterr().err
 
 
@@ -177,9 +168,9 @@ def test_export_refuses_what_holds_no_adapter(
     adapters = checkpoint["lightning_oft"]["adapters"]
     expected, more = {
         "merged": ("merged model", []),
-        "plain": ("no adapter in this checkpoint", []),
-        "two adapters": ("default, second: say which with --adapter-name", []),
-        "another name": ("no adapter 'defualt'; did you mean 'default'?", ["--adapter-name", "defualt"]),
+        "plain": ("no adapter in it", []),
+        "two adapters": ("holds default, second: give the name of one", []),
+        "another name": ("holds default: give the name of one", ["--adapter-name", "defualt"]),
         "no checkpoint": ("no state_dict", []),
     }[damage]
     if damage == "merged":
@@ -188,6 +179,8 @@ def test_export_refuses_what_holds_no_adapter(
         del checkpoint["lightning_oft"]
     elif damage == "two adapters":
         adapters["second"] = adapters["default"]
+        state = checkpoint["state_dict"]
+        state |= {name.replace(".oft_R.default.", ".oft_R.second."): tensor for name, tensor in state.items()}
     elif damage == "no checkpoint":
         checkpoint = {"weights": torch.zeros(1)}
     torch.save(checkpoint, tmp_path / "x.ckpt")

@@ -68,6 +68,7 @@ def test_fit_writes_an_adapter_checkpoint_the_export_and_its_configuration(fitte
     assert beside.read_bytes() == (BASE / "preprocessor_config.json").read_bytes()
     saved = yaml.safe_load((fitted.directory / "config.yaml").read_text(encoding="utf-8"))
     assert saved["oft"]["oft_block_size"] == 16
+    assert saved["trainer"]["max_epochs"] == 1, "options that --help leaves out are written too"
 
 
 def test_predict_says_that_nothing_takes_the_predictions(
@@ -84,11 +85,8 @@ def test_a_second_fit_may_write_where_the_first_did(config_file: Write) -> None:
     assert main(["fit", "--config", file, "--trainer.max_epochs", "2"]) == 0
 
 
-@pytest.mark.parametrize("command", ["validate", "test"])
-def test_a_checkpoint_is_scored(
-    command: str, config_file: Write, fitted: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([command, "--config", config_file(), "--ckpt_path", str(fitted.checkpoint)]) == 0
+def test_a_checkpoint_is_scored(config_file: Write, fitted: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "--config", config_file(), "--ckpt_path", str(fitted.checkpoint)]) == 0
     assert "accuracy" in capsys.readouterr().out
 
 
@@ -124,9 +122,7 @@ def test_a_model_without_an_optimizer_is_asked_for_one(config_file: Write, capsy
     assert "Plain configures no optimizer; give one, as in --optimizer AdamW" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "decays"), [("AdamW", [0.01, 0.0]), ("SGD", [0.0, 0.0]), ("LBFGS", [None]), ("Rprop", [None])]
-)
+@pytest.mark.parametrize(("optimizer", "decays"), [("AdamW", [0.01, 0.0]), ("SGD", [0.0, 0.0]), ("LBFGS", [None])])
 def test_rotations_never_decay(
     config_file: Write, applications: list[Application], optimizer: str, decays: list[float | None]
 ) -> None:
@@ -152,27 +148,35 @@ def test_the_lazy_optimizer_travels_with_the_model(config_file: Write, applicati
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_readable(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     assert main([command, "--help"]) == 0
     said = capsys.readouterr()
-    text = said.out
     assert said.err == ""
-    assert text.startswith(f"usage: lightning-oft {command} ")
-    assert f"example:\n  lightning-oft {command} --" in text or f"example:\n  lightning-oft {command} runs" in text
-    assert [
-        noise for noise in ("Union[", "Optional[", "<class '", "known subclasses", ":paramref:") if noise in text
-    ] == []
-    assert max(map(len, text.splitlines())) <= 120
+    assert said.out.startswith(f"usage: lightning-oft {command} ")
+    assert f"example:\n  lightning-oft {command} " in said.out
+    noise = ("Union[", "Optional[", "<class '", "known subclasses", ":paramref:", "`~")
+    assert [words for words in noise if words in said.out] == []
+    assert len(said.out.splitlines()) < 150
+    assert max(map(len, said.out.splitlines())) <= 120
 
 
-def test_help_of_fit_explains_every_field_of_the_adapter(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_fit_explains_the_adapter_and_points_to_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--help"]) == 0
     text = capsys.readouterr().out
-    assert text.index("--oft.oft_block_size") < text.index("--trainer.accelerator"), (
-        "what the program is about comes first"
-    )
+    places = [
+        text.index(words) for words in ("--oft.oft_block_size", "--model ", "--data ", "--ckpt_path", "--trainer.help")
+    ]
+    assert places == sorted(places)
     assert "Number of rotation blocks" in text
     assert "ImageClassification" in text
+    assert "--trainer.accelerator" not in text
+
+
+def test_help_of_the_trainer_is_a_page_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--trainer.help"]) == 0
+    text = capsys.readouterr().out
+    assert "--trainer.accelerator" in text
+    assert "--oft.oft_block_size" not in text
 
 
 def test_help_of_the_program_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,7 +216,6 @@ def test_score_table_is_aligned(before: dict[str, float], after: dict[str, float
     [
         ("ViTForImageClassification", "AutoModelForImageClassification"),
         ("LlamaForCausalLM", "AutoModelForCausalLM"),
-        ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
         ("BertModel", "AutoModel"),
         ("NobodysModel", "NobodysModel"),
     ],

@@ -1,4 +1,4 @@
-"""One launch for every test of a kind: a cold start of two processes costs sixteen seconds."""
+"""One start for every distributed test: a cold one costs more than most of what it runs."""
 
 from __future__ import annotations
 
@@ -6,27 +6,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from launch import Runs, load_runs  # noqa: E402 - the importlib mode leaves the tests' own folder out
 
 
 @pytest.fixture(scope="session")
-def tasks_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """What tests/distributed/tasks_worker.py leaves behind: its directory, and the results of each rank by scenario."""
-    output = tmp_path_factory.mktemp("tasks")
-    names = ["vision", "split", "recipe", "bytes", "bytes-checkpointing"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*torchrun, str(HERE / "tasks_worker.py"), str(output), *names],
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return output, [torch.load(output / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    output = tmp_path_factory.mktemp("distributed")
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "launch.py"), str(output)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    logs = "\n".join(log.read_text(errors="replace")[-3000:] for log in sorted(output.glob("*.log")))
+    assert done.returncode == 0, done.stderr + logs
+    return load_runs(output)

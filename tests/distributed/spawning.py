@@ -1,7 +1,4 @@
-"""Fits by processes that the main process starts itself (fork, as notebooks do, and spawn): what comes home.
-
-python tests/distributed/spawning.py OUTPUT
-"""
+"""Fits by processes that the main process starts itself (fork, as notebooks do, and spawn): what comes home."""
 
 from __future__ import annotations
 
@@ -49,17 +46,15 @@ def fit(root: Path, strategy: Any, devices: int, **options: Any) -> dict[str, An
     return result
 
 
-def main() -> None:
-    output = Path(sys.argv[1])
-    # Forks first: a process that has run autograd's threads cannot be forked.
-    results = {
+def run(output: Path) -> dict[str, Any]:
+    """Forks first: a process that has run autograd's threads cannot be forked."""
+    return {
         "refused": fit(output / "refused", ddp("fork"), 2, merge_on_fit_end=False),
         "fork": fit(output / "fork", ddp("fork"), 2),
         "spawn": fit(output / "spawn", ddp("spawn"), 2),
         "one process": fit(output / "one", "auto", 1),
     }
-    torch.save(results, output / "results.pt")
 
 
 if __name__ == "__main__":
-    main()
+    torch.save(run(Path(sys.argv[1]) / "forks"), Path(sys.argv[1]) / "forks-rank0.pt")

@@ -1,20 +1,14 @@
-"""Our own tasks under FSDP2, and what FSDP2 costs in bytes: every scenario in the two processes of one torchrun.
-
-torchrun --nproc_per_node 2 tests/distributed/tasks_worker.py OUTPUT SCENARIO...
-"""
+"""Our own tasks under FSDP2, and what FSDP2 costs in bytes; launch.py runs the scenarios."""
 
 from __future__ import annotations
 
 import os
-import sys
-import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 import yaml
 from lightning.pytorch.strategies import ModelParallelStrategy
 from scenario import callback, trainer
@@ -24,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_oft.cli import main as main_of_cli
-from lightning_oft.surgery.sharded import gather_back
+from lightning_oft.codecs import reshard
 from lightning_oft.tasks import ImageClassification
 from lightning_oft.tasks.sharding import shard_blocks
 
@@ -76,7 +70,7 @@ def fit_vision(strategy: Any, world: int, rank: int, root: Path) -> dict[str, An
     units = [name for name, module in task.named_modules() if isinstance(module, FSDPModule)]
     (validated,) = run.validate(task, images(world, rank), verbose=False)
     (tested,) = run.test(task, images(world, rank), verbose=False)
-    gather_back(task)
+    reshard(task)
     after = [name for name, module in task.named_modules() if isinstance(module, FSDPModule)]
     return {"state": whole_state(task), "units": units, "units after": after, "scores": {**validated, **tested}}
 
@@ -142,7 +136,7 @@ class Count(pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 1:
             self.traffic.__exit__(None, None, None)
-            gather_back(pl_module)
+            reshard(pl_module)
             rotations = [p for name, p in pl_module.named_parameters() if ".oft_R." in name]
             base = [p for name, p in pl_module.named_parameters() if ".oft_R." not in name]
             moments = [v for s in trainer.optimizers[0].state.values() for k, v in s.items() if k != "step"]
@@ -190,20 +184,3 @@ def run(name: str, root: Path) -> dict[str, Any]:
     if name in ("vision", "split"):
         return fit_vision(strategy, world, rank, root)
     return count_bytes(strategy, world, root, checkpointing=name == "bytes-checkpointing")
-
-
-def main() -> None:
-    output = Path(sys.argv[1])
-    results: dict[str, Any] = {}
-    for name in sys.argv[2:]:
-        try:
-            results[name] = run(name, output / name)
-        except Exception as error:
-            results[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-    torch.save(results, output / f"rank{os.environ['RANK']}.pt")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -134,7 +134,7 @@ def test_kubernetes_command_is_one_that_runs(
 @pytest.mark.subprocess
 @pytest.mark.slow
 def test_two_nodes_survive_a_kill_to_the_bit() -> None:
-    command = [sys.executable, str(ROOT / "tests" / "distributed" / "two_nodes.py"), "--rounds", "1", "--seed", "19"]
+    command = [sys.executable, str(ROOT / "tools" / "two_nodes.py"), "--rounds", "1", "--seed", "19"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())

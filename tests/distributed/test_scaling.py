@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from launch import Runs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_oft import OFTConfig, inject
@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 import scaling_plan as plan  # noqa: E402 - an example is a file, not a package
 
-Run = tuple[Path, list[dict[str, Any]]]
 SMALL = plan.Llama(hidden=64, ffn=192, layers=3, heads=4, kv_heads=2, vocab=128, block=8)
 """The model of tests/distributed/tasks_worker.py."""
 
@@ -81,17 +80,16 @@ def test_activations_are_what_autograd_saves(m: plan.Llama, tokens: int) -> None
 @pytest.mark.subprocess
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["bytes", "bytes-checkpointing"])
-def test_bytes_held_and_moved_are_the_formulas(tasks_run: Run, scenario: str) -> None:
-    _, results = tasks_run
+def test_bytes_held_and_moved_are_the_formulas(runs: Runs, scenario: str) -> None:
     moved = plan.traffic(SMALL)
-    for result in results:
-        assert "error" not in result[scenario], result[scenario].get("trace")
-        assert result[scenario]["held"] == plan.held(SMALL, gpus=2)
-        assert result[scenario]["bytes"] == {
+    for result in (rank[f"task:{scenario}"] for rank in runs.two):
+        assert "error" not in result, result.get("trace")
+        assert result["held"] == plan.held(SMALL, gpus=2)
+        assert result["bytes"] == {
             "_allgather_base_": moved["gathered"],
             "_reduce_scatter_base_": moved["reduced"],
         }
-        assert result[scenario]["calls"] == {
+        assert result["calls"] == {
             "_allgather_base_": moved["gathers"],
             "_reduce_scatter_base_": moved["reductions"],
         }

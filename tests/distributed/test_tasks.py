@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from launch import Runs
+from tasks_worker import fit_vision
 from torch import nn
 from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM
 
 from lightning_oft.tasks.sharding import blocks
 
-HERE = Path(__file__).parent
-Run = tuple[Path, list[dict[str, Any]]]
 pytestmark = [pytest.mark.distributed, pytest.mark.subprocess, pytest.mark.slow]
 
 
@@ -25,63 +21,47 @@ def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Ten
     return max(float((left[name].double() - right[name].double()).abs().max()) for name in left)
 
 
-def test_fsdp2_task_equals_one_process(tasks_run: Run, tmp_path: Path) -> None:
-    sys.path.insert(0, str(HERE))
-    try:
-        from tasks_worker import fit_vision
-    finally:
-        sys.path.remove(str(HERE))
-    _, (first, second) = tasks_run
-    assert "error" not in first["vision"], first["vision"].get("trace")
+def test_fsdp2_task_equals_one_process(runs: Runs, tmp_path: Path) -> None:
+    first, second = (rank["task:vision"] for rank in runs.two)
+    assert "error" not in first, first.get("trace")
     alone = fit_vision("auto", 1, 0, tmp_path)
-    assert largest_difference(first["vision"]["state"], second["vision"]["state"]) == 0
-    assert largest_difference(first["vision"]["state"], alone["state"]) < 1e-6
-    assert first["vision"]["scores"] == second["vision"]["scores"]
+    assert largest_difference(first["state"], second["state"]) == 0
+    assert largest_difference(first["state"], alone["state"]) < 1e-6
+    assert first["scores"] == second["scores"]
     for name, score in alone["scores"].items():
-        assert first["vision"]["scores"][name] == pytest.approx(score, abs=1e-6)
+        assert first["scores"][name] == pytest.approx(score, abs=1e-6)
 
 
-def test_every_block_is_one_unit_and_stays_one(tasks_run: Run) -> None:
-    _, (first, _) = tasks_run
+def test_every_block_is_one_unit_and_stays_one(runs: Runs) -> None:
+    first = runs.two[0]["task:vision"]
     layers = [f"model.vit.layers.{i}" for i in range(4)]
-    assert first["vision"]["units"] == ["model", *layers]  # the rotations have left with the merge
-    assert first["vision"]["units after"] == ["model", *layers]
+    assert first["units"] == ["model", *layers]  # the rotations have left with the merge
+    assert first["units after"] == ["model", *layers]
 
 
-def test_fsdp2_exports_a_plain_model(tasks_run: Run) -> None:
-    output, (first, _) = tasks_run
+def test_fsdp2_exports_a_plain_model(runs: Runs) -> None:
+    output, first = runs.output, runs.two[0]["task:vision"]
     plain = AutoModelForImageClassification.from_pretrained(output / "vision" / "export" / "merged")
-    trained = {
-        name.removeprefix("model."): v for name, v in first["vision"]["state"].items() if name.startswith("model.")
-    }
+    trained = {name.removeprefix("model."): v for name, v in first["state"].items() if name.startswith("model.")}
     assert type(plain).__name__ == "ViTForImageClassification"
     assert largest_difference(plain.state_dict(), trained) == 0
 
 
-def test_tensor_parallel_is_refused_with_the_remedy(tasks_run: Run) -> None:
-    _, (first, _) = tasks_run
-    assert "tensor_parallel_size=2" in first["split"]["error"]
-    assert "data_parallel_size: 2" in first["split"]["error"]
+def test_tensor_parallel_is_refused_with_the_remedy(runs: Runs) -> None:
+    error = runs.two[0]["task:split"]["error"]
+    assert "tensor_parallel_size=2" in error
+    assert "data_parallel_size: 2" in error
 
 
-def test_recipe_runs_through_the_command_line(tasks_run: Run) -> None:
-    output, results = tasks_run
-    assert [result["recipe"].get("code", result["recipe"]) for result in results] == [0, 0]
+def test_recipe_runs_through_the_command_line(runs: Runs) -> None:
+    output, results = runs.output, [rank["task:recipe"] for rank in runs.two]
+    assert [result.get("code", result) for result in results] == [0, 0]
     assert (output / "recipe" / "checkpoints" / "last.ckpt").is_file()
     AutoModelForImageClassification.from_pretrained(output / "recipe" / "export" / "merged")
 
 
-def test_spawned_fits_bring_their_weights_home(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(HERE / "spawning.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = torch.load(tmp_path / "results.pt", weights_only=True)
+def test_spawned_fits_bring_their_weights_home(runs: Runs) -> None:
+    results = runs.forks
     alone = results["one process"]["state"]
     assert largest_difference(alone, results["one process"]["before"]) > 1e-3
     for method in ("fork", "spawn"):

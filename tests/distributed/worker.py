@@ -1,6 +1,4 @@
-"""Runs named scenarios in the processes of one torchrun and writes what each rank ends with.
-
-torchrun --nproc_per_node 2 tests/distributed/worker.py OUTPUT SCENARIO...
+"""Named scenarios, and what a rank ends with; launch.py runs them.
 
 A scenario is `fit:STRATEGY`, `save:STRATEGY:KIND` (ten steps, checkpoint after five) or `resume:STRATEGY:KIND`
 (from that checkpoint to ten; `resume:STRATEGY:KIND:OTHER` from another strategy's), where KIND is `adapter` or `full`;
@@ -13,8 +11,6 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +29,20 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from lightning_oft import OFTConfig, OFTFinetuning, inject, merge, oft_layers, unmerge
-from lightning_oft.callback.strategies.fsdp1 import FlatShards
+from lightning_oft.callback.strategies.fsdp1 import FSDP1Adapter
+from lightning_oft.codecs import reshard
 from lightning_oft.layers import Rotation
-from lightning_oft.surgery.sharded import gather_back
 
-RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+def world() -> int:
+    """How many processes there are."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return int(os.environ["RANK"])
+
 
 DDP: dict[str, dict[str, Any]] = {
     "": {},
@@ -54,8 +59,14 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 def whole_state(model: nn.Module, run: pl.Trainer) -> dict[str, torch.Tensor]:
     """The model's whole state on every rank, under plain names."""
     if isinstance(run.strategy, CPUFSDP):
-        return FlatShards().whole_state(run, model) or {}
+        return whole_of_fsdp1(model, run)
     return {name: whole(value) for name, value in model.state_dict().items()}
+
+
+def whole_of_fsdp1(model: nn.Module, run: pl.Trainer) -> dict[str, torch.Tensor]:
+    adapter = FSDP1Adapter(run)
+    with adapter.whole():
+        return adapter.whole_state(model) or {}
 
 
 def strategy(name: str) -> Any:
@@ -67,9 +78,9 @@ def strategy(name: str) -> Any:
         return CPUFSDP(state_dict_type="sharded")  # full optimizer state crashes torch on a CPU
     if kind.startswith("deepspeed"):
         return CPUDeepSpeed(int(kind[-1]))
-    parts = min(2, WORLD) if kind == "tp" else 1
+    parts = min(2, world()) if kind == "tp" else 1
     return ModelParallelStrategy(
-        data_parallel_size=WORLD // parts,
+        data_parallel_size=world() // parts,
         tensor_parallel_size=parts,
         process_group_backend="gloo",
         save_distributed_checkpoint="distributed" in options,
@@ -79,7 +90,7 @@ def strategy(name: str) -> Any:
 def model_for(name: str) -> Model:
     kind, *options = name.split("-")
     # Lightning resumes only what has DTensors, so what was cut by layers goes on in units of FSDP2 on one process.
-    cut = "block" if WORLD == 1 else "sequence" if "sequence" in options else "tp"
+    cut = "block" if world() == 1 else "sequence" if "sequence" in options else "tp"
     shard = {"fsdp2": options[0] if options else "", "tp": cut}.get(kind, "none")
     return Model(
         shard=shard,
@@ -99,7 +110,7 @@ class Look(pl.Callback):
         self.when, self.seen = when, dict[str, torch.Tensor]()
 
     def look(self, pl_module: Any) -> None:
-        gather_back(pl_module)  # an evaluation may have left parameters gathered
+        reshard(pl_module)  # an evaluation may have left parameters gathered
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
         for optimizer in pl_module.trainer.optimizers:
             for parameter, state in optimizer.state.items():
@@ -132,22 +143,26 @@ def run(scenario: str, output: Path) -> dict[str, Any]:
         options |= {"gradient_clip_algorithm": "value", "gradient_clip_val": 0.01}
     look = Look({"save": "saved", "resume": "loaded"}.get(action, ""))
     adapter: dict[str, Any] = {"save_adapter_only": kind == "adapter"}
+    if action == "save":
+        source = "best" if name in ("ddp", "fsdp2-block") else "last"
+        adapter |= {"export_dir": str(place / "export"), "export_from": source}
     split = name.startswith("tp")
     if split:  # biases are cut where rotations are whole, which torch cannot clip together
         adapter["bias"] = "none"
-    parts, part = (WORLD // min(2, WORLD), RANK // 2) if split else (WORLD, RANK)
+    parts, part = (world() // min(2, world()), rank() // 2) if split else (world(), rank())
     # DeepSpeed's optimizer state is of flat parts, which no parameter's name stands for.
     adapters = [callback(**adapter)]
     if "two" in name:
         adapters = [callback(module=f"blocks.{i}", adapter_name=f"block{i}", **adapter) for i in range(2)]
     callbacks: list[Any] = [*adapters, *([] if name.startswith("deepspeed") else [look])]
     if action == "save":
-        callbacks.append(ModelCheckpoint(place, filename="{epoch}", save_top_k=-1))
+        best: dict[str, Any] = {"monitor": "val_loss", "mode": "max"}  # the first epoch's
+        callbacks.append(ModelCheckpoint(place, filename="{epoch}", save_top_k=-1, **best))
         options["enable_checkpointing"] = True
     model = model_for(name)
-    run_ = trainer(strategy(name), str(place), devices=WORLD, callbacks=callbacks, **options)
-    source = output / f"{rest[1]}-{kind}" if len(rest) > 1 else place
-    checkpoint = str(source / "epoch=0.ckpt") if action == "resume" else None
+    run_ = trainer(strategy(name), str(place), devices=world(), callbacks=callbacks, **options)
+    resumed = output / f"{rest[1]}-{kind}" if len(rest) > 1 else place
+    checkpoint = str(resumed / "epoch=0.ckpt") if action == "resume" else None
     run_.fit(model, data(parts, part), data(parts, part), ckpt_path=checkpoint)
     dtypes = {str(rotation.weight.dtype) for rotation in rotations(model)}
     return {"state": whole_state(model, run_), "steps": run_.global_step, "seen": look.seen, "dtypes": dtypes}
@@ -162,11 +177,11 @@ class Counted(OFTFinetuning):
         self.live = LiveBytes(pl_module.parameters())
         self.live.__enter__()
 
-    def _merge(self, trainer: Any, root: nn.Module, only: list[str] | None = None) -> None:
+    def _merge(self, *args: Any) -> None:
         trained = self.live.peak
         gc.collect()  # what the trainer's cycles still hold is not the merge's
         before = self.live.restart()
-        super()._merge(trainer, root, only)
+        super()._merge(*args)
         self.live.__exit__(None, None, None)
         self.counts = {
             "train": trained,
@@ -181,7 +196,7 @@ def count_bytes(name: str, output: Path) -> dict[str, int]:
     model = model_for(name)
     oft = callback(Counted, keep_base="never", bias="none")
     largest = max(parameter.nbytes for parameter in model.blocks.parameters())
-    trainer(strategy(name), str(output), devices=WORLD, callbacks=[oft]).fit(model, data(WORLD, RANK))
+    trainer(strategy(name), str(output), devices=world(), callbacks=[oft]).fit(model, data(world(), rank()))
     generators = max(4 * rotation.weight.numel() for rotation in rotations(model))
     return {**oft.counts, "weight": largest, "generators": generators}
 
@@ -199,7 +214,7 @@ def refusals(output: Path) -> dict[str, str]:
     for what, options in REFUSED.items():
         oft = callback(**{"bias": "none", "max_angle": None, **options})
         try:
-            trainer(strategy("tp"), str(output), devices=WORLD, callbacks=[oft]).fit(model_for("tp"), data(1, 0))
+            trainer(strategy("tp"), str(output), devices=world(), callbacks=[oft]).fit(model_for("tp"), data(1, 0))
         except ValueError as error:
             said[what] = str(error)
     return said
@@ -214,7 +229,7 @@ def cut_layers() -> dict[str, float]:
     """Layers that tensor parallelism has cut, compared with whole ones: the largest differences, relative."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tensor_parallel",))
+    mesh = init_device_mesh("cpu", (world(),), mesh_dim_names=("tensor_parallel",))
     seen: dict[str, float] = {}
 
     def compare(what: str, one: Any, other: Any) -> None:
@@ -270,21 +285,3 @@ CUTS: dict[str, Any] = {
     "embedding by rows": (lambda: nn.Embedding(10, 8), RowwiseParallel(input_layouts=Replicate()), BLOCKS),
     "embedding by columns": (lambda: nn.Embedding(10, 8), ColwiseParallel(output_layouts=Replicate()), BLOCKS),
 }
-
-
-def main() -> None:
-    output = Path(sys.argv[1])
-    results: dict[str, Any] = {}
-    for scenario in sys.argv[2:]:
-        try:
-            results[scenario] = run(scenario, output)
-        except Exception as error:
-            results[scenario] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-            print(scenario, results[scenario]["trace"], flush=True)
-    torch.save(results, output / f"world{WORLD}-rank{RANK}.pt")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -4,15 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import ViTConfig, ViTForImageClassification
 
 from lightning_oft.data import DigitsDataModule
 from lightning_oft.tasks import ImageClassification
-from lightning_oft.tasks.optimization import configure, parameter_groups
-from lightning_oft.tasks.vision import check_batch, load_classifier
+from lightning_oft.tasks.vision import check_batch
 
 SMALL = ViTConfig(
     image_size=8, patch_size=4, num_channels=1, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
@@ -93,7 +92,7 @@ def test_checkpoint_restores_the_task(base: str, tmp_path: Path) -> None:
 
 def test_same_number_of_classes_keeps_the_head(base: str, capsys: pytest.CaptureFixture[str]) -> None:
     task = ImageClassification(base, num_classes=10)
-    assert (task.head_names, task.has_new_head) == (["classifier"], False)
+    assert task.new_head == []
     original = ViTForImageClassification.from_pretrained(base)
     torch.testing.assert_close(task.model.state_dict(), original.state_dict())
 
@@ -101,23 +100,11 @@ def test_same_number_of_classes_keeps_the_head(base: str, capsys: pytest.Capture
 def test_another_number_of_classes_makes_a_new_head_and_says_so(base: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         task = ImageClassification(base, num_classes=3)
-    assert (task.head_names, task.has_new_head, task.num_classes) == (["classifier"], True, 3)
+    assert (task.new_head, task.num_classes) == (["classifier"], 3)
     assert task(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
     (line,) = [record.getMessage() for record in caplog.records if "new head" in record.getMessage()]
     assert "oft.modules_to_save: [classifier]" in line
     assert "\n" not in line
-
-
-def test_head_is_found_whatever_it_is_called(tmp_path: Path) -> None:
-    config = ResNetConfig(num_channels=1, embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=4)
-    ResNetForImageClassification(config).save_pretrained(tmp_path)
-    assert load_classifier(str(tmp_path))[1:] == (["classifier.1"], False)
-    assert load_classifier(str(tmp_path), 7)[1:] == (["classifier.1"], True)
-
-
-def test_backbone_without_a_head_gets_one(tmp_path: Path) -> None:
-    ViTModel(SMALL, add_pooling_layer=False).save_pretrained(tmp_path)
-    assert load_classifier(str(tmp_path), 10)[1:] == (["classifier"], True)
 
 
 def test_new_head_takes_the_names_of_the_datas_classes(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,20 +132,11 @@ def test_label_that_is_no_class_is_refused(label: int, base: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ([torch.zeros(1)], "found list; a batch is a dict of pixel_values"),
-        ({"image": torch.zeros(1)}, r"found \['image'\]; a batch is a dict of pixel_values"),
-        ({"pixel_values": torch.zeros(1)}, "has no labels"),
-    ],
+    ("wrong", "found"), [([torch.zeros(1)], "list"), ({"pixel_values": torch.zeros(1)}, r"\['pixel_values'\]")]
 )
-def test_batch_of_another_shape_is_refused(wrong: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_batch_of_another_shape_is_refused(wrong: object, found: str) -> None:
+    with pytest.raises(ValueError, match=f"found {found}; a batch is a dict of pixel_values"):
         check_batch(wrong, 10)
-
-
-def test_loaded_model_is_in_train_mode(base: str) -> None:
-    assert all(module.training for module in ImageClassification(base).modules())
 
 
 @pytest.mark.parametrize(
@@ -174,15 +152,10 @@ def test_impossible_arguments_are_refused(base: str, arguments: dict[str, Any], 
         ImageClassification(base, **arguments)
 
 
-@pytest.mark.parametrize("pretrained", ["/no/such/model", "./nothing", "a/b/c"])
-def test_missing_model_is_one_clear_line(pretrained: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^[^\n]*: no such folder; pretrained is one written by[^\n]*$"):
-        ImageClassification(pretrained)
-
-
-def test_folder_without_a_model_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"^[^\n]*no image classifier could be loaded \([^\n]*\); give a folder[^\n]*$"):
-        ImageClassification(str(tmp_path))
+def test_weights_in_half_precision_give_float32_logits(base: str) -> None:
+    task = ImageClassification(base, dtype="bfloat16")
+    assert task.model.dtype == torch.bfloat16
+    assert task(torch.zeros(2, 1, 8, 8)).dtype == torch.float32
 
 
 def test_weights_and_smoothing_are_in_the_loss(base: str) -> None:
@@ -190,48 +163,3 @@ def test_weights_and_smoothing_are_in_the_loss(base: str) -> None:
     one = batch([1, 2, 3])
     expected = nn.CrossEntropyLoss(torch.arange(10.0), label_smoothing=0.1)(task(one["pixel_values"]), one["labels"])
     torch.testing.assert_close(task._score(one, task.train_metrics), expected)
-
-
-class Adapted(LightningModule):
-    """Named as an adapted model's parameters are, without adapting anything."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.base = nn.Linear(2, 2)
-        self.head = nn.Linear(2, 2)
-        self.base.oft_R = nn.ParameterDict({"default": torch.zeros(1, 1)})
-        self.base.weight.requires_grad_(False)
-        self.base.bias.requires_grad_(False)
-
-
-def test_rotations_are_not_decayed() -> None:
-    module = Adapted()
-    head, generators = parameter_groups(module)
-    assert head["params"] == list(module.head.parameters())
-    assert "weight_decay" not in head
-    assert [id(p) for p in generators["params"]] == [id(module.base.oft_R["default"])]  # type: ignore[index, union-attr]
-    optimizer: Any = configure(module, partial(torch.optim.AdamW, weight_decay=0.1))
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-
-
-def test_without_rotations_there_is_one_ordinary_group() -> None:
-    assert [set(group) for group in parameter_groups(nn.Linear(2, 2))] == [{"params"}]
-
-
-def test_nothing_to_train_is_refused() -> None:
-    with pytest.raises(ValueError, match="every parameter is frozen"):
-        parameter_groups(nn.Linear(2, 2).requires_grad_(False))
-
-
-@pytest.mark.parametrize(
-    ("schedule", "interval", "expected"),
-    [
-        (partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=3), "auto", {"interval": "epoch"}),
-        (partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=3), "step", {"interval": "step"}),
-        (partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1.0, total_steps=3), "auto", {"interval": "step"}),
-        (torch.optim.lr_scheduler.ReduceLROnPlateau, "auto", {"interval": "epoch", "monitor": "val/loss"}),
-    ],
-)
-def test_schedule_advances_when_it_should(schedule: Any, interval: Any, expected: dict[str, str]) -> None:
-    made: Any = configure(nn.Linear(2, 2), torch.optim.SGD, schedule, interval)
-    assert {key: value for key, value in made["lr_scheduler"].items() if key != "scheduler"} == expected

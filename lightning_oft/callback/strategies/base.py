@@ -1,161 +1,92 @@
-"""One process, or DDP: what a strategy is asked, and the answers where every process has all parameters."""
+"""What a strategy is asked; the answers of one process and of DDP; and which adapter answers for which strategy."""
 
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Collection
+from contextlib import AbstractContextManager, ExitStack
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_oft.callback import guards
-from lightning_oft.layers import Rotation
-from lightning_oft.rotation import SERIES_TOLERANCE
-from lightning_oft.surgery import project
-from lightning_oft.surgery.sharded import is_sharded, part
-from lightning_oft.surgery.walk import class_names, some
-
-Gathered = Callable[[nn.Module], AbstractContextManager[Any]]
-
-_WATCH_EVERY = 100
-"""Steps between two looks at the series' error: a look waits for the device."""
+from lightning_oft.callback.strategies.steps import Steps
+from lightning_oft.layers.rotation import Rotation
+from lightning_oft.model.merging import KeepBase, merge_layers
+from lightning_oft.model.traversal import class_names, walk
 
 
-class Steps:
-    """Acts after every real optimizer step: projects what that optimizer trains, and checks that it trains.
+class StrategyAdapter:
+    """One process, or DDP: every process has all parameters.
 
-    A post hook of the raw optimizer is the only place that equals real updates under accumulation, manual
-    optimization, gradient scalers that skip, and LBFGS (measured).
+    Functions that register something push its removal onto `undo`.
     """
 
-    def __init__(self, optimizers: list[Any], rotations: dict[str, Rotation]) -> None:
-        self._handles = []
-        self._rotations = rotations
-        self._warned = False
-        self._count = 0
-        for optimizer in optimizers:
-            held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-            own = {name: rotation for name, rotation in rotations.items() if id(rotation.weight) in held}
-            raw = getattr(optimizer, "optimizer", optimizer)
-            self._handles.append(raw.register_step_post_hook(self._after(own)))
+    adapter_only = True
+    """Whether checkpoints can leave the base out."""
 
-    def _after(self, own: dict[str, Rotation]) -> Any:
-        checked = False
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
 
-        def after_step(*_: Any) -> None:
-            nonlocal checked
-            if not checked:
-                guards.check_gradients(own)
-                checked = True
-            self.stepped(own)
-
-        return after_step
-
-    def stepped(self, own: dict[str, Rotation]) -> None:
-        """After a real step: pull back what was trained, and look at the series now and then."""
-        for rotation in own.values():
-            self.project(rotation)
-        self._count += 1
-        if self._count % _WATCH_EVERY == 0:
-            self.check_series()
-
-    def project(self, rotation: Rotation) -> None:
-        """Pull one rotation back into its ball."""
-        rotation.project()
-
-    def check_series(self) -> None:
-        """Warn once where a truncated series is less orthogonal than float32 is. Raises RuntimeError where generators
-        are NaN or infinite, before a checkpoint of them replaces a good one."""
-        self._check_finite()
-        if self._warned:
-            return
-        errors = {name: rotation.error_bound() for name, rotation in self._rotations.items()}
-        name = max(errors, key=lambda key: errors[key], default=None)
-        if name is None or errors[name] <= SERIES_TOLERANCE:
-            return
-        self._warned = True
-        terms = self._rotations[name].terms
-        warnings.warn(
-            f"{name}: its rotation has grown so large that a series of {terms} terms is off orthogonality by "
-            f"{errors[name]:.1e} (above {SERIES_TOLERANCE:.0e}): set use_cayley_neumann=false for the exact map, more "
-            "num_cayley_neumann_terms (even), or max_angle",
-            stacklevel=2,
-        )
-
-    def _check_finite(self) -> None:
-        weights = [rotation.weight.detach() for rotation in self._rotations.values()]
-        if not weights:
-            return
-        broken = torch.stack([~part(weight).isfinite().all() for weight in weights])
-        if any(is_sharded(weight) for weight in weights):  # all processes must know what one of them holds
-            broken = broken.to(torch.uint8)
-            torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
-        names = [name for name, is_broken in zip(self._rotations, broken.tolist(), strict=True) if is_broken]
-        if names:
-            raise RuntimeError(
-                f"the generators of {some(names)} became NaN or infinite in training: lower the learning rate or clip "
-                "gradients (gradient_clip_val), and start again from the last checkpoint"
-            )
-
-    def remove(self) -> None:
-        """Unregister from the optimizers."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-
-class Strategy:
-    """One process, or DDP: every process has all parameters."""
-
-    def before_inject(self, trainer: Any, pl_module: nn.Module) -> None:
+    def before_inject(self, pl_module: nn.Module) -> None:
         """Replace layers now that would otherwise be replaced after the injection, rotations and all."""
-        plugin = trainer.precision_plugin
+        plugin = self.trainer.precision_plugin
         if "BitsandbytesPrecision" in class_names(plugin):
             plugin.convert_module(pl_module)
 
-    def injects_early(self, trainer: Any) -> bool:
+    def prepare_checkpoints(self, pl_module: Any, adapter_only: bool, undo: ExitStack) -> None:
+        """Prepare the module for a strategy that reads and writes checkpoints without asking anybody."""
+
+    def injects_early(self) -> bool:
         """Whether rotations may be put into what is built before configure_model."""
         return True
 
-    def after_inject(self, trainer: Any, root: nn.Module) -> None:
+    def after_inject(self, root: nn.Module) -> None:
         """Give new rotations the place that the strategy wants them to have."""
 
-    def held(self, trainer: Any) -> list[Tensor]:
+    def optimized(self) -> list[Tensor]:
         """The parameters that the optimizers train."""
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         return [tensor for group in groups for tensor in group["params"]]
 
-    def watch_steps(self, trainer: Any, root: nn.Module, adapter_name: str) -> Steps:
-        """Act after every real step from now on."""
-        return Steps(trainer.optimizers, guards.trainable_rotations(root, adapter_name))
+    def watch_steps(self, rotations: dict[str, Rotation], undo: ExitStack) -> Steps:
+        """Project the rotations, and act after every real step from now on."""
+        return Steps(self.trainer.optimizers, rotations, undo)
 
-    def device(self, trainer: Any) -> torch.device | None:
+    def reshard(self, pl_module: nn.Module) -> None:
+        """Called when the fit has ended, before anything is merged or exported: give back what was gathered."""
+
+    def merge_device(self) -> torch.device | None:
         """Where to merge: Lightning has moved the model to the CPU by the end of a fit."""
-        device = trainer.strategy.root_device
+        device = self.trainer.strategy.root_device
         return device if device.type != "cpu" else None
 
-    def project(self, trainer: Any, root: nn.Module) -> None:
-        """Pull every rotation back into its ball, outside of any step."""
-        project(root)
+    def merge(self, root: nn.Module, keep_base: KeepBase, only: Collection[str]) -> None:
+        """Merge some layers."""
+        merge_layers(walk(root), keep_base=keep_base, device=self.merge_device(), only=only)
 
-    def adapter_only(self, wanted: bool) -> bool:
-        """Whether checkpoints can leave the base out."""
-        return wanted
+    def whole(self) -> AbstractContextManager[Any]:
+        """A context in which every process has all parameters, or the part of each that a DTensor shows."""
+        return contextlib.nullcontext()
 
-    def gathered(self, trainer: Any) -> Gathered:
-        """For a layer, a context in which its tensors are at hand."""
-        return contextlib.nullcontext
-
-    def hold_checkpoints(self, pl_module: Any, adapter_only: bool) -> list[Any]:
-        """Prepare the module for a strategy that reads and writes checkpoints without asking anybody; handles to undo."""
-        return []
-
-    def settle(self, pl_module: nn.Module) -> None:
-        """Called when the fit has ended, before anything is merged or exported."""
-
-    def whole_state(self, trainer: Any, root: nn.Module) -> dict[str, Tensor] | None:
-        """The whole tensors of a model by name, on rank zero; None where every process has them anyway."""
+    def whole_state(self, root: nn.Module) -> dict[str, Tensor] | None:
+        """The whole tensors of a model by name, on rank zero, called within `whole`; None where they lie there anyway."""
         return None
+
+
+_ADAPTERS = {
+    "DeepSpeedStrategy": ("deepspeed", "DeepSpeedAdapter"),
+    "ModelParallelStrategy": ("fsdp2", "FSDP2Adapter"),
+    "FSDPStrategy": ("fsdp1", "FSDP1Adapter"),
+}
+"""By the name of Lightning's class: the file and the class of ours, imported where that strategy is in use."""
+
+
+def strategy_adapter(trainer: Any) -> StrategyAdapter:
+    """The adapter for a Trainer's strategy. Raises ValueError for one that cannot work."""
+    for name in class_names(trainer.strategy) & _ADAPTERS.keys():
+        file, cls = _ADAPTERS[name]
+        found: StrategyAdapter = getattr(import_module(f"lightning_oft.callback.strategies.{file}"), cls)(trainer)
+        return found
+    return StrategyAdapter(trainer)

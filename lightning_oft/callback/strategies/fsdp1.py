@@ -8,41 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import CustomPolicy, _or_policy, _Policy, lambda_auto_wrap_policy
 from typing_extensions import override
 
-from lightning_oft.callback import guards
-from lightning_oft.layers import Rotation
-from lightning_oft.surgery import oft_layers
-from lightning_oft.surgery.walk import class_names
-
-from .base import Gathered, Steps, Strategy
-
-
-def _is_unit(module: nn.Module) -> bool:
-    return "FullyShardedDataParallel" in class_names(module)
-
-
-def _rotation_units(root: nn.Module) -> list[nn.Module]:
-    return [m for m in root.modules() if _is_unit(m) and isinstance(m.module, Rotation)]
+from lightning_oft.callback.strategies.base import StrategyAdapter
+from lightning_oft.callback.strategies.steps import Steps
+from lightning_oft.layers.rotation import Rotation
+from lightning_oft.layers.state import every_rotation
+from lightning_oft.model.merging import KeepBase, merge_layers
+from lightning_oft.model.traversal import walk
 
 
 @contextlib.contextmanager
-def _summon(units: list[nn.Module], writeback: bool = True) -> Iterator[None]:
-    """The whole parameters of these units, and of nothing below them."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    with contextlib.ExitStack() as stack:
-        for unit in units:
+def _summon(units: list[Any], writeback: bool = True) -> Iterator[None]:
+    """The whole parameters of those that are FSDP1 units, and of nothing below them."""
+    with ExitStack() as stack:
+        for unit in (unit for unit in units if isinstance(unit, FullyShardedDataParallel)):
             stack.enter_context(FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback))
         yield
 
 
-class _Steps(Steps):
+class _SummonedSteps(Steps):
     """Projects a rotation while its whole generators are summoned; a process may hold half a block."""
 
     @override
@@ -57,93 +49,70 @@ class _Steps(Steps):
             super().check_series()
 
 
-class FlatShards(Strategy):
+class FSDP1Adapter(StrategyAdapter):
     """FSDP1: rotations are units of their own through the wrap policy."""
 
+    adapter_only = False
+
     @override
-    def before_inject(self, trainer: Any, pl_module: nn.Module) -> None:
-        super().before_inject(trainer, pl_module)
-        kwargs = trainer.strategy.kwargs
+    def before_inject(self, pl_module: nn.Module) -> None:
+        super().before_inject(pl_module)
+        kwargs = self.trainer.strategy.kwargs
         kwargs["auto_wrap_policy"] = with_rotations(kwargs.get("auto_wrap_policy"))
 
     @override
-    def watch_steps(self, trainer: Any, root: nn.Module, adapter_name: str) -> Steps:
-        return _Steps(trainer.optimizers, guards.trainable_rotations(root, adapter_name))
+    def watch_steps(self, rotations: dict[str, Rotation], undo: ExitStack) -> Steps:
+        with _summon([self.trainer.strategy.model]):  # the first unit that is summoned becomes the root
+            return _SummonedSteps(self.trainer.optimizers, rotations, undo)
 
     @override
-    def device(self, trainer: Any) -> torch.device | None:
-        return None
-
-    @override
-    def project(self, trainer: Any, root: nn.Module) -> None:
-        with _summon([trainer.strategy.model]):  # the first unit that is summoned becomes the root
-            for unit in _rotation_units(root):
-                with _summon([unit]):
-                    unit.module.project()  # type: ignore[union-attr, operator]
-
-    @override
-    def adapter_only(self, wanted: bool) -> bool:
-        return False
-
-    @override
-    def gathered(self, trainer: Any) -> Gathered:
+    def merge(self, root: nn.Module, keep_base: KeepBase, only: Collection[str]) -> None:
         """A layer's tensors lie in the flat parameter of the unit around it, its rotations in units of their own."""
-        with _summon([trainer.strategy.model], writeback=False):
-            around: dict[int, nn.Module] = {}
-        _units_around(trainer.strategy.model, None, around)
+        model = self.trainer.strategy.model
+        with _summon([model], writeback=False):
+            around: dict[nn.Module, nn.Module] = {}
+        for unit in FullyShardedDataParallel.fsdp_modules(model):  # from the outermost to the innermost
+            around |= dict.fromkeys(unit.modules(), unit)
 
-        def gather(layer: nn.Module) -> Any:
-            oft_r: Any = layer.oft_R
-            below = _rotation_units(oft_r)
-            unit = around.get(id(layer))
-            return _summon([*([unit] if unit is not None else []), *below])
+        def gathered(layer: nn.Module) -> AbstractContextManager[None]:
+            return _summon([around.get(layer), *every_rotation(layer)])
 
-        return gather
+        merge_layers(walk(root), keep_base=keep_base, gathered=gathered, only=only)
 
     @override
-    def whole_state(self, trainer: Any, root: nn.Module) -> dict[str, Tensor] | None:
-        """The whole model is summoned at once, on rank zero's CPU: FSDP1 has no other way to name it."""
-        from torch.distributed.fsdp import FullyShardedDataParallel
+    def whole(self) -> AbstractContextManager[Any]:
+        offload = self.trainer.strategy.root_device.type != "cpu"
+        return FullyShardedDataParallel.summon_full_params(self.trainer.strategy.model, offload_to_cpu=offload)
 
-        offload = {"offload_to_cpu": trainer.strategy.root_device.type != "cpu", "rank0_only": False}
-        with FullyShardedDataParallel.summon_full_params(trainer.strategy.model, writeback=False, **offload):
-            return {
-                ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module"): value.detach()
-                .cpu()
-                .clone()
-                for name, value in {**dict(root.named_parameters()), **dict(root.named_buffers())}.items()
-            }
+    @override
+    def whole_state(self, root: nn.Module) -> dict[str, Tensor] | None:
+        tensors = {**dict(root.named_parameters()), **dict(root.named_buffers())}
+        return {
+            ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module"): tensor.detach().cpu().clone()
+            for name, tensor in tensors.items()
+        }
 
 
-def _units_around(module: nn.Module, unit: nn.Module | None, around: dict[int, nn.Module]) -> None:
-    unit = module if _is_unit(module) else unit
-    if unit is not None:
-        around.setdefault(id(module), unit)
-    for child in module.children():
-        _units_around(child, unit, around)
+_ROTATIONS = CustomPolicy(lambda module: {"mixed_precision": None} if isinstance(module, Rotation) else False)
+"""Every rotation is a unit of its own, in float32 whatever the mixed precision."""
+
+
+class _Both(_Policy):
+    """What either of two policies makes a unit."""
+
+    def __init__(self, one: _Policy, other: _Policy) -> None:
+        self._policies = one, other
+
+    def _run_policy(self, *args: Any) -> Any:
+        first, second = (policy._run_policy(*args) for policy in self._policies)
+        return {**first, **second}
 
 
 def with_rotations(policy: Any) -> Any:
-    """A wrap policy that also makes every rotation a unit of its own, in float32 whatever the mixed precision."""
-    from torch.distributed.fsdp.wrap import _Policy
-
-    class WithRotations(_Policy):
-        def __init__(self, inner: Any) -> None:
-            self.inner = inner
-
-        def _run_policy(self, root_module: nn.Module, ignored_modules: Any, root_kwargs: Any) -> Any:
-            found = self.inner._run_policy(root_module, ignored_modules, root_kwargs) if self.inner is not None else {}
-            for layer in oft_layers(root_module).values():
-                for module in layer.oft_R.modules():  # type: ignore[union-attr]
-                    if isinstance(module, Rotation):
-                        found[module] = {**root_kwargs, "mixed_precision": None}
-            return found
-
-    if policy is None or isinstance(policy, _Policy):
-        return policy if type(policy).__name__ == "WithRotations" else WithRotations(policy)
-    return functools.partial(_function_with_rotations, policy)
-
-
-def _function_with_rotations(policy: Any, module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    inner = policy(module=module, recurse=recurse, nonwrapped_numel=nonwrapped_numel)
-    return True if recurse else isinstance(module, Rotation) or bool(inner)
+    """A wrap policy that makes every rotation a unit too."""
+    if policy is None or policy is _ROTATIONS:
+        return _ROTATIONS
+    if isinstance(policy, _Policy):
+        return policy if isinstance(policy, _Both) else _Both(policy, _ROTATIONS)
+    rotations = functools.partial(lambda_auto_wrap_policy, lambda_fn=lambda module: isinstance(module, Rotation))
+    return functools.partial(_or_policy, policies=[policy, rotations])

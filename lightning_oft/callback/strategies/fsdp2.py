@@ -2,80 +2,83 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from typing_extensions import override
 
-from lightning_oft import checkpoints
-from lightning_oft.checkpoint_files import CheckpointError
-from lightning_oft.layers import Rotation, rotations_of, state_of
-from lightning_oft.layers.parallel import cut_inside, divides
-from lightning_oft.surgery import oft_layers
-from lightning_oft.surgery.sharded import gather_back, is_sharded
+from lightning_oft.callback.strategies.base import StrategyAdapter
+from lightning_oft.callback.strategies.steps import Steps
+from lightning_oft.codecs import is_sharded, reshard
+from lightning_oft.formats.checkpoint import frozen_names
+from lightning_oft.formats.checkpoint_file import CheckpointError
+from lightning_oft.layers.rotation import Rotation
+from lightning_oft.layers.state import every_rotation, rotations_of
+from lightning_oft.layers.tensor_parallel import cut_inside, divides
+from lightning_oft.model.traversal import adapted, oft_layers, walk
 
-from .base import Steps, Strategy
 
-
-class FullyShard(Strategy):
+class FSDP2Adapter(StrategyAdapter):
     """FSDP2 (ModelParallelStrategy): a process holds some rows of each parameter, and some blocks of each rotation."""
 
     @override
-    def injects_early(self, trainer: Any) -> bool:
+    def injects_early(self) -> bool:
         """torch's parallelize_module splits a layer with all that is below it, and stumbles over rotations."""
-        return bool(trainer.strategy.device_mesh["tensor_parallel"].size() == 1)
+        return bool(self.trainer.strategy.device_mesh["tensor_parallel"].size() == 1)
 
     @override
-    def after_inject(self, trainer: Any, root: nn.Module) -> None:
+    def after_inject(self, root: nn.Module) -> None:
         """Make every rotation a unit of its own, before or after the user shards the layers around it.
 
         Left plain inside a layer that is sharded already, each rank would train its own (measured: 5.4e-2 apart, no
         error); inside the layer's unit, a mixed precision policy would round its generators.
         """
-        from torch.distributed.fsdp import FSDPModule, fully_shard
-
-        if trainer.strategy.device_mesh["tensor_parallel"].size() > 1:
-            _agree(root, trainer.strategy.device_mesh["tensor_parallel"])
-        mesh = trainer.strategy.device_mesh["data_parallel"]
-        if mesh.size() == 1:
+        meshes = self.trainer.strategy.device_mesh
+        if meshes["tensor_parallel"].size() > 1:
+            _agree(root, meshes["tensor_parallel"])
+        if meshes["data_parallel"].size() == 1:
             return
-        for layer in oft_layers(root).values():
-            for rotation in layer.oft_R.modules():  # type: ignore[union-attr]
-                # One that the user injected before sharding lies in the unit around it, as sharded as can be.
-                if (
-                    isinstance(rotation, Rotation)
-                    and not isinstance(rotation, FSDPModule)
-                    and not is_sharded(rotation.weight)
-                ):
-                    fully_shard(rotation, mesh=mesh)
+        for rotation in (rotation for layer in oft_layers(root).values() for rotation in every_rotation(layer)):
+            # One that the user injected before sharding lies in the unit around it, as sharded as can be.
+            if not isinstance(rotation, FSDPModule) and not is_sharded(rotation.weight):
+                fully_shard(rotation, mesh=meshes["data_parallel"])
 
     @override
-    def watch_steps(self, trainer: Any, root: nn.Module, adapter_name: str) -> Steps:
-        _check_clipping(trainer)
-        return super().watch_steps(trainer, root, adapter_name)
+    def watch_steps(self, rotations: dict[str, Rotation], undo: ExitStack) -> Steps:
+        _check_clipping(self.trainer)
+        return super().watch_steps(rotations, undo)
 
     @override
-    def device(self, trainer: Any) -> torch.device | None:
+    def merge_device(self) -> torch.device | None:
         """Every process merges the rows it holds, where they are."""
         return None
 
     @override
-    def hold_checkpoints(self, pl_module: Any, adapter_only: bool) -> list[Any]:
+    def prepare_checkpoints(self, pl_module: Any, adapter_only: bool, undo: ExitStack) -> None:
         """FSDP2 loads whatever the module's state_dict names, before any hook: so it names the adapter only."""
-        checks = _ResumeChecks(pl_module.trainer)
-        if not adapter_only:
-            return [checks]
-        pl_module.strict_loading = False  # the base is missing from the file; `check_loaded` is strict about the rest
-        return [checks, pl_module.register_state_dict_post_hook(_only_trained)]
+        strategy = self.trainer.strategy
+
+        def load_checkpoint(path: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.trainer.state.fn == "fit" and Path(path).is_file():
+                _check_optimizer_states(path, self.trainer)
+            return type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
+
+        strategy.load_checkpoint = load_checkpoint
+        undo.callback(strategy.__dict__.pop, "load_checkpoint", None)
+        if adapter_only:
+            pl_module.strict_loading = False  # the base is not in the file; `check_loaded` is strict about the rest
+            undo.callback(pl_module.register_state_dict_post_hook(_only_trained).remove)
 
     @override
-    def settle(self, pl_module: nn.Module) -> None:
-        gather_back(pl_module)
+    def reshard(self, pl_module: nn.Module) -> None:
+        reshard(pl_module)
 
     @override
-    def whole_state(self, trainer: Any, root: nn.Module) -> dict[str, Tensor] | None:
+    def whole_state(self, root: nn.Module) -> dict[str, Tensor] | None:
         """Gathered tensor by tensor, and kept on rank zero's CPU."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -83,96 +86,65 @@ class FullyShard(Strategy):
         return dict(state)
 
 
+def _only_trained(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Take out of a state dict what an adapter-only checkpoint leaves out."""
+    for name in frozen_names(module, walk(module)):
+        state_dict.pop(prefix + name, None)
+
+
 def _check_clipping(trainer: Any) -> None:
-    """Raise ValueError where torch cannot clip all gradients together."""
-    if not trainer.gradient_clip_val:
-        return
+    """Raise ValueError where torch cannot clip all gradients together: they are split in several ways, or not at all."""
     by_value = trainer.gradient_clip_algorithm == "value"
-    for optimizer in trainer.optimizers:
+    for optimizer in trainer.optimizers if trainer.gradient_clip_val else ():
         trained = [tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.requires_grad]
         meshes = {getattr(tensor, "device_mesh", None) for tensor in trained}
         if len(meshes) > 1 and (not by_value or None in meshes):
             ways = "" if by_value or None in meshes else "set gradient_clip_algorithm='value', or "
             raise ValueError(
-                f"gradient_clip_val={trainer.gradient_clip_val}: torch cannot clip together what is split over "
-                "different processes, and the trained parameters are (rotations, biases, modules_to_save): "
-                f"{ways}train only what is split in one way (bias='none'), or do not clip"
+                f"gradient_clip_val={trainer.gradient_clip_val}: torch cannot clip together rotations, biases and "
+                f"modules_to_save that are split in different ways: {ways}set bias='none', or do not clip"
             )
 
 
-class _ResumeChecks:
-    """Looks at a checkpoint before the strategy loads it: Lightning would number the optimizer's parameters wrongly.
+def _check_optimizer_states(path: Any, trainer: Any) -> None:
+    """Raise CheckpointError for a checkpoint of another strategy, whose optimizer state counts the parameters that train.
 
-    Another strategy's optimizer state counts the parameters that train; Lightning takes the numbers for those of all
-    parameters, frozen ones too, and fails on a shape or, where shapes agree, gives moments to the wrong parameter. Files
-    of this strategy count all parameters.
+    Lightning takes its numbers for those of all parameters, frozen ones too, as files of this strategy have them, and
+    fails on a shape or, where shapes agree, gives moments to the wrong parameter.
     """
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer, self._strategy = trainer, trainer.strategy
-        self._strategy.load_checkpoint = self._load
-
-    def _load(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._trainer.state.fn == "fit" and Path(path).is_file():
-            self._check(path)
-        return type(self._strategy).load_checkpoint(self._strategy, path, *args, **kwargs)
-
-    def _check(self, path: Any) -> None:
-        try:  # mapped, not read: a full checkpoint holds the base too
-            theirs = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get("optimizer_states", [])
-        except Exception:  # the strategy is about to say what is wrong with the file
-            return
-        places = {id(p): place for place, p in enumerate(self._trainer.lightning_module.parameters())}
-        for state, optimizer in zip(theirs, self._trainer.optimizers, strict=False):
-            numbers = {key for group in state["param_groups"] for key in group["params"]}
-            mine = {places.get(id(p)) for group in optimizer.param_groups for p in group["params"]}
-            if all(isinstance(number, int) for number in numbers) and numbers != mine:
-                raise CheckpointError(
-                    f"{path}: was written under another strategy, whose optimizer state Lightning cannot give to "
-                    "sharded parameters: resume it under that strategy, or start a new run from its adapter: "
-                    f"lightning-oft export --checkpoint {path} --output DIR, and pretrained_adapter=DIR"
-                )
-
-    def remove(self) -> None:
-        self._strategy.__dict__.pop("load_checkpoint", None)
-
-
-def _only_trained(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Take out of a state dict what an adapter-only checkpoint leaves out."""
-    for name in checkpoints.frozen_names(module, ()):
-        state_dict.pop(prefix + name, None)
+    try:  # mapped, not read: a full checkpoint holds the base too
+        theirs = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get("optimizer_states", [])
+    except Exception:  # the strategy is about to say what is wrong with the file
+        return
+    places = {id(p): place for place, p in enumerate(trainer.lightning_module.parameters())}
+    for state, optimizer in zip(theirs, trainer.optimizers, strict=False):
+        numbers = {key for group in state["param_groups"] for key in group["params"]}
+        mine = {places.get(id(p)) for group in optimizer.param_groups for p in group["params"]}
+        if all(isinstance(number, int) for number in numbers) and numbers != mine:
+            raise CheckpointError(
+                f"{path}: was written under another strategy, whose optimizer state Lightning cannot give to "
+                "sharded parameters: resume it under that strategy, or start a new run from its adapter: "
+                f"lightning-oft export --checkpoint {path} --output DIR, and pretrained_adapter=DIR"
+            )
 
 
 def _agree(root: nn.Module, mesh: Any) -> None:
-    """Make sure that all processes of a tensor-parallel group train the same rotations.
-
-    Raises:
-        ValueError: a cut goes through a block, or blocks drop out at random; names the layer.
-    """
-    for name, layer in oft_layers(root).items():
-        state = state_of(layer)
-        assert state is not None
-        for adapter_name in state.configs:
-            for part, rotation in rotations_of(layer, adapter_name).items():
-                weight = layer.get_parameter(state.kind.parts(layer)[part].parameter)
-                parts = _cuts_of_fan_in(weight, state.kind.row_dim, mesh)
-                if not divides(rotation.block_size, parts, rotation.fan_in):
-                    raise ValueError(f"{name}: {cut_inside(rotation.fan_in, parts, rotation.block_size)}")
-                if rotation.dropout > 0:
-                    raise ValueError(
-                        f"{name}: module_dropout={rotation.dropout} with tensor_parallel_size={mesh.size()} would drop "
-                        "other blocks on every process: set module_dropout=0"
-                    )
-                if not rotation.identity_init and not is_sharded(rotation.weight):
-                    torch.distributed.broadcast(rotation.weight.detach(), group=mesh.get_group(), group_src=0)
-
-
-def _cuts_of_fan_in(weight: Tensor, row_dim: int, mesh: Any) -> int:
-    """Into how many parts tensor parallelism cuts the dimension that is rotated."""
-    if not is_sharded(weight):
-        return 1
-    tensor: Any = weight
-    places = dict(zip(tensor.device_mesh.mesh_dim_names or (), tensor.placements, strict=False))
-    place = places.get(mesh.mesh_dim_names[0])
-    along_rows = place is None or place.is_replicate() or place.dim == row_dim
-    return 1 if along_rows else int(mesh.size())
+    """Start all processes of a tensor-parallel group with the same rotations. Raises ValueError where they could not
+    stay the same: a cut goes through a block, or blocks drop out at random."""
+    for name, layer, state in adapted(walk(root)):
+        weights = state.layer_type.rotated_weights(layer)
+        for part, rotation in (item for adapter in state.configs for item in rotations_of(layer, adapter).items()):
+            weight: Any = layer.get_parameter(weights[part].parameter)
+            names, places = (weight.device_mesh.mesh_dim_names, weight.placements) if is_sharded(weight) else ((), ())
+            place = dict(zip(names or (), places, strict=False)).get(mesh.mesh_dim_names[0])
+            # Replicated, or cut by rows, the fan-in is in one part.
+            parts = 1 if getattr(place, "dim", state.layer_type.row_dim) == state.layer_type.row_dim else mesh.size()
+            if not divides(rotation.block_size, parts, rotation.fan_in):
+                raise ValueError(f"{name}: {cut_inside(rotation.fan_in, parts, rotation.block_size)}")
+            if rotation.dropout > 0:
+                raise ValueError(
+                    f"{name}: module_dropout={rotation.dropout} with tensor_parallel_size={mesh.size()} would drop "
+                    "other blocks on every process: set module_dropout=0"
+                )
+            if not rotation.identity_init and not is_sharded(rotation.weight):
+                torch.distributed.broadcast(rotation.weight.detach(), group=mesh.get_group(), group_src=0)

@@ -1,20 +1,19 @@
 """DigitsDataModule: real handwritten digits, moved to a domain the shipped base model has never seen."""
 
-from typing import Literal
+from collections import defaultdict
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.nn.functional import interpolate
-from torch.utils.data import Dataset
 
-from lightning_oft.data.vision.loading import Batch, SplitDataModule
-from lightning_oft.data.vision.pixels import PixelFormat, pixel_format
-from lightning_oft.data.vision.sources import require
-from lightning_oft.data.vision.splits import stratified_split
+from lightning_oft.data.base import Batch, SplitDataModule, require
+from lightning_oft.data.vision.pixels import image_transform
 
 HELD_OUT = 0.2
 """Share of the digits that neither pre-training nor adaptation ever sees."""
-DIGITS_FORMAT = PixelFormat(8, 8, 1, (0.5,), (0.5,))
+Levels = Any
+"""numpy, (N, 8, 8) uint8: grey levels from 0, the background, to 16."""
 
 
 class DigitsDataModule(SplitDataModule):
@@ -40,6 +39,9 @@ class DigitsDataModule(SplitDataModule):
         ModuleNotFoundError: On setup, when scikit-learn is not installed.
     """
 
+    columns = ("pixel_values", "labels")
+    cache_arguments = ("rotation", "invert", "pretrained", "val_fraction", "seed")
+
     def __init__(
         self,
         rotation: Literal[0, 90, 180, 270] = 90,
@@ -54,7 +56,8 @@ class DigitsDataModule(SplitDataModule):
         super().__init__(batch_size, num_workers, pin_memory, num_workers > 0, seed)
         if rotation not in (0, 90, 180, 270):
             raise ValueError(f"rotation={rotation}: pixels stay pixels only at 0, 90, 180 and 270 degrees")
-        stratified_split([], [], (val_fraction,))
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction={val_fraction}: must lie in [0, 1) to leave a training set")
         self.rotation = rotation
         self.invert = invert
         self.pretrained = pretrained
@@ -64,63 +67,58 @@ class DigitsDataModule(SplitDataModule):
         """Read, turn, invert and split the digits; once."""
         if self.splits:
             return
-        form = DIGITS_FORMAT if self.pretrained is None else pixel_format(self.pretrained)
         (pool, labels), (held_out, held_out_labels) = load_digits()
-        names = [str(i) for i in range(len(labels))]
-        val, train = (
-            torch.tensor(i) for i in stratified_split(names, labels.tolist(), (self.val_fraction,), self.seed)
-        )
-        new = new_domain(pool, self.rotation, self.invert)
-        self.splits = {"train": Digits(new[train], labels[train], form)}
-        if len(val):
-            self.splits["val"] = Digits(new[val], labels[val], form)
-        self.splits["new"] = Digits(new_domain(held_out, self.rotation, self.invert), held_out_labels, form)
-        self.splits["original"] = Digits(held_out, held_out_labels, form)
+        val, train = stratified_split(labels, self.val_fraction, self.seed)
+        new = self._examples(new_domain(pool, self.rotation, self.invert), labels)
+        found: dict[str, Any] = {
+            "train": [new[i] for i in train],
+            "val": [new[i] for i in val],
+            "new": self._examples(new_domain(held_out, self.rotation, self.invert), held_out_labels),
+            "original": self._examples(held_out, held_out_labels),
+        }
+        self.splits = {split: digits for split, digits in found.items() if digits}
         self.class_names = [str(digit) for digit in range(10)]
 
+    def _examples(self, levels: Levels, labels: Sequence[int]) -> list[Batch]:
+        """(N, 8, 8) levels as examples: of exact values in [-1, 1], or as 8-bit images through the model's processor."""
+        if self.pretrained is None:
+            pixels = (torch.from_numpy(levels.astype("float32")).unsqueeze(1) / 16 - 0.5) / 0.5
+        else:
+            transform, from_array = image_transform(self.pretrained), require("PIL.Image", "pillow").fromarray
+            grey = ((levels.astype("uint16") * 255 + 8) // 16).astype("uint8")
+            pixels = torch.stack([transform(from_array(image)) for image in grey])
+        return [{"pixel_values": image, "labels": torch.tensor(n)} for image, n in zip(pixels, labels, strict=True)]
 
-def load_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The digits to train on and the held-out ones, which are the same for everybody.
 
-    Returns:
-        Twice (images (N, 1, 8, 8) float32 in [0, 1], labels (N,) int64): 1,438 and 359 digits.
+def load_digits() -> tuple[tuple[Levels, list[int]], tuple[Levels, list[int]]]:
+    """(levels, labels) of the 1,438 digits to train on, then of the 359 held-out ones: the same for everybody.
 
-    Raises:
-        ModuleNotFoundError: When scikit-learn is not installed; the line names the extra.
+    Raises ModuleNotFoundError, a line that names the extra, when scikit-learn is not installed.
     """
     found = require("sklearn.datasets", "scikit-learn").load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(found.target, dtype=torch.int64)
-    names = [str(i) for i in range(len(labels))]
-    held_out, pool = stratified_split(names, labels.tolist(), (HELD_OUT,))
-    return (images[pool], labels[pool]), (images[held_out], labels[held_out])
+    levels, labels = found.images.astype("uint8"), found.target
+    held_out, pool = stratified_split(labels.tolist(), HELD_OUT)
+    return (levels[pool], labels[pool].tolist()), (levels[held_out], labels[held_out].tolist())
 
 
-def new_domain(images: Tensor, rotation: int, invert: bool) -> Tensor:
-    """Turn images counterclockwise by a multiple of 90 degrees and invert them. (N, C, H, W) in [0, 1] -> the same."""
-    turned = torch.rot90(images, rotation // 90, (-2, -1))
-    return 1 - turned if invert else turned
+def new_domain(levels: Levels, rotation: int, invert: bool) -> Levels:
+    """Turn digits counterclockwise by a multiple of 90 degrees and invert them. (N, 8, 8) -> (N, 8, 8)."""
+    import numpy as np
+
+    turned = np.rot90(levels, rotation // 90, (1, 2))
+    return 16 - turned if invert else turned
 
 
-class Digits(Dataset[Batch]):
-    """Digits in memory. images: (N, 1, 8, 8) float32 in [0, 1]; labels: (N,) int64; form: what the model expects."""
+def stratified_split(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Indices of the same share of every class, and of the rest; both sorted. Every class keeps one in the rest.
 
-    def __init__(self, images: Tensor, labels: Tensor, form: PixelFormat) -> None:
-        self.images = images
-        self.labels = labels
-        self.form = form
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Batch:
-        return {"pixel_values": fit_to(self.images[index], self.form), "labels": self.labels[index]}
-
-
-def fit_to(image: Tensor, form: PixelFormat) -> Tensor:
-    """Resize, repeat channels and normalise. (..., 1, 8, 8) in [0, 1] -> (..., c, height, width) float32."""
-    if image.shape[-2:] != (form.height, form.width):
-        images = image.reshape(-1, *image.shape[-3:])  # interpolate wants a batch
-        size = (form.height, form.width)
-        image = interpolate(images, size, mode="bilinear", antialias=True).view(*image.shape[:-2], *size)
-    return form.normalize(image.expand(*image.shape[:-3], form.channels, -1, -1))
+    Decided by hashes of seed and index: the shipped base was pre-trained on this split, so it must never change.
+    """
+    members: defaultdict[int, list[int]] = defaultdict(list)
+    for index, label in enumerate(labels):
+        members[label].append(index)
+    taken: set[int] = set()
+    for indices in members.values():
+        ranked = sorted(indices, key=lambda i: sha256(f"{seed}:{i}".encode()).digest())
+        taken.update(ranked[: min(round(fraction * len(ranked)), len(ranked) - 1)])
+    return sorted(taken), [i for i in range(len(labels)) if i not in taken]

@@ -1,230 +1,158 @@
-"""Where images come from: a tree of folders, or a data set read with `datasets`. Both become lists of `Sample`."""
+"""Labelled images found and split by `datasets`: folders, saved data sets and hub ids.
 
-from collections.abc import Iterable, Mapping
+A table is a datasets.Dataset with the columns "image" (undecoded: {"bytes", "path"}) and "label" (ClassLabel). Tables are
+kept by split: "train", "val" where there is one, then the test sets, "test" or "test_<name>".
+"""
+
+import glob
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from importlib import import_module
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_oft.data.vision.pixels import looks_local
+from lightning_oft.data.base import require
+from lightning_oft.data.vision.pixels import decode, image_name
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-VAL_NAMES = ("val", "valid", "validation", "dev")
+Tables = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One labelled image: a file, or a row of a table."""
-
-    name: str
-    """Unique and the same on every machine: the path below the data folder, or split and row number."""
-    label: int
-    """Index into `Source.classes`."""
-    path: Path | None = None
-    rows: Any = None
-    """The table (datasets.Dataset, its images not decoded), read at `row` when there is no path."""
-    row: int = 0
-    column: str = "image"
-
-    def open(self) -> "Image":
-        """The image, its pixels decoded later. Raises OSError where Pillow cannot read it."""
-        image_module = require("PIL.Image", "pillow")
-        if self.path is not None:
-            image = image_module.open(self.path)
-        else:
-            cell = self.rows[self.row][self.column] or {}
-            if not cell.get("bytes") and not cell.get("path"):
-                raise OSError(f"{self.name}: an empty image")
-            image = image_module.open(BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"])
-        return image  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class Source:
-    """What was found: the classes in the order of their labels, and samples by split."""
-
-    classes: list[str]
-    splits: dict[str, list[Sample]]
-    """Keys: "train", "val" where there is one, then the test sets: "test" or "test_<name>"."""
-
-
-def require(module: str, package: str) -> Any:
-    """Import an optional module, or say in one line what to install."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f"{package} is not installed; images and data sets need it: pip install 'lightning_oft[data]'"
-        ) from error
-
-
-def find_images(data: str, image_column: str = "image", label_column: str = "label") -> Source:
-    """Read a folder tree, or failing that a `datasets` folder or hub id.
-
-    Args:
-        data: The folder with a subfolder per class, or with train/val/test folders of those; or a folder written by
-            `Dataset.save_to_disk`; or a hub id.
-        image_column: The column of a data set that holds the images.
-        label_column: The column of a data set that holds class ids (ClassLabel) or names.
+def load_images(data: str, image_column: str, label_column: str, label2id: Mapping[str, int] | None = None) -> Tables:
+    """Tables of the images at `data`: a folder with a subfolder per class, or with train/val/test folders of those; a
+    folder written by save_to_disk; or a hub id. Class ids are those of `label2id` where it names exactly these classes.
 
     Raises:
-        OSError: When there is nothing at `data`.
-        ValueError: When there are no images, no classes or one class only.
+        OSError: When there is no data set at `data`.
+        ValueError: When a column is missing, there are fewer than two classes, or a label is none of train's.
     """
-    path = Path(data).expanduser()
-    if path.is_dir() and not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        source = _read_folder(path)
-    elif path.exists() or not looks_local(data):
-        source = _read_dataset(data, image_column, label_column)
-    else:
-        raise FileNotFoundError(f"{data}: no such folder; data is a folder with one subfolder per class, or a hub id")
-    if len(source.classes) < 2:
-        raise ValueError(
-            f"{data}: {'only one class, ' + source.classes[0] if source.classes else 'no images in class folders'};"
-            " classification needs two or more subfolders (or labels) with images"
-        )
-    return source
-
-
-def split_role(name: str) -> str | None:
-    """The split a folder's or a table's name stands for: train, val, test, test_<name>; None for anything else."""
-    lower = name.lower().replace("-", "_")
-    if lower in ("train", "training"):
-        return "train"
-    if lower in VAL_NAMES:
-        return "val"
-    return lower if lower == "test" or lower.startswith("test_") else None
-
-
-def _read_folder(root: Path) -> Source:
-    folders = _subfolders(root)
-    roles: dict[str, Path] = {}
-    for folder in folders:
-        role = split_role(folder.name)
-        if role in roles:
-            raise ValueError(f"{root}: {roles[role].name} and {folder.name} both stand for {role}; keep one")
-        if role is not None:
-            roles[role] = folder
-    if "train" not in roles:  # folders named like splits are classes then: a class may be called "test"
-        if roles and len(roles) == len(folders):
-            raise ValueError(
-                f"{root}: has {', '.join(sorted(roles))} but no train folder; add one, or put classes there"
-            )
-        roles = {"train": root}
-    classes = [folder.name for folder in _subfolders(roles["train"]) if any(_images(folder))]
-    splits: dict[str, list[Sample]] = {}
-    for role, folder in sorted(roles.items()):
-        unknown = {f.name for f in _subfolders(folder) if any(_images(f))} - set(classes)
-        if unknown:
-            raise ValueError(
-                f"{folder}: classes {sorted(unknown)} have no images in {roles['train']}; move or remove them"
-            )
-        splits[role] = [
-            Sample(image.relative_to(root).as_posix(), label, image)
-            for label, name in enumerate(classes)
-            for image in sorted(_images(folder / name))
-        ]
-    return Source(classes, splits)
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
-
-
-def _images(folder: Path) -> Iterable[Path]:
-    return (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
-
-
-def _read_dataset(data: str, image_column: str, label_column: str) -> Source:
-    tables = _load_tables(data)
-    first = tables["train"]
+    tables = _load_splits(data)
     for column in (image_column, label_column):
-        if column not in first.column_names:
-            raise ValueError(
-                f"{data}: no column {column!r} among {first.column_names}; set image_column and label_column"
-            )
-    image_type = require("datasets", "datasets").Image
-    names = getattr(first.features[label_column], "names", None)
-    classes = list(names) if names else sorted({str(value) for value in first[label_column]})
-    label_of = {name: label for label, name in enumerate(classes)}
-    splits: dict[str, list[Sample]] = {}
-    for role, table in tables.items():
-        values = table[label_column]
-        labels = [value if names else label_of.get(str(value), -1) for value in values]
-        bad = next((i for i, label in enumerate(labels) if label is None or not 0 <= label < len(classes)), None)
-        if bad is not None:
-            raise ValueError(
-                f"{data}: {role} row {bad} has label {values[bad]!r}, which is none of the {len(classes)} classes"
-            )
-        rows = table.cast_column(image_column, image_type(decode=False))
-        splits[role] = [Sample(f"{role}/{i}", n, None, rows, i, image_column) for i, n in enumerate(labels)]
-    return Source(classes, splits)
+        if column not in (found := tables["train"].column_names):
+            raise ValueError(f"{data}: no column {column!r} among {found}; set image_column and label_column")
+    names = getattr(tables["train"].features[label_column], "names", None)
+    name_of = dict(enumerate(names or []))
+    labels = {split: [str(name_of.get(v, v)) for v in table[label_column]] for split, table in tables.items()}
+    classes = list(names or sorted(set(labels["train"])))
+    if len(classes) < 2:
+        raise ValueError(f"{data}: only one class, {classes[0]}; classification needs two or more")
+    if label2id and set(label2id) == set(classes):
+        classes.sort(key=label2id.__getitem__)
+    for split, table in tables.items():
+        if unknown := sorted(set(labels[split]) - set(classes)):
+            raise ValueError(f"{data}: {split} has the label {unknown[0]!r}, which is no class of train")
+        tables[split] = _labelled(table, image_column, labels[split], classes)
+    return tables
 
 
-def _load_tables(data: str) -> Mapping[str, Any]:
-    """The tables of a data set by split role; a single unnamed table is `train`."""
+def _labelled(table: Any, image_column: str, labels: list[str], classes: list[str]) -> Any:
+    """A table's images with a label column of its own: casting the one that is there would copy the images to a cache."""
     datasets = require("datasets", "datasets")
+    images = table.select_columns([image_column]).rename_columns({image_column: "image"})
+    images = images.cast_column("image", datasets.Image(decode=False))
+    feature = datasets.ClassLabel(names=classes)
+    return images.add_column("label", feature.str2int(labels), feature=feature)
+
+
+def _load_splits(data: str) -> Tables:
+    """The data set's own tables by split; a table without splits is "train"."""
+    datasets = require("datasets", "datasets")
+    path = Path(data).expanduser()
+    if not path.is_dir() and (data.startswith(("/", ".", "~")) or data.count("/") > 1):
+        raise FileNotFoundError(f"{data}: no such folder; data is a folder with one subfolder per class, or a hub id")
+    saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    files = _split_files(path) if path.is_dir() and not saved else None
     try:
-        found = datasets.load_from_disk(data) if Path(data).is_dir() else datasets.load_dataset(data)
+        if saved:
+            found = datasets.load_from_disk(str(path))
+        elif files is None:
+            found = datasets.load_dataset(data)
+        else:
+            # drop_labels=False: by default one class, or folders of unequal depth, would have no labels at all.
+            found = datasets.load_dataset("imagefolder", data_dir=str(path), data_files=files, drop_labels=False)
     except Exception as error:  # its own classes differ from release to release; the reason is in the text
-        reason = str(error).strip().split("\n")[0]
         raise OSError(
-            f"{data}: cannot be read as a data set ({reason}); give a folder of images or a hub id"
+            f"{data}: no images found ({_first_line(error)}); give a folder with a subfolder of images per class,"
+            " a folder written by save_to_disk, or a hub id"
         ) from error
-    if not isinstance(found, dict):
-        return {"train": found}
-    roles = {role: table for name, table in found.items() if (role := split_role(str(name)))}
-    if "train" not in roles:
-        raise ValueError(f"{data}: has the splits {list(found)} but none named train; save it with one")
-    return roles
+    tables = dict(found) if isinstance(found, dict) else {"train": found}
+    named = {split: table for name, table in tables.items() if (split := split_of(name))}
+    if "train" not in named:
+        raise ValueError(f"{data}: has the splits {list(tables)} but none named train; save it with one")
+    return named
 
 
-def drop_unreadable(source: Source, decode: bool, threads: int = 8) -> Source:
-    """Open every image once and leave out those that cannot be read, with one warning that counts and names them.
+def _split_files(root: Path) -> dict[str, list[str]]:
+    """Patterns of each split's files: of the split folders where one is train, else of all files as train.
 
-    Args:
-        source: What was found.
-        decode: Decode every pixel, which also finds files cut short: a few milliseconds an image. False reads the
-            header only, about 0.1 ms.
-        threads: Pillow decodes outside Python's lock.
-
-    Raises:
-        ValueError: When a split has no readable image, or a class none to train on.
+    `datasets` by itself would put test_<name> folders into one test set.
     """
-    samples = [sample for split in source.splits.values() for sample in split]
-    with ThreadPoolExecutor(threads) as pool:
-        good = list(pool.map(lambda sample: is_readable(sample, decode), samples))
-    bad = {sample.name for sample, ok in zip(samples, good, strict=True) if not ok}
+    folders = [f.name for f in sorted(root.iterdir()) if f.is_dir() and not f.name.startswith((".", "__"))]
+    splits: dict[str, list[str]] = {}
+    for folder in folders:
+        if split := split_of(folder):
+            splits.setdefault(split, []).append(f"{glob.escape(folder)}/**")
+    if splits and "train" not in splits and sum(map(len, splits.values())) == len(folders):
+        raise ValueError(f"{root}: has {', '.join(sorted(splits))} but no train folder; add one")
+    return splits if "train" in splits else {"train": ["**"]}  # a class may be called "test"
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder or table stands for: train, val, test or test_<name>; None for any other name."""
+    lower = str(name).lower().replace("-", "_")
+    aliases = {"training": "train", "valid": "val", "validation": "val", "dev": "val"}
+    known = aliases.get(lower, lower)
+    return known if known in ("train", "val", "test") or known.startswith("test_") else None
+
+
+def drop_unreadable(tables: Tables, threads: int = 8) -> Tables:
+    """Decode every image once, and leave out those that cannot be read, with one warning that counts and names them.
+
+    Pillow decodes outside Python's lock, in `threads`. Raises ValueError when a split has no readable image, or a class
+    none to train on.
+    """
+    bad: list[str] = []
+    kept: Tables = {}
+    for split, table in tables.items():
+        with ThreadPoolExecutor(threads) as pool:
+            good = list(pool.map(lambda row, table=table: decode(table[row]["image"]) is not None, range(len(table))))
+        bad += [image_name(table[row]["image"], row) for row, ok in enumerate(good) if not ok]
+        if not any(good):
+            raise ValueError(f"{split}: none of its {len(table)} images can be read; check the files")
+        kept[split] = table.select([row for row, ok in enumerate(good) if ok])
     if bad:
-        named = ", ".join(sorted(bad)[:3]) + (", ..." if len(bad) > 3 else "")
-        rank_zero_warn(f"{len(bad)} of {len(samples)} images cannot be read and are left out: {named}")
-    splits = {role: [s for s in split if s.name not in bad] for role, split in source.splits.items()}
-    for role, split in splits.items():
-        if not split:
-            raise ValueError(f"{role}: none of its {len(source.splits[role])} images can be read; check the files")
-    missing = set(range(len(source.classes))) - {sample.label for sample in splits["train"]}
-    if missing:
-        raise ValueError(
-            f"train: no readable image of {', '.join(source.classes[i] for i in sorted(missing))}; add some"
-        )
-    return Source(source.classes, splits)
+        named = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
+        total = sum(map(len, tables.values()))
+        rank_zero_warn(f"{len(bad)} of {total} images cannot be read and are left out: {named}")
+    names = kept["train"].features["label"].names
+    if missing := set(range(len(names))) - set(kept["train"]["label"]):
+        raise ValueError(f"train: no readable image of {', '.join(names[i] for i in sorted(missing))}; add some")
+    return kept
 
 
-def is_readable(sample: Sample, decode: bool = True) -> bool:
-    """Whether Pillow can open (and decode) the image."""
-    bomb = require("PIL.Image", "pillow").DecompressionBombError
-    try:
-        with sample.open() as image:
-            if decode:
-                image.draft("L", (1, 1))  # a JPEG is then read to its end but decoded at an eighth of its size
-                image.load()
-    except (OSError, SyntaxError, ValueError, bomb):  # Pillow's decoders raise all four on damaged files
-        return False
-    return True
+def split_train(tables: Tables, fractions: Mapping[str, float], seed: int) -> Tables:
+    """Take "val" and "test" out of train where they are missing, the same share of every class; 0 takes nothing.
+
+    Raises ValueError, one line, when there are too few images.
+    """
+    train = tables["train"]
+    # Row numbers are split rather than images: a table that came from files would write a cache beside them.
+    rest = train.from_dict({"row": range(len(train)), "label": train["label"]})
+    rest = rest.cast_column("label", train.features["label"])
+    taken: Tables = {}
+    for split, fraction in fractions.items():
+        if not fraction or any(name.startswith(split) for name in tables):
+            continue
+        try:
+            size = max(1, round(fraction * len(train)))
+            parts = rest.train_test_split(size, stratify_by_column="label", seed=seed)
+        except ValueError as error:
+            raise ValueError(
+                f"{split}_fraction={fraction} of {len(train)} images: {_first_line(error)}; raise it, or set it to 0"
+            ) from error
+        rest, taken[split] = parts["train"], train.select(parts["test"]["row"])
+    return {**tables, "train": train.select(rest["row"]), **taken}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

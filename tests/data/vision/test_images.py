@@ -1,14 +1,17 @@
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor
 
 from lightning_oft.data import ImageDataModule
-from lightning_oft.data.vision.images import ImageSamples
+from lightning_oft.data.vision.pixels import ImageDataset
 
 
 def write_images(folder: Path, count: int, seed: int = 0) -> None:
@@ -31,36 +34,32 @@ def made(folder: Path, **arguments: object) -> ImageDataModule:
     return data
 
 
-def names(data: ImageDataModule, split: str) -> list[str]:
+def files(data: ImageDataModule, split: str) -> list[str]:
     part = data.splits[split]
-    assert isinstance(part, ImageSamples)
-    return [sample.name for sample in part.samples]
+    assert isinstance(part, ImageDataset)
+    return ["/".join(Path(row["image"]["path"]).parts[-2:]) for row in part.rows]
+
+
+def sizes(data: ImageDataModule) -> dict[str, int]:
+    return {split: len(part) for split, part in data.splits.items()}  # type: ignore[arg-type]
 
 
 def test_folders_are_classes(tree: Path) -> None:
     data = made(tree)
     assert (data.class_names, data.num_classes, data.test_names) == (["cat", "dog"], 2, ["test"])
-    assert [len(names(data, split)) for split in ("train", "val", "test")] == [24, 3, 3]
+    assert sizes(data) == {"train": 24, "test": 3, "val": 3}
     batch = next(iter(data.train_dataloader()))
+    assert tuple(batch) == data.columns
     assert (batch["pixel_values"].shape, batch["pixel_values"].dtype) == ((24, 3, 8, 8), torch.float32)
     assert sorted(batch["labels"].tolist()) == [0] * 16 + [1] * 8
 
 
-def test_grayscale_is_one_channel(tree: Path) -> None:
-    assert next(iter(made(tree, channels=1).val_dataloader()[0]))["pixel_values"].shape == (3, 1, 8, 8)
-
-
 def test_split_folders_are_the_splits(tmp_path: Path) -> None:
-    for split, count in (("train", 4), ("valid", 2), ("test", 3), ("test_night", 1)):
+    for split, count in (("train", 4), ("valid", 2), ("test", 3), ("test-night", 1)):
         write_images(tmp_path / split / "cat", count)
         write_images(tmp_path / split / "dog", count)
     data = made(tmp_path)
-    assert {split: len(names(data, split)) for split in data.splits} == {
-        "train": 8,
-        "val": 4,
-        "test": 6,
-        "test_night": 2,
-    }
+    assert sizes(data) == {"train": 8, "val": 4, "test": 6, "test_night": 2}
     assert data.test_names == ["test", "test_night"]
 
 
@@ -68,36 +67,34 @@ def test_missing_split_folder_is_taken_out_of_training(tmp_path: Path) -> None:
     write_images(tmp_path / "train" / "a", 10)
     write_images(tmp_path / "train" / "b", 10)
     write_images(tmp_path / "test" / "a", 2)
-    data = made(tmp_path, val_fraction=0.2)
-    assert {split: len(names(data, split)) for split in data.splits} == {"train": 16, "val": 4, "test": 2}
+    assert sizes(made(tmp_path, val_fraction=0.2)) == {"train": 16, "val": 4, "test": 2}
 
 
-def test_splits_repeat_and_seeds_differ(tree: Path) -> None:
-    assert names(made(tree), "test") == names(made(tree), "test")
-    assert names(made(tree), "test") != names(made(tree, seed=1), "test")
+def test_split_repeats_and_seeds_differ(tree: Path) -> None:
+    everything = files(made(tree, val_fraction=0, test_fraction=0), "train")
+    assert everything == sorted(everything)  # on every file system
+    assert files(made(tree), "test") == files(made(tree), "test")
+    assert files(made(tree), "test") != files(made(tree, seed=1), "test")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_batches_repeat_with_the_seed(tree: Path, workers: int) -> None:
-    first, again, other = (
-        [batch["pixel_values"] for _ in range(2) for batch in loader]
-        for loader in (made(tree, seed=s, num_workers=workers, color_jitter=0.2).train_dataloader() for s in (0, 0, 1))
-    )
+    def batches(seed: int) -> list[torch.Tensor]:
+        torch.manual_seed(seed)
+        loader = made(tree, seed=seed, num_workers=workers).train_dataloader()
+        return [batch["pixel_values"] for _ in range(2) for batch in loader]
+
+    first, again, other = batches(0), batches(0), batches(1)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], first[1])  # another epoch, another augmentation
     assert not torch.equal(first[0], other[0])
 
 
-def test_evaluation_is_not_augmented(tree: Path) -> None:
+def test_only_training_is_augmented(tree: Path) -> None:
     data = made(tree)
-    assert torch.equal(data.splits["val"][0]["pixel_values"], data.splits["val"][0]["pixel_values"])
-    assert not torch.equal(data.splits["train"][0]["pixel_values"], data.splits["train"][0]["pixel_values"])
-
-
-def test_worker_settings_reach_the_loader(tree: Path) -> None:
-    loader = made(tree, num_workers=1, persistent_workers=True, batch_size=5).train_dataloader()
-    assert (loader.num_workers, loader.persistent_workers, loader.batch_size) == (1, True, 5)
-    assert not made(tree, num_workers=0, persistent_workers=True).train_dataloader().persistent_workers
+    for split, same in (("val", True), ("test", True), ("train", False)):
+        once, again = ([data.splits[split][i]["pixel_values"] for i in range(3)] for _ in range(2))
+        assert torch.equal(torch.stack(once), torch.stack(again)) == same
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
@@ -107,13 +104,15 @@ def test_unreadable_images_are_counted_named_and_left_out(tree: Path, damage: st
         (tree / name).write_bytes({"cut": content[: len(content) // 2], "text": b"no image", "empty": b""}[damage])
     with pytest.warns(UserWarning, match=r"2 of 30 images cannot be read and are left out: cat/3.png, dog/1.png$"):
         data = made(tree)
-    assert sum(len(names(data, split)) for split in data.splits) == 28
+    assert sum(sizes(data).values()) == 28
     assert len(list(data.train_dataloader())) == 1
 
 
-def test_image_damaged_later_is_left_out_of_its_batch(tree: Path) -> None:
-    data = made(tree, verify="header")
-    (tree / names(data, "val")[0]).write_bytes(b"no image")
+def test_image_cut_short_is_left_out_of_its_batch_where_none_are_checked_before(tree: Path) -> None:
+    for name in files(made(tree), "val")[:1]:
+        (tree / name).write_bytes((tree / name).read_bytes()[:300])
+    data = made(tree, verify=False)
+    assert sum(sizes(data).values()) == 30
     with pytest.warns(UserWarning, match="left out of its batch"):
         batch = next(iter(data.val_dataloader()[0]))
     assert len(batch["labels"]) == 2
@@ -123,12 +122,15 @@ def test_cameras_orientation_is_respected(tree: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     image = Image.open(tree / "cat/0.png")
-    upright = np.asarray(image).copy()
+    turned = image.transpose(Image.Transpose.ROTATE_180)
     image.save(tree / "cat/0.png", exif=exif)
     data = made(tree, val_fraction=0, test_fraction=0, min_crop=1, horizontal_flip=0)
-    pixels = data.splits["train"][names(data, "train").index("cat/0.png")]["pixel_values"]
-    Image.fromarray(upright[::-1, ::-1].copy()).save(tree / "cat/0.png")
-    torch.testing.assert_close(data.splits["train"][names(data, "train").index("cat/0.png")]["pixel_values"], pixels)
+    turned.save(tree / "upright.png")
+    part = data.splits["train"]
+    assert isinstance(part, ImageDataset)
+    pixels = part[files(data, "train").index("cat/0.png")]
+    assert pixels is not None
+    torch.testing.assert_close(pixels["pixel_values"], part.transform(Image.open(tree / "upright.png")))
 
 
 def one_class(folder: Path) -> None:
@@ -139,10 +141,6 @@ def no_images(folder: Path) -> None:
     (folder / "cat").mkdir()
     (folder / "dog").mkdir()
     (folder / "dog" / "notes.txt").touch()
-
-
-def no_folders(folder: Path) -> None:
-    (folder / "cat.png").touch()
 
 
 def all_damaged(folder: Path) -> None:
@@ -168,9 +166,9 @@ def no_train(folder: Path) -> None:
     write_images(folder / "test" / "cat", 1)
 
 
-def two_val(folder: Path) -> None:
-    for name in ("train", "val", "valid"):
-        write_images(folder / name / "cat", 1)
+def too_few_to_split(folder: Path) -> None:
+    write_images(folder / "cat", 2)
+    write_images(folder / "dog", 2)
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be read:UserWarning")
@@ -178,18 +176,17 @@ def two_val(folder: Path) -> None:
     ("make", "message"),
     [
         (one_class, "only one class, cat; classification needs two"),
-        (no_images, "no images in class folders"),
-        (no_folders, "no images in class folders"),
+        (no_images, "no images found"),
         (all_damaged, "train: none of its 2 images can be read"),
         (one_class_damaged, "train: no readable image of dog"),
-        (unknown_class_in_test, r"classes \['bird'\] have no images in"),
+        (unknown_class_in_test, "train: no readable image of bird"),
         (no_train, "has test, val but no train folder"),
-        (two_val, "val and valid both stand for val"),
+        (too_few_to_split, "test_fraction=0.1 of 4 images: .*; raise it, or set it to 0"),
     ],
 )
 def test_impossible_folder_is_one_clear_line(tmp_path: Path, make: object, message: str) -> None:
     make(tmp_path)  # type: ignore[operator]
-    with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
+    with pytest.raises((ValueError, OSError), match=rf"^[^\n]*{message}[^\n]*$"):
         made(tmp_path)
 
 
@@ -208,37 +205,55 @@ def table(labels: list[object], names: list[str] | None = None) -> datasets.Data
 
 
 def test_saved_data_set_with_class_labels(tmp_path: Path) -> None:
-    both = {"train": table([0, 1] * 5, ["dog", "cat"]), "validation": table([1], ["dog", "cat"])}
+    both = {"train": table([0, 1] * 10, ["dog", "cat"]), "validation": table([1], ["dog", "cat"])}
     datasets.DatasetDict(both).save_to_disk(tmp_path / "d")
     data = made(tmp_path / "d", test_fraction=0.2)
-    assert (data.class_names, {split: len(names(data, split)) for split in data.splits}) == (
-        ["dog", "cat"],
-        {"train": 8, "test": 2, "val": 1},
-    )
-    assert next(iter(data.train_dataloader()))["pixel_values"].shape == (8, 3, 8, 8)
+    assert (data.class_names, sizes(data)) == (["dog", "cat"], {"train": 16, "val": 1, "test": 4})
+    assert next(iter(data.train_dataloader()))["pixel_values"].shape == (16, 3, 8, 8)
 
 
-def test_saved_data_set_with_names(tmp_path: Path) -> None:
-    table(["x", "y"] * 5).save_to_disk(tmp_path / "d")
-    assert made(tmp_path / "d").class_names == ["x", "y"]
+def test_saved_data_set_with_names_and_other_columns(tmp_path: Path) -> None:
+    renamed = table(["x", "y"] * 10).rename_columns({"image": "img", "label": "kind"})
+    renamed.save_to_disk(tmp_path / "d")
+    data = made(tmp_path / "d", image_column="img", label_column="kind")
+    assert (data.class_names, sizes(data)) == (["x", "y"], {"train": 16, "test": 2, "val": 2})
+    with pytest.raises(ValueError, match=r"no column 'image' among \['img', 'kind'\]"):
+        made(tmp_path / "d")
 
 
-def test_data_set_without_the_column_is_refused(tmp_path: Path) -> None:
-    table(["x", "y"]).save_to_disk(tmp_path / "d")
-    with pytest.raises(ValueError, match=r"no column 'img' among \['image', 'label'\]"):
-        made(tmp_path / "d", image_column="img")
+def test_empty_cells_are_left_out(tmp_path: Path) -> None:
+    filled = table(["x", "y"] * 10)
+    columns = {"image": [None, *filled["image"][1:]], "label": filled["label"]}
+    datasets.Dataset.from_dict(columns, features=filled.features).save_to_disk(tmp_path / "d")
+    with pytest.warns(UserWarning, match=r"1 of 20 images cannot be read and are left out: row 0$"):
+        made(tmp_path / "d")
 
 
-def test_missing_datasets_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table(["x", "y"]).save_to_disk(tmp_path / "d")
+def test_missing_datasets_names_the_extra(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning_oft\[data\]'$"):
-        made(tmp_path / "d")
+        made(tree)
 
 
 def test_classes_are_numbered_as_the_model_numbers_them(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text('{"model_type": "vit", "label2id": {"dog": 0, "cat": 1}}')
-    data = made(tree, pretrained=str(folder))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "vit", "label2id": {"dog": 0, "cat": 1}, "id2label": {0: "dog", 1: "cat"}})
+    )
+    with pytest.warns(UserWarning, match="no image processor"):
+        data = made(tree, pretrained=str(folder))
     assert data.class_names == ["dog", "cat"]
     assert sum(int(data.splits["train"][i]["labels"]) for i in range(24)) == 16
+
+
+@pytest.mark.parametrize("arguments", [{"val_fraction": 1.0}, {"val_fraction": 0.5, "test_fraction": 0.5}])
+def test_fractions_leave_a_training_set(arguments: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="leave a training set"):
+        ImageDataModule("anywhere", **arguments)  # type: ignore[arg-type]
+
+
+def test_processor_of_the_run_is_written_beside_an_export(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    (companion,) = made(tree, channels=1).companions()
+    companion.save_pretrained(folder := tmp_path_factory.mktemp("export"))
+    again: Any = AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+    assert again(Image.new("L", (20, 20)), return_tensors="pt")["pixel_values"].shape == (1, 1, 8, 8)

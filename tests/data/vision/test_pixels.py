@@ -1,120 +1,113 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor
 
-from lightning_oft.data.vision.pixels import Augmentation, PixelFormat, centre_box, jitter, pixel_format, to_tensor
-
-GREY = PixelFormat(8, 8, 1, (0.5,), (0.5,))
+from lightning_oft.data.vision.pixels import ImageTransform, image_transform, random_box
 
 
-def picture(width: int = 12, height: int = 8, mode: str = "RGB") -> Image.Image:
+def picture(width: int = 48, height: int = 36, mode: str = "RGB") -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def checkpoint(folder: Path, **processor: object) -> str:
-    (folder / "config.json").write_text('{"model_type": "vit", "image_size": 32, "num_channels": 3}')
+def checkpoint(folder: Path, model_type: str = "vit", **processor: object) -> str:
+    config = {"model_type": model_type, "image_size": 32, "num_channels": 3}
+    (folder / "config.json").write_text(json.dumps(config))
     if processor:
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return str(folder)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I", "F"])
-def test_every_mode_becomes_the_models_channels(mode: str, channels: int) -> None:
-    pixels = to_tensor(picture(mode=mode), PixelFormat(6, 5, channels))  # type: ignore[arg-type]
-    assert pixels.shape == (channels, 6, 5)
+VIT = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.25, 0.2]}
+CLIP = {
+    "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 20}, "do_center_crop": True,
+    "crop_size": {"height": 16, "width": 16},
+}  # fmt: skip
+CONVNEXT = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 16}, "crop_pct": 0.875}
+
+
+@pytest.mark.parametrize("settings", [{**VIT, "size": {"height": 16, "width": 24}}, CLIP, CONVNEXT])
+def test_pixels_are_the_models_processors(tmp_path: Path, settings: dict[str, Any]) -> None:
+    path = checkpoint(tmp_path, **settings)
+    processor: Any = AutoImageProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
+    expected = processor(picture(), return_tensors="pt")["pixel_values"][0]
+    pixels = image_transform(path)(picture())
     assert pixels.dtype == torch.float32
-    assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
+    torch.testing.assert_close(pixels, expected)
 
 
-def test_sixteen_bit_grey_keeps_its_shades() -> None:
+@pytest.mark.parametrize("settings", [{**VIT, "size": {"height": 16, "width": 24}}, CLIP, CONVNEXT])
+def test_what_is_given_by_hand_goes_first(tmp_path: Path, settings: dict[str, Any]) -> None:
+    transform = image_transform(checkpoint(tmp_path, **settings), image_size=20, channels=1)
+    assert transform(picture()).shape == (1, 20, 20)
+
+
+def test_model_without_a_processor_gets_its_own_image_size(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"no image processor \(.*\); using 32x32 pixels, mean and std 0.5$"):
+        transform = image_transform(checkpoint(tmp_path))
+    assert transform(picture()).shape == (3, 32, 32)
+
+
+def test_without_a_model_values_lie_around_zero() -> None:
+    transform = image_transform(None, 8, 1)
+    black_and_white = [float(transform(Image.new("L", (8, 8), value)).mean()) for value in (0, 255)]
+    assert black_and_white == pytest.approx([-1, 1])
+
+
+def test_normalisation_of_three_channels_is_averaged_for_grayscale(tmp_path: Path) -> None:
+    processor = image_transform(checkpoint(tmp_path, **VIT), channels=1).processor
+    assert list(processor.image_mean) == pytest.approx([0.2])
+
+
+def test_processor_of_images_of_different_sizes_is_refused(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, **{**CLIP, "do_center_crop": False})
+    with pytest.raises(ValueError, match="makes images of different sizes; set image_size"):
+        image_transform(path)
+
+
+def test_missing_model_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"^[^\n]*no image model found \([^\n]*\); give a folder or a hub id$"):
+        image_transform(str(tmp_path))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I", "F"])
+def test_every_mode_becomes_the_models_channels(mode: str, channels: int) -> None:
+    assert image_transform(None, 6, channels)(picture(mode=mode)).shape == (channels, 6, 6)
+
+
+def test_sixteen_bit_grayscale_keeps_its_shades() -> None:
     image = Image.fromarray(np.full((8, 8), 0x8000, dtype=np.uint16))
-    torch.testing.assert_close(to_tensor(image, GREY), torch.full((1, 8, 8), 128 / 255))
+    assert torch.allclose(image_transform(None, 8, 1)(image), torch.tensor((128 / 255 - 0.5) / 0.5), atol=1e-6)
 
 
-def test_values_and_orientation_are_the_images() -> None:
-    pixels_hwc = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    expected = torch.tensor(pixels_hwc).permute(2, 0, 1) / 255
-    torch.testing.assert_close(to_tensor(Image.fromarray(pixels_hwc), PixelFormat(8, 8)), expected)
+def test_flip_and_crop_happen_at_their_probability() -> None:
+    plain = image_transform(None, 8)
+    image = picture(8, 8)
+    flipped = ImageTransform(plain.processor, horizontal_flip=1.0)(image)
+    torch.testing.assert_close(flipped, plain(image).flip(-1))
+    random = ImageTransform(plain.processor, horizontal_flip=0.5, min_crop=0.5)
+    assert len({float(random(image).sum()) for _ in range(5)}) > 1
+    state = torch.get_rng_state()
+    plain(image)
+    assert torch.equal(state, torch.get_rng_state())  # evaluation draws nothing
 
 
-@pytest.mark.parametrize(
-    ("processor", "expected"),
-    [
-        ({"size": 16}, (16, 16, None)),
-        ({"size": {"height": 16, "width": 24}}, (16, 24, None)),
-        ({"size": 16, "do_center_crop": True, "crop_size": 12}, (12, 12, 0.75)),
-        (
-            {"size": {"shortest_edge": 16}, "do_center_crop": True, "crop_size": {"height": 12, "width": 12}},
-            (12, 12, 0.75),
-        ),
-        ({"size": {"shortest_edge": 16}}, (16, 16, 1.0)),
-        ({"size": {"shortest_edge": 16}, "crop_pct": 0.875}, (16, 16, 0.875)),
-        ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, (384, 384, 1.0)),
-        ({}, (32, 32, None)),
-    ],
-)
-def test_size_is_read_in_every_spelling(
-    tmp_path: Path, processor: dict[str, object], expected: tuple[int, int, float | None]
-) -> None:
-    form = pixel_format(checkpoint(tmp_path, **processor))
-    assert (form.height, form.width, form.crop) == expected
+@pytest.mark.parametrize(("width", "height"), [(40, 20), (1, 3)])
+def test_random_box_lies_inside(width: int, height: int) -> None:
+    for _ in range(50):
+        left, upper, right, lower = random_box(width, height, 0.3)
+        assert 0 <= left < right <= width
+        assert 0 <= upper < lower <= height
 
 
-def test_normalisation_is_the_models(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, size=8, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.25, 0.2])
-    normal = pixel_format(path).normalize(torch.ones(3, 8, 8))
-    torch.testing.assert_close(normal[:, 0, 0], torch.tensor([1.8, 3.2, 3.5]))
-    assert pixel_format(path, channels=1).mean == pytest.approx((0.2,))
-
-
-def test_what_is_given_by_hand_goes_first(tmp_path: Path) -> None:
-    form = pixel_format(checkpoint(tmp_path, size=16), image_size=20, channels=1)
-    assert (form.height, form.width, form.channels) == (20, 20, 1)
-
-
-def test_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"^[^\n]*no config.json there[^\n]*$"):
-        pixel_format(str(tmp_path))
-
-
-def test_centre_box_keeps_the_aspect_ratio() -> None:
-    assert centre_box(40, 20, PixelFormat(8, 8, crop=0.5)) == (15.0, 5.0, 25.0, 15.0)
-    assert centre_box(40, 20, PixelFormat(8, 8)) == (0.0, 0.0, 40.0, 20.0)
-
-
-def test_augmentation_repeats_with_its_generator() -> None:
-    augment = Augmentation(0.5, 0.3, 0.4)
-    first = [augment(picture(), PixelFormat(8, 8), g) for g in [generator()] for _ in range(4)]
-    again = [augment(picture(), PixelFormat(8, 8), g) for g in [generator()] for _ in range(4)]
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0], first[1])
-
-
-def test_augmentation_turned_off_is_evaluation() -> None:
-    plain = to_tensor(picture(), PixelFormat(8, 8))
-    assert torch.equal(Augmentation(0.0, 1.0, 0.0)(picture(), PixelFormat(8, 8), generator()), plain)
-    assert torch.equal(Augmentation(1.0, 1.0, 0.0)(picture(), PixelFormat(8, 8), generator()), plain.flip(-1))
-
-
-def test_jitter_by_one_changes_nothing_and_stays_in_range() -> None:
-    pixels = to_tensor(picture(), PixelFormat(8, 8))
-    torch.testing.assert_close(jitter(pixels, 1, 1, 1), pixels)
-    strong = jitter(pixels, 1.9, 1.9, 1.9)
-    assert 0 <= float(strong.min()) <= float(strong.max()) <= 1
-    torch.testing.assert_close(jitter(pixels, 1, 1, 0).std(0), torch.zeros(8, 8))
-
-
-@pytest.mark.parametrize("values", [(1.5, 0.6, 0.0), (0.5, 0.0, 0.0), (0.5, 0.6, 1.0)])
-def test_augmentation_out_of_range_is_refused(values: tuple[float, float, float]) -> None:
-    with pytest.raises(ValueError, match="need horizontal_flip in"):
-        Augmentation(*values)
+@pytest.mark.parametrize("arguments", [{"horizontal_flip": 1.5}, {"min_crop": 0.0}, {"channels": 2}])
+def test_impossible_arguments_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must lie in"):
+        ImageTransform(None, **arguments)

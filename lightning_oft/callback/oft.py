@@ -1,0 +1,255 @@
+"""OFTFinetuning: when each thing happens in a Lightning run. What happens is on the floors below.
+
+Measured order (lightning 2.6): callback.setup, module.setup, configure_model, restore, optimizers, on_fit_start, ...,
+on_train_end, strategy.teardown, on_fit_end, teardown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from typing_extensions import override
+
+from lightning_oft.callback import checkpoint_hooks, checks, report
+from lightning_oft.callback.run import Run
+from lightning_oft.callback.strategies.base import strategy_adapter
+from lightning_oft.config import OFTConfig
+from lightning_oft.model.fingerprint import refresh_fingerprints
+from lightning_oft.model.freezing import freeze, unfreeze_merged
+from lightning_oft.model.injection import carry_out, unload
+from lightning_oft.model.merging import unmerge
+from lightning_oft.model.plan import plan_injection
+from lightning_oft.model.targets import find_targets
+from lightning_oft.model.traversal import Modules, adapted, adapter_names, merged_layers, walk
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class OFTFinetuning(Callback):
+    """Finetune a LightningModule by learned rotations of its frozen weights.
+
+    Injects the rotations when a run is set up, freezes everything else, projects constrained rotations into their ball
+    after every optimizer step (COFT), writes checkpoints of the adapter alone, and merges the rotations into the
+    weights when the fit ends, so that the model is a plain one again. A later validate, test, predict or fit takes
+    the merge back for as long as it runs.
+
+    Put it before weight-averaging callbacks. Generators should not decay towards the identity: give them to an
+    optimizer group without weight decay.
+
+    Args:
+        enabled: false runs the same task without OFT.
+        module: dotted path, below the LightningModule, of the part to adapt; all of it by default. What lies outside is
+            frozen too.
+        adapter_name: name of this set of rotations.
+        pretrained_adapter: directory of an adapter (this library's or PEFT's) to start from; its file decides which
+            layers are adapted and how.
+        merge_on_fit_end: fold the rotations into the weights when the fit ends.
+        keep_base: keep a CPU copy of the adapted weights to take the merge back to the bit: "auto" up to 8 GiB a
+            process, "always" or "never".
+        save_adapter_only: leave the frozen base out of checkpoints.
+        export_dir: where to write, when the fit ends, `adapter/` (PEFT's format) and `merged/` (a plain model).
+        export_from: what to export: the "last" state of the fit or ModelCheckpoint's "best".
+        **config: the fields of OFTConfig.
+
+    Raises:
+        TypeError: an argument is of a wrong type, or there is no such option.
+        ValueError: a field has a wrong value; names the field.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        module: str | None = None,
+        adapter_name: str = "default",
+        pretrained_adapter: str | None = None,
+        merge_on_fit_end: bool = True,
+        keep_base: Literal["auto", "always", "never"] = "auto",
+        save_adapter_only: bool = True,
+        export_dir: str | None = None,
+        export_from: Literal["last", "best"] = "last",
+        **config: Any,
+    ) -> None:
+        super().__init__()
+        self.enabled = enabled
+        self.module = module
+        self.adapter_name = adapter_name
+        self.pretrained_adapter = pretrained_adapter
+        self.merge_on_fit_end = merge_on_fit_end
+        self.keep_base = keep_base
+        self.save_adapter_only = save_adapter_only
+        self.export_dir = export_dir
+        self.export_from = export_from
+        checks.check_arguments(config, vars(self))
+        self.config = OFTConfig(**config)
+        self._run: Run | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Two of these callbacks may adapt two parts of one model."""
+        return self._generate_state_key(module=self.module, adapter_name=self.adapter_name)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when a run begins: takes an earlier merge back, and injects where the model is already built."""
+        if not self.enabled:
+            return
+        self._forget_run()  # one that failed, and whose other callbacks failed at that
+        checks.check_callbacks(trainer, self, stage)
+        modules = walk(pl_module)
+        run = self._run = Run(strategy_adapter(trainer), not adapter_names(modules), list(merged_layers(modules)))
+        run.strategy.before_inject(pl_module)
+        run.strategy.prepare_checkpoints(pl_module, checkpoint_hooks.writes_adapter_only(trainer), run.undo)
+        if run.was_merged:
+            unmerge(pl_module)
+        if run.strategy.injects_early():
+            self._inject(run, pl_module, built=False)
+        checkpoint_hooks.after_configure_model(pl_module, self._inject_built)
+        checkpoint_hooks.add_checkpoint_hooks(pl_module)
+        run.trainable = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+
+    def _inject_built(self, pl_module: nn.Module) -> None:
+        """Inject into what the module's own setup and configure_model have built since, and into nothing but that: what
+        another callback's setup has frozen or unfrozen since ours is as we left it."""
+        run = self._run
+        assert run is not None
+        for parameter in run.trainable:
+            parameter.requires_grad_(True)
+        run.trainable = []
+        self._inject(run, pl_module, built=True)
+        checks.ignore_eval_warning(walk(pl_module))
+
+    def _inject(self, run: Run, pl_module: nn.Module, built: bool) -> None:
+        everything = walk(pl_module)
+        if self.module and not built and self.module not in everything:
+            return
+        root = checks.submodule(everything, self.module)
+        modules = walk(root)
+        if self.pretrained_adapter is None:
+            carry_out(modules, plan_injection(modules, self.config, self.adapter_name, strict=built))
+        elif self.adapter_name not in adapter_names(modules) and (
+            built or find_targets(modules, self.config, strict=False)
+        ):
+            from lightning_oft.formats import load_adapter
+
+            load_adapter(root, self.pretrained_adapter, self.adapter_name)
+        run.strategy.after_inject(root)
+        run.layers = self._layers(modules)
+        freeze(everything)
+
+    def _layers(self, modules: Modules) -> list[str]:
+        return [name for name, _, state in adapted(modules) if self.adapter_name in state.configs]
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when the fit begins: the model is built, restored and wrapped, the optimizers exist."""
+        if (run := self._run) is None:
+            return
+        modules = walk(checks.submodule(walk(pl_module), self.module))
+        checks.check_layers(run.layers, self._layers(modules))
+        rotations = checks.trainable_rotations(modules, self.adapter_name)
+        checks.check_optimizers(run.strategy.optimized(), rotations)
+        run.steps = run.strategy.watch_steps(rotations, run.undo)
+        run.exporter = self._exporter(run, pl_module)
+        checks.check_averages(trainer, pl_module)
+        checkpoint_hooks.retrain(pl_module, run.unfrozen)
+        rank_zero_info(report.start_line(self.adapter_name, len(run.layers), rotations, pl_module))
+        report.warn_about_constraint(rotations)
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"oft": dataclasses.asdict(self.config)})
+
+    def _exporter(self, run: Run, pl_module: nn.Module) -> Any:
+        """What writes the fit's results; None where nobody asked for them."""
+        if self.export_dir is None:
+            return None
+        from lightning_oft.callback.export import Exporter
+
+        return Exporter(self, run.strategy, pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Called before each batch: from the first on, what is trained is kept, however the fit ends."""
+        if self._run is not None:
+            self._run.has_begun = True
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when an epoch ends: says so once if a truncated series has left its tolerance."""
+        if self._run is not None and self._run.steps is not None:
+            self._run.steps.check_series()
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when the fit has ended, after all checkpoints and averages: exports and merges."""
+        if (run := self._run) is None:
+            return
+        run.undo.close()
+        run.strategy.reshard(pl_module)
+        root = checks.submodule(walk(pl_module), self.module)
+        written = run.exporter.write_unmerged() if run.exporter is not None else {}
+        waiting = [name for name, _, state in adapted(walk(root)) if state.merged is None]
+        if self.merge_on_fit_end and waiting:  # another callback may have merged all of it already
+            self._merge(run, pl_module, root, waiting)
+        if run.exporter is not None:
+            written |= run.exporter.write_merged()
+        rank_zero_info(report.end_line(self.adapter_name, walk(root), written))
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called when a checkpoint has been loaded: recognises a new base, and what another callback had unfrozen."""
+        if self._run is None:
+            return
+        from lightning_oft.formats.checkpoint import ENTRY
+
+        entry = checkpoint.get(ENTRY, {})
+        if "state_dict" in checkpoint and not entry.get("adapter_only"):  # FSDP takes it out, and loads no other base
+            refresh_fingerprints(walk(pl_module))
+        self._run.unfrozen = list(entry.get("unfrozen", ()))
+        if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start is over by then
+            checkpoint_hooks.retrain(pl_module, self._run.unfrozen)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Called when a run fails or is interrupted: nothing stays registered, and a fit that has begun merges nothing.
+        What failed before that leaves the model as it was, without rotations or merged."""
+        if (run := self._run) is not None:
+            begun = trainer.state.fn == "fit" and run.has_begun
+            if begun or trainer.world_size > 1:  # a process that failed alone must not wait for others
+                run.was_merged = []
+            if run.was_plain and not begun:
+                with contextlib.suppress(RuntimeError):  # inside disable_adapters, which is about to be left
+                    unload(pl_module)
+                checkpoint_hooks.drop_checkpoint_hooks(pl_module)
+        self.teardown(trainer, pl_module, "")
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when a run ends: a merge that setup took back is made again."""
+        pl_module.__dict__.pop("configure_model", None)  # ours, where nobody has called it
+        if (run := self._run) is None:
+            return
+        self._forget_run()
+        modules = walk(pl_module)
+        if run.was_merged and adapter_names(modules) and not merged_layers(modules):
+            self._merge(run, pl_module, pl_module, run.was_merged)
+
+    def _forget_run(self) -> None:
+        if self._run is not None:
+            self._run.undo.close()
+        self._run = None
+
+    def _merge(self, run: Run, pl_module: nn.Module, root: nn.Module, only: list[str]) -> None:
+        """Merge layers of a part; once all parts are merged, the model trains like any other."""
+        run.strategy.merge(root, self.keep_base, only)
+        modules = walk(pl_module)
+        if all(state.merged is not None for _, _, state in adapted(modules)):
+            unfreeze_merged(modules)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_run": None}

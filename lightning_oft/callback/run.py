@@ -1,0 +1,28 @@
+"""What OFTFinetuning remembers of one run of the Trainer."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lightning_oft.callback.strategies.base import StrategyAdapter
+from lightning_oft.callback.strategies.steps import Steps
+
+
+@dataclass
+class Run:
+    """One fit, validation, test or prediction, from setup to teardown."""
+
+    strategy: StrategyAdapter
+    was_plain: bool  # whether the model had no adapter when the run began
+    was_merged: list[str]  # the layers whose merge the run took back, and makes again at its end
+    layers: list[str] = field(default_factory=list)  # what the callback has injected into, relative to its module
+    trainable: list[nn.Parameter] = field(default_factory=list)  # what trained before configure_model
+    unfrozen: list[str] = field(default_factory=list)  # what trained, of the base, in the loaded checkpoint
+    has_begun: bool = False  # whether a batch of training has started: what is trained is kept from then on
+    steps: Steps | None = None  # acts after every optimizer step
+    exporter: Any = None  # writes the fit's results, where anybody asked for them
+    undo: ExitStack = field(default_factory=ExitStack)  # takes away whatever the run has registered

@@ -1,0 +1,77 @@
+"""DeepSpeed stages 1 and 2: parameters are whole everywhere, what the optimizer trains is a float32 copy in parts.
+
+Its optimizers step on those parts and then write the parameters, so no hook of an optimizer comes late enough, and a
+parameter changed by itself would be overwritten at the next step.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_oft import functional
+from lightning_oft.callback import checks
+from lightning_oft.callback.strategies.base import StrategyAdapter
+from lightning_oft.callback.strategies.steps import Steps
+from lightning_oft.layers.rotation import Rotation
+
+
+class _EngineSteps(Steps):
+    """Acts after every step of DeepSpeed's engine, which counts those that were real."""
+
+    def __init__(self, engine: Any, rotations: dict[str, Rotation], undo: ExitStack) -> None:
+        super().__init__([], rotations, undo)
+        self._engine, self._idle = engine, set(rotations)
+        for name, rotation in rotations.items():
+            hook: Any = rotation.weight.register_hook
+            undo.callback(hook(lambda _, name=name: self._idle.discard(name)).remove)
+        engine.step = self._step
+        undo.callback(engine.__dict__.pop, "step", None)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        before = self._engine.global_steps
+        result = type(self._engine).step(self._engine, *args, **kwargs)
+        if self._engine.global_steps != before:
+            checks.refuse_idle([name for name in self._rotations if name in self._idle])
+            self.stepped(self._rotations)
+        return result
+
+    @override
+    @torch.no_grad()
+    def project(self, rotation: Rotation) -> None:
+        """Project the float32 copy that the optimizer trains too; on all processes."""
+        if rotation.radius is None or not bool((functional.frobenius_norm(rotation.weight) > rotation.radius).any()):
+            return
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        whole = safe_get_full_fp32_param(rotation.weight)
+        functional.project(whole, rotation.radius)
+        safe_set_full_fp32_param(rotation.weight, whole)
+        rotation.weight.copy_(whole)
+
+
+class DeepSpeedAdapter(StrategyAdapter):
+    """DeepSpeed stages 1 and 2."""
+
+    adapter_only = False
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        if trainer.strategy.zero_stage_3:
+            raise ValueError(
+                "OFTFinetuning does not support DeepSpeed stage 3, which partitions the weights that a merge folds: "
+                "use stage 1 or 2, or ModelParallelStrategy (FSDP2)"
+            )
+
+    @override
+    def optimized(self) -> list[Tensor]:
+        groups = [group for optimizer in self.trainer.optimizers for group in getattr(optimizer, "bit16_groups", ())]
+        return super().optimized() + [tensor for group in groups for tensor in group]
+
+    @override
+    def watch_steps(self, rotations: dict[str, Rotation], undo: ExitStack) -> Steps:
+        return _EngineSteps(self.trainer.strategy.model, rotations, undo)

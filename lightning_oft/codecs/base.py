@@ -1,0 +1,72 @@
+"""Codec: how one storage of a weight is read (to floating point) and written, and the table in which it is looked up.
+
+Nothing here knows of rotations. A codec is asked about a module and the name of one of its parameters, because some
+storages spread a weight over several tensors of the module.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Change = Callable[[Tensor, slice], Tensor]
+"""From some rows of a weight, and the columns that they are cut to, to the same rows, changed."""
+
+
+class Codec(ABC):
+    """One storage of a weight: a subclass needs `matches`, `read` and `write`."""
+
+    is_exact = True
+    """Whether what is written is read again as it was; of a quantized storage it is not."""
+
+    @abstractmethod
+    def matches(self, module: nn.Module, parameter: str) -> bool:
+        """Whether a module stores this parameter in this way."""
+
+    @abstractmethod
+    def read(self, module: nn.Module, parameter: str) -> Tensor:
+        """The values in floating point, as far as this process holds them; they may share the parameter's memory."""
+
+    @abstractmethod
+    def write(self, module: nn.Module, parameter: str, values: Tensor) -> None:
+        """Store new values of the shape and dtype that `read` gave."""
+
+    def changed(self, module: nn.Module, parameter: str, row_dim: int, step: int, change: Change) -> Tensor:
+        """What `write` takes after a row-wise change. Rows are counted by `row_dim`: of a linear layer 0, of
+        transformers' Conv1D 1; `step` columns must stay together, in a storage that is cut along them."""
+        return change(self.read(module, parameter), slice(None))
+
+    def keep(self, module: nn.Module, parameter: str) -> Any:
+        """What `restore` needs to bring the values of now back to the bit, on the CPU."""
+        return self.read(module, parameter).detach().to("cpu", copy=True)
+
+    def restore(self, module: nn.Module, parameter: str, kept: Any) -> None:
+        """Store what `keep` returned."""
+        values = self.read(module, parameter)
+        self.write(module, parameter, kept.to(device=values.device, dtype=values.dtype))
+
+
+_codecs: OrderedDict[int, Codec] = OrderedDict()
+
+
+def register_codec(codec: Codec) -> RemovableHandle:
+    """Add a storage; the last one registered is asked first. Returns a handle whose `remove()` undoes it."""
+    handle = RemovableHandle(_codecs)
+    _codecs[handle.id] = codec
+    return handle
+
+
+def codec_of(module: nn.Module, parameter: str) -> Codec | None:
+    """The codec of a module's parameter; None where its storage is not known, as of packed weights of other packages."""
+    return next((codec for codec in reversed(_codecs.values()) if codec.matches(module, parameter)), None)
+
+
+def parameter_of(module: nn.Module, parameter: str) -> nn.Parameter | None:
+    """The parameter of a dotted name below a module; None where the module keeps no parameter of this name."""
+    owner, _, key = parameter.rpartition(".")
+    return module.get_submodule(owner)._parameters.get(key)

@@ -1,0 +1,99 @@
+"""Tensors of which a process holds a part (DTensor: FSDP2 and tensor parallel), worked on part by part.
+
+A rotation turns each row of a weight by itself, so a process folds the rows that it owns. Of a weight that is cut along
+the fan-in a process folds the blocks that it owns, and where the cut goes through a block the weight is cut along its
+rows first. No process holds a whole weight for it, where the backend has an all-to-all (gloo on CPUs has none).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_oft.codecs.base import Change, Codec, parameter_of, register_codec
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor; asked without importing torch.distributed."""
+    return hasattr(tensor, "to_local")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor; a collective call where it is sharded. For generators, never for base weights."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def cut_like(values: Tensor, tensor: Tensor) -> Tensor:
+    """What this process holds of whole values that are cut as a tensor is."""
+    if not is_sharded(tensor) or is_sharded(values):
+        return local_part(values)
+    from torch.distributed.tensor import distribute_tensor
+
+    model: Any = tensor
+    return local_part(distribute_tensor(values.to(tensor.device), model.device_mesh, model.placements))
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what FSDP2 has gathered for a forward and kept, so that parameters are shards again."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()
+
+
+class DTensorCodec(Codec):
+    """A parameter that is a DTensor of floating-point numbers."""
+
+    @override
+    def matches(self, module: nn.Module, parameter: str) -> bool:
+        weight = parameter_of(module, parameter)
+        return weight is not None and is_sharded(weight) and type(local_part(weight.data)) is Tensor
+
+    @override
+    def read(self, module: nn.Module, parameter: str) -> Tensor:
+        return local_part(module.get_parameter(parameter).detach())
+
+    @override
+    def write(self, module: nn.Module, parameter: str, values: Tensor) -> None:
+        self.read(module, parameter).copy_(values)
+
+    @override
+    def changed(self, module: nn.Module, parameter: str, row_dim: int, step: int, change: Change) -> Tensor:
+        weight: Any = module.get_parameter(parameter).detach()
+        mine: Tensor = weight.to_local()
+        across = [dim for dim, place in enumerate(weight.placements) if getattr(place, "dim", row_dim) != row_dim]
+        columns = slice(None) if not across else _whole_blocks(weight, across, step)
+        if columns is not None:
+            return change(mine, columns) if mine.numel() else mine
+        from torch.distributed.tensor import DTensor, Shard
+
+        by_rows = [Shard(row_dim) if dim in across else place for dim, place in enumerate(weight.placements)]
+        rows = weight.redistribute(placements=by_rows)
+        local = rows.to_local()
+        changed = change(local, slice(None)) if local.numel() else local
+        again = DTensor.from_local(
+            changed, rows.device_mesh, by_rows, run_check=False, shape=rows.shape, stride=rows.stride()
+        )
+        return again.redistribute(placements=weight.placements).to_local()
+
+
+def _whole_blocks(weight: Any, across: list[int], step: int) -> slice | None:
+    """The columns of this process, where every cut along the fan-in is between blocks of `step`; else None."""
+    if len(across) > 1 or weight.dim() != 2:
+        return None
+    parts, size = weight.device_mesh.size(across[0]), weight.shape[weight.placements[across[0]].dim]
+    width = -(-size // parts)  # torch cuts into equal parts; the last ones may be smaller or empty
+    if width % step:
+        return None
+    first = weight.device_mesh.get_local_rank(across[0]) * width
+    return slice(first, min(first + width, size))
+
+
+register_codec(DTensorCodec())

@@ -1,0 +1,14 @@
+"""Floor 3: an AdapterState to and from files, and merged models on disk."""
+
+from lightning_oft.formats.adapters import (
+    Format,
+    load_adapter,
+    read_adapter,
+    read_adapters,
+    register_format,
+    save_adapter,
+)
+from lightning_oft.formats.errors import AdapterFileError
+
+__all__ = ["AdapterFileError", "Format", "load_adapter", "read_adapter", "read_adapters", "register_format",
+           "save_adapter"]  # fmt: skip

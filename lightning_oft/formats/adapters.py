@@ -1,0 +1,126 @@
+"""The table of file formats, and adapters of a model to and from files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from lightning_oft.formats.checkpoint_file import read as read_checkpoint
+from lightning_oft.formats.checkpoint_file import read_states
+from lightning_oft.formats.errors import AdapterFileError
+from lightning_oft.formats.peft import read_peft, write_peft
+from lightning_oft.model.adapter_state import AdapterState, take
+from lightning_oft.model.loading import put
+from lightning_oft.model.placement import AdapterError
+from lightning_oft.model.traversal import some
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to keep adapters in files."""
+
+    name: str
+    """As it is given to `lightning-oft export --format`."""
+    matches: Callable[[Path], bool]
+    """Whether a path holds this format."""
+    read: Callable[[Path, str | None], list[AdapterState]]
+    """The adapters at a path; the second argument is the name asked for, where one is."""
+    write: Callable[[AdapterState, Path], object] | None = None
+    """Writes one adapter to a path; None where the format is only read."""
+
+
+FORMATS: dict[str, Format] = {}
+"""By name, in the order in which they are asked."""
+
+
+def register_format(file_format: Format) -> None:
+    """Add a format, or replace the one of its name. The last one added is asked first."""
+    others = {name: known for name, known in FORMATS.items() if name != file_format.name}
+    FORMATS.clear()
+    FORMATS.update({file_format.name: file_format, **others})
+
+
+register_format(Format("peft", Path.is_dir, lambda path, name: [read_peft(path, name)], write_peft))
+register_format(Format("checkpoint", Path.is_file, lambda path, name: read_states(read_checkpoint(path))))
+
+
+def read_adapters(path: str | Path, adapter_name: str | None = None) -> list[AdapterState]:
+    """All adapters at a path, of any known format; of a name, where one is given and the format has names."""
+    place = Path(path)
+    found = next((known for known in FORMATS.values() if known.matches(place)), None)
+    if found is None:
+        what = "no such file or directory" if not place.exists() else "is of no known format"
+        raise AdapterFileError(
+            f"{path}: {what}; give an adapter directory or a checkpoint (formats: {', '.join(FORMATS)})"
+        )
+    return found.read(place, adapter_name)
+
+
+def read_adapter(path: str | Path, adapter_name: str | None = None, or_only: bool = False) -> AdapterState:
+    """The adapter at a path, of any known format; of this name, where one is given.
+    With `or_only` a single adapter is taken whatever its name is.
+
+    Raises:
+        AdapterFileError: there is none, none of this name, several and no name was given, or it cannot be read.
+    """
+    states = read_adapters(path, adapter_name)
+    is_any = adapter_name is None or (or_only and len(states) == 1)
+    named = [state for state in states if is_any or state.name == adapter_name]
+    if len(named) != 1:
+        found = f"holds {some(state.name for state in states)}: give the name of one" if states else "no adapter in it"
+        raise AdapterFileError(f"{path}: {found}")
+    if not named[0].generators():
+        raise AdapterFileError(f"{path}: a merged model; its rotations are in the weights, and cannot be told apart")
+    return named[0]
+
+
+def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> Path:
+    """Write one adapter as `adapter_config.json` and `adapter_model.safetensors`, which PEFT reads too.
+
+    Names in the files start at the transformers or diffusers model that contains the adapter, else at `model`. What
+    PEFT cannot represent is written with a warning that names the layers. An interrupted or failing write leaves what
+    was there before, or a directory that `load_adapter` refuses.
+
+    Args:
+        model: a model with adapters, merged or not.
+        directory: where to write, whatever the adapter's name; made where it does not exist.
+        adapter_name: the adapter to write.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: there is no such adapter, or a generator is not finite; names it.
+        AdapterFileError: the directory cannot be written.
+    """
+    return write_peft(take(model, adapter_name), directory)
+
+
+def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> list[str]:
+    """Put an adapter from a directory of this library or of PEFT into a model, in place, and freeze the rest.
+
+    The file decides which layers are adapted and how; names in it may start at the model or at any module below. The
+    adapter becomes active where no other is. An adapter of this name and structure that is there already takes over
+    the file's values.
+
+    Args:
+        model: any module, unmerged.
+        directory: holds `adapter_config.json` and `adapter_model.safetensors`, or a directory named like the adapter
+            that does, as PEFT writes it. A checkpoint file, or any other registered format, will do too.
+        adapter_name: the name it gets in the model.
+
+    Returns:
+        The names of the layers adapted, relative to `model`, in the order of the model.
+
+    Raises:
+        AdapterFileError: the directory cannot be read or does not fit the model. The model is untouched.
+        RuntimeError: the model is merged.
+    """
+    state = read_adapter(directory, adapter_name, or_only=True)
+    try:
+        return put(model, state, adapter_name)
+    except AdapterError as error:
+        raise AdapterFileError(f"{directory}: {error}") from None

@@ -1,0 +1,214 @@
+"""What a Lightning checkpoint holds of an adapted model, and how it finds its way back into one.
+
+Only plain dictionaries are read and written here: no Trainer, no Lightning. A checkpoint carries, beside `state_dict`,
+one entry `lightning_oft` of primitives and tensors, so that `torch.load(weights_only=True)` reads all of it. Generators
+stand in the state dict alone; names in the entry are those of the LightningModule.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_oft.formats.checkpoint_file import ENTRY as ENTRY
+from lightning_oft.formats.checkpoint_file import VERSION, generator_key, read_states, to_primitives
+from lightning_oft.formats.checkpoint_file import is_rotation_key as is_rotation_key
+from lightning_oft.formats.errors import CheckpointError as CheckpointError
+from lightning_oft.model import saved_modules
+from lightning_oft.model.activation import activate
+from lightning_oft.model.adapter_state import AdapterState, describe
+from lightning_oft.model.fingerprint import other_bases
+from lightning_oft.model.loading import put
+from lightning_oft.model.placement import AdapterError
+from lightning_oft.model.traversal import Modules, adapted, adapter_names, merged_layers, some, walk
+
+Content = Literal["adapter", "full", "plain", "merged"]
+
+
+def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool, kept: Iterable[Tensor] = ()) -> None:
+    """Add the `lightning_oft` entry, and drop the frozen base where `adapter_only`; a merged model is written whole.
+
+    `kept` are parameters to keep although they are frozen now, such as those in an optimizer.
+    """
+    modules = walk(model)
+    states = [describe(modules, name, lambda tensor: tensor) for name in adapter_names(modules)]
+    if not states:
+        return
+    merged = bool(merged_layers(modules))
+    checkpoint[ENTRY] = {
+        **checkpoint.get(ENTRY, {}),
+        "version": VERSION,
+        "adapters": {state.name: to_primitives(state) for state in states},
+        "active": list(dict.fromkeys(name for _, _, state in adapted(modules) for name in state.active)),
+        "merged": merged,
+        "adapter_only": adapter_only and not merged,
+        "waiting": _waiting(modules, states),
+        # What another callback has unfrozen.
+        "unfrozen": [] if merged else [name for name, p in _base_parameters(model, modules) if p.requires_grad],
+    }
+    if adapter_only and not merged:
+        dropped = frozen_names(model, modules, kept)
+        for holder, key in _state_dicts(checkpoint):
+            holder[key] = {name: value for name, value in holder[key].items() if name not in dropped}
+
+
+def _waiting(modules: Modules, states: list[AdapterState]) -> dict[str, dict[str, Tensor]]:
+    """By name and adapter, the values trained whole that the state dict has not, since another adapter's are live."""
+    ids = {id(value) for _, _, slot in saved_modules.saved_tensors(modules) for value in slot.waiting.values()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for state in states:
+        for name, value in state.rooted("").saved.items():
+            if id(value) in ids:
+                found.setdefault(name, {})[state.name] = value
+    return found
+
+
+def _state_dicts(checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a checkpoint keeps a model's tensors: the model, the current one beside EMA's average, and SWA's average."""
+    yield from ((checkpoint, key) for key in ("state_dict", "current_model_state") if key in checkpoint)
+    callbacks = checkpoint.get("callbacks")
+    for state in callbacks.values() if isinstance(callbacks, dict) else ():
+        if isinstance(state, dict) and isinstance(state.get("average_model_state"), dict):
+            yield state, "average_model_state"
+
+
+def frozen_names(model: nn.Module, modules: Modules, kept: Iterable[Tensor] = ()) -> set[str]:
+    """State-dict names of the base's parameters that never trained."""
+    keep = {id(tensor) for tensor in kept}
+    return {name for name, p in _base_parameters(model, modules) if not p.requires_grad and id(p) not in keep}
+
+
+def _base_parameters(model: nn.Module, modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that no adapter owns, by state-dict name."""
+    owned = {id(tensor) for _, tensor, slot in saved_modules.saved_tensors(modules) if slot.owners}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not is_rotation_key(name) and id(parameter) not in owned:
+            yield name, parameter
+
+
+def content_of(checkpoint: Mapping[str, Any]) -> Content:
+    """What a checkpoint's `state_dict` holds: an adapter alone, an adapter with its base, a plain or a merged model."""
+    entry = checkpoint.get(ENTRY, {})
+    if entry.get("merged"):
+        return "merged"
+    if not any(is_rotation_key(name) for name in checkpoint.get("state_dict", {})):
+        return "plain"
+    return "adapter" if entry.get("adapter_only") else "full"
+
+
+def complete(model: nn.Module, checkpoint: dict[str, Any]) -> Content:
+    """Make a checkpoint's `state_dict` one that the adapted model loads strictly; check it before anything is loaded.
+
+    An adapter's gets the model's own base, a plain model's gets the model's own adapter. A merged model's rotations are
+    part of its weights already, so the model's adapter starts again from the identity.
+    Raises CheckpointError where the base or the adapter is another one.
+    """
+    content, modules, current = content_of(checkpoint), walk(model), model.state_dict()
+    rotations = {name: value for name, value in current.items() if is_rotation_key(name)}
+    fill: dict[str, Any] = {}
+    if content == "plain":
+        fill = rotations
+    elif content == "merged":
+        fill = {name: torch.zeros_like(value) for name, value in rotations.items()}
+    else:
+        states = read_states(checkpoint)
+        if ENTRY in checkpoint:
+            _check_adapters(modules, states)
+        if content == "adapter":
+            _check_base(modules, states)
+            frozen = frozen_names(model, modules)
+            fill = {name: value for name, value in current.items() if name in frozen}
+        stored = checkpoint.get(ENTRY, {}).get("waiting", {})
+        for name, _, slot in saved_modules.saved_tensors(modules):
+            values = {owner: value.clone() for owner, value in stored.get(name, {}).items() if owner in slot.owners}
+            slot.waiting.update({owner: value for owner, value in values.items() if owner != slot.live})
+    for holder, key in _state_dicts(checkpoint):
+        holder[key] = {**fill, **holder[key]}
+    return content
+
+
+def check_loaded(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Check a checkpoint whose tensors a strategy has loaded already, before anybody could ask what they were."""
+    entry = checkpoint.get(ENTRY)
+    if entry is None or entry["merged"]:
+        raise CheckpointError(
+            "this strategy loads checkpoints of adapters only, and the file holds a model without one: load its weights "
+            "in configure_model, before they are sharded"
+        )
+    modules, states = walk(model), read_states(checkpoint)
+    _check_adapters(modules, states)
+    _check_base(modules, states)
+
+
+def _check_adapters(modules: Modules, states: list[AdapterState]) -> None:
+    """Raise CheckpointError where a model's adapters are not those of a checkpoint."""
+    mine = [describe(modules, name) for name in adapter_names(modules)]
+    if difference := _difference(_block_sizes(mine), _block_sizes(states)):
+        raise CheckpointError(
+            f"the checkpoint's adapter is another one: it {difference}; use the checkpoint's own target_modules, block size "
+            "and adapter name (lightning-oft info prints them)"
+        )
+
+
+def _block_sizes(states: list[AdapterState]) -> dict[str, tuple[int, bool]]:
+    """Size of the blocks, and whether one is shared, by a generator's name in a state dict."""
+    return {
+        generator_key(layer, state.name, part): (size, state.config.block_share)
+        for state in states
+        for layer, one in state.rooted("").layers.items()
+        for part, size in one.block_sizes.items()
+    }
+
+
+def _check_base(modules: Modules, states: list[AdapterState]) -> None:
+    """Raise CheckpointError where an adapter was trained on another base than the model has."""
+    layers = {name for name, _, _ in adapted(modules)}
+    for state in states:
+        theirs = {name: value for name, value in state.rooted("").fingerprints.items() if name in layers}
+        if different := other_bases(modules, theirs):
+            raise CheckpointError(
+                f"the checkpoint was trained on another base: {some(different)} differ; load the base it was trained on, "
+                "or use load_adapter to put its rotations on this one"
+            )
+
+
+def put_adapters(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Put the adapters of a checkpoint into a model, active as they were. Raises CheckpointError where they do not fit."""
+    for state in read_states(checkpoint):
+        try:
+            with warnings.catch_warnings():
+                for decided_below in ("adapter .* is not active on", ".* was trained on another base"):
+                    warnings.filterwarnings("ignore", message=decided_below)
+                put(model, state)
+        except AdapterError as error:
+            raise CheckpointError(f"the checkpoint does not fit the model: {error}") from None
+    modules = walk(model)
+    active = [name for name in checkpoint[ENTRY].get("active", ()) if name in adapter_names(modules)]
+    activate(modules, active, active)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
+    """`load_state_dict`; a CheckpointError says in one line what does not fit."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        shapes = ({n: getattr(v, "shape", None) for n, v in found.items()} for found in (model.state_dict(), state))
+        difference = _difference(*shapes)
+        if not difference:
+            raise
+        raise CheckpointError(f"{path}: {difference}; build the model that the checkpoint was written from") from None
+
+
+def _difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Which names a checkpoint lacks, has beyond the model's, or has in another size; empty where there are none."""
+    lacking, unknown = [n for n in mine if n not in theirs], [n for n in theirs if n not in mine]
+    other = [n for n in mine if n in theirs and mine[n] != theirs[n]]
+    what = [f"lacks {some(lacking)}"] if lacking else []
+    what += [f"has {some(unknown)}, which the model lacks"] if unknown else []
+    what += [f"has other sizes of {some(other)}"] if other else []
+    return " and ".join(what)

@@ -1,0 +1,113 @@
+"""Merged models on disk, as plain transformers, diffusers or torch load them; nothing of OFT is in them."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file, save_model
+from torch import Tensor, nn
+
+from lightning_oft.formats.atomic import write_directory
+from lightning_oft.model.saved_modules import saved_tensors
+from lightning_oft.model.traversal import LIBRARY_MODELS, adapted, class_names, library_root, walk
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The model that is written: the transformers or diffusers model that holds everything an adapter trained."""
+    modules = walk(model)
+    trained = (saved.name for saved in saved_tensors(modules) if saved.slot.owners)
+    return modules[library_root(modules, [*(name for name, _, _ in adapted(modules)), *trained])]
+
+
+def write_pretrained(
+    model: nn.Module, directory: str | Path, companions: Iterable[Any] = (), state: dict[str, Tensor] | None = None
+) -> Path:
+    """Write a merged model's weights into a directory.
+
+    A transformers or diffusers model goes through its own `save_pretrained`; any other module into
+    `model.safetensors` under its state-dict names. The directory appears complete or not at all; one that is there
+    is replaced. `companions` are processors and tokenizers to save beside it; `state` the whole tensors of
+    `root_of(model)`, where the model holds only parts of them.
+
+    Raises:
+        FileExistsError: something is there that is no model.
+        OSError: the directory cannot be written; what was there is untouched.
+    """
+    root, target = root_of(model), Path(directory)
+    check_replaceable(target)
+
+    def write(place: Path) -> None:
+        if class_names(root) & LIBRARY_MODELS:
+            root.save_pretrained(place, **({} if state is None else {"state_dict": state}))  # type: ignore[operator]
+        elif state is not None:
+            save_file(state, str(place / "model.safetensors"), metadata={"format": "pt"})
+        else:
+            save_model(root, str(place / "model.safetensors"), metadata={"format": "pt"})
+        for companion in companions:
+            companion.save_pretrained(place)
+
+    try:
+        write_directory(target, write)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"{directory}: the merged model cannot be written ({reason}); what was there is unchanged: free space there "
+            "or give another directory"
+        ) from None
+    return target
+
+
+def check_replaceable(directory: str | Path) -> None:
+    """Raise FileExistsError where something is there that is no model: a merged model replaces its directory whole."""
+    target = Path(directory)
+    if target.is_dir() and any(target.iterdir()) and not any((target / name).is_file() for name in _OF_A_MODEL):
+        raise FileExistsError(
+            f"{directory}: holds something else than a model, which would be lost: give another directory"
+        )
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{directory}: is a file where a directory is wanted: give another directory")
+
+
+_OF_A_MODEL = ("config.json", "model_index.json", "model.safetensors")
+
+
+class Companions:
+    """The tokenizer and image processor files beside a base model, a folder or a hub id; copied as they are."""
+
+    PATTERNS = [
+        "*token*",
+        "vocab*",
+        "merges.txt",
+        "*.model",
+        "*processor_config.json",
+        "chat_template*",
+        "generation_config.json",
+    ]
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Copy them, from the folder or from the hub's cache; what is there already stays. A hub that does not answer
+        is a warning: the model is worth more than its companions."""
+        folder = Path(self.base)
+        if not folder.is_dir():
+            try:
+                from huggingface_hub import snapshot_download
+
+                folder = Path(snapshot_download(self.base, allow_patterns=self.PATTERNS))
+            except Exception as error:
+                warnings.warn(
+                    f"{self.base}: its tokenizer and image processor were not copied to {directory} "
+                    f"({type(error).__name__}): save them there with their own save_pretrained",
+                    stacklevel=2,
+                )
+                return
+        for file in {file for pattern in self.PATTERNS for file in folder.glob(pattern) if file.is_file()}:
+            if not (Path(directory) / file.name).exists():
+                shutil.copyfile(file, Path(directory) / file.name)

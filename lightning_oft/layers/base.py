@@ -1,0 +1,189 @@
+"""LayerType: a kind of arithmetic, and the registry that says which modules compute it.
+
+Base parameter names and classes never change, so a plain checkpoint still loads and a merged model is a plain one.
+Shapes: o fan-out, i fan-in; every weight is folded as a matrix (rows, fan) whose last dimension the rotation turns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from lightning_oft import functional
+from lightning_oft.layers.class_swap import restore_class
+
+
+class RotatedWeight(NamedTuple):
+    """One weight of a layer that a rotation turns: by its input, W' = W . blockdiag(R)^T, or by its output,
+    W' = blockdiag(R)^T . W."""
+
+    parameter: str
+    """Name of the parameter, `weight` or `out_proj.weight`."""
+    fan: int
+    """Size of the dimension that is rotated."""
+    side: Literal["input", "output"] = "input"
+
+
+class LayerType(ABC):
+    """A kind of arithmetic: which weights are rotated, how the forward rotates and how a weight folds.
+
+    A subclass needs `name`, `rotated_weights` and `attach`; the rest has defaults that fit weights stored as (o, ...).
+    """
+
+    name = ""
+    row_dim = 0
+    """Dimension of the weight whose entries are rotated each by itself."""
+    in_all_linear = False
+    """Whether `target_modules="all-linear"` selects such layers."""
+    peft_key = "oft_R"
+    """Under which PEFT's files have the generators of such a layer."""
+
+    @abstractmethod
+    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
+        """The rotated weights by part name; one nameless part where a layer has a single rotation."""
+
+    @abstractmethod
+    def attach(self, layer: nn.Module) -> None:
+        """Make the layer's forward rotate; once, however often it is called."""
+
+    def detach(self, layer: nn.Module) -> None:
+        """Give the layer its own forward back."""
+        restore_class(layer)
+
+    def matches(self, module: nn.Module, is_registered: bool) -> bool:
+        """Whether a module computes this arithmetic: one of a registered class, or one that only resembles it."""
+        return is_registered
+
+    def is_known_to_peft(self, layer: nn.Module) -> bool:
+        """Whether PEFT computes the same with the generators of this layer."""
+        return False
+
+    def to_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        """The weight as (rows, fan)."""
+        return weight.flatten(1)
+
+    def from_matrix(self, layer: nn.Module, matrix: Tensor, weight: Tensor) -> Tensor:
+        """A matrix of to_matrix in the shape and memory format of the weight."""
+        return in_format_of(matrix.view(weight.shape), weight)
+
+    def fold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: Sequence[Tensor]) -> Tensor:
+        """The weight that does alone what it did with the rotations. Any floating dtype, computed in float32."""
+        return self._turned(layer, weight, functional.rotate_weight, _factors(part, rotations))
+
+    def unfold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: Sequence[Tensor]) -> Tensor:
+        """The inverse of fold, by solving."""
+        return self._turned(layer, weight, functional.unrotate_weight, reversed(_factors(part, rotations)))
+
+    def _turned(self, layer: nn.Module, weight: Tensor, turn: Callable[..., Tensor], by: Iterable[Tensor]) -> Tensor:
+        matrix = self.to_matrix(layer, weight).to(torch.promote_types(weight.dtype, torch.float32))
+        for rotation in by:
+            matrix = turn(matrix, rotation.to(matrix.dtype))
+        return self.from_matrix(layer, matrix.to(weight.dtype), weight)
+
+
+def _factors(part: RotatedWeight, rotations: Sequence[Tensor]) -> list[Tensor]:
+    """Rotations in the order and orientation in which `rotate_weight` applies them: y = base(x . Ra . Rb)."""
+    return [rotation.mT for rotation in rotations] if part.side == "output" else list(reversed(rotations))
+
+
+_registered: OrderedDict[int, tuple[type | None, LayerType]] = OrderedDict()
+"""Module classes and their types; without a class, a type that finds its modules by what they resemble."""
+
+
+def register_layer_type(
+    module_class: type[nn.Module] | None, like: type[nn.Module] | LayerType = nn.Linear
+) -> RemovableHandle:
+    """Say how modules of a class, and of its subclasses, are rotated.
+
+    Args:
+        module_class: the class to adapt; None for a LayerType that knows its modules by what they resemble.
+        like: a class that computes the same arithmetic from its parameters (`nn.Linear` for x @ W.T + b), or a
+            LayerType of one's own.
+
+    Returns:
+        A handle whose `remove()` undoes it.
+
+    Raises:
+        TypeError: `module_class` is no module class.
+        ValueError: `like` is a class that cannot be adapted itself.
+    """
+    is_class = isinstance(module_class, type) and issubclass(module_class, nn.Module)
+    if not is_class and not (module_class is None and isinstance(like, LayerType)):
+        raise TypeError(f"register_layer_type({module_class!r}): takes a subclass of nn.Module")
+    layer_type = like if isinstance(like, LayerType) else _type_of_class(like)
+    if layer_type is None:
+        raise ValueError(f"register_layer_type({module_class!r}, like={like!r}): `like` itself cannot be adapted")
+    handle = RemovableHandle(_registered)
+    _registered[handle.id] = (module_class, layer_type)
+    return handle
+
+
+def _type_of_class(module_class: Any) -> LayerType | None:
+    """The type registered for a class or for the nearest class that it derives from."""
+    known = dict(_registered.values())
+    return next((known[cls] for cls in getattr(module_class, "__mro__", ()) if cls in known), None)
+
+
+def layer_type_of(module: nn.Module) -> LayerType | None:
+    """The arithmetic of a module; None where it is not known."""
+    found = _type_of_class(type(module))
+    if found is not None:
+        return found if found.matches(module, True) else None
+    return next((one for _, one in _registered.values() if one.matches(module, False)), None)
+
+
+def layer_types() -> dict[str, LayerType]:
+    """The registered types by name, as files have it."""
+    return {layer_type.name: layer_type for _, layer_type in _registered.values()}
+
+
+def layer_type_named(name: str) -> LayerType | None:
+    """The registered type of this name."""
+    return layer_types().get(name)
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why a module of a known type cannot be adapted as it stands, with the remedy; None where it can."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "its shape is not known yet: run one batch through the model first to materialise it"
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
+    layer_type = layer_type_of(module)
+    for part in (layer_type.rotated_weights(module) if layer_type else {}).values():
+        owner = part.parameter.rpartition(".")[0]
+        if owner and (reason := refusal(module.get_submodule(owner))) is not None:
+            return f"of its {owner}, {reason}"
+    names = [*module._parameters, *module._buffers]
+    for suffix, remedy in (("_g", "remove_weight_norm"), ("_orig", "remove_spectral_norm or prune.remove")):
+        if any(name.endswith(f"weight{suffix}") for name in names):
+            return f"its weight is recomputed at every forward: call torch.nn.utils.{remedy} first"
+    return None
+
+
+def in_format_of(tensor: Tensor, model: Tensor) -> Tensor:
+    """The tensor in the memory format of another: a channels_last convolution must not become a slow one."""
+    for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if model.dim() == dims and not model.is_contiguous() and model.is_contiguous(memory_format=memory_format):
+            return tensor.contiguous(memory_format=memory_format)
+    return tensor.contiguous()
+
+
+def add_hook(hooks: dict[int, Any], add: Callable[..., Any], hook: Callable[..., Any], **options: Any) -> None:
+    """Register a hook, unless it is there."""
+    if hook not in hooks.values():
+        add(hook, **options)
+
+
+def drop_hook(layer: nn.Module, hook: Callable[..., Any]) -> None:
+    """Unregister a hook of a layer."""
+    for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+        for key in [key for key, value in hooks.items() if value is hook]:
+            del hooks[key]
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -1,0 +1,83 @@
+"""Convolutions: the weight is rotated, which is exact for any kernel; rotating the input would not be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_oft.layers.base import LayerType, RotatedWeight, in_format_of, register_layer_type
+from lightning_oft.layers.class_swap import SwappedClass, swap_class
+from lightning_oft.layers.state import rotated_weight
+
+
+class _RotatedConv(SwappedClass):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rotated = rotated_weight(self, CONV, "", weight)  # type: ignore[arg-type]
+        return super()._conv_forward(input, rotated, bias)  # type: ignore[misc, no-any-return]
+
+
+class Conv(LayerType):
+    """nn.Conv1d, Conv2d, Conv3d: the weight is rotated over in/groups . kernel, which is exact for any kernel."""
+
+    name = "convolution"
+
+    @override
+    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
+        weight: Any = layer.weight
+        return {"": RotatedWeight("weight", weight.shape[1:].numel())}
+
+    @override
+    def attach(self, layer: nn.Module) -> None:
+        swap_class(layer, _RotatedConv)
+
+    @override
+    def is_known_to_peft(self, layer: nn.Module) -> bool:
+        """PEFT folds overlapping patches, which is another map for kernels larger than 1 (2.5x off at the identity)."""
+        return isinstance(layer, nn.Conv2d) and set(layer.kernel_size) == {1} and layer.groups == 1
+
+
+class _RotatedConvTranspose(SwappedClass):
+    def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        dims = self.weight.dim() - 2
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
+        )
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        weight = rotated_weight(self, CONV_TRANSPOSE, "", self.weight)
+        return convolve(input, weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
+
+
+class ConvTranspose(LayerType):
+    """nn.ConvTranspose1d/2d/3d: weight (in, o/groups, kernel); an output neuron reads in/groups . kernel entries."""
+
+    name = "transposed convolution"
+    row_dim = 1
+
+    @override
+    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
+        weight: Any = layer.weight
+        return {"": RotatedWeight("weight", weight.shape[0] // int(layer.groups) * weight.shape[2:].numel())}  # type: ignore[arg-type]
+
+    @override
+    def attach(self, layer: nn.Module) -> None:
+        swap_class(layer, _RotatedConvTranspose)
+
+    @override
+    def to_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        groups: Any = layer.groups
+        grouped = weight.reshape(groups, -1, *weight.shape[1:]).flatten(3)
+        return grouped.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    @override
+    def from_matrix(self, layer: nn.Module, matrix: Tensor, weight: Tensor) -> Tensor:
+        groups: Any = layer.groups
+        grouped = matrix.view(groups, weight.shape[1], weight.shape[0] // groups, -1).transpose(1, 2)
+        return in_format_of(grouped.reshape(weight.shape), weight)
+
+
+CONV, CONV_TRANSPOSE = Conv(), ConvTranspose()
+register_layer_type(nn.modules.conv._ConvNd, CONV)
+register_layer_type(nn.modules.conv._ConvTransposeNd, CONV_TRANSPOSE)

@@ -1,0 +1,129 @@
+"""Layers whose input or output is rotated by a hook: linear layers, transformers' Conv1D, embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_oft.layers.base import LayerType, RotatedWeight, add_hook, drop_hook, register_layer_type
+from lightning_oft.layers.state import applied_rotations
+
+_INPUT_NAMES = ("input", "x", "hidden_states")
+_KNOWN_TO_PEFT = ("bitsandbytes", "hqq", "torchao", "aqlm", "awq", "gptqmodel", "auto_gptq", "eetq",
+                  "neural_compressor")  # fmt: skip
+"""Packages whose linear layers PEFT adapts without their being an nn.Linear."""
+
+
+def _rotate_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    rotations = applied_rotations(layer, "")
+    if not rotations:
+        return None
+    name = "" if args else next((key for key in _INPUT_NAMES if key in kwargs), None)
+    if name is None:
+        raise TypeError(f"{type(layer).__name__} called with {sorted(kwargs)}: pass its input as the first argument")
+    x = args[0] if args else kwargs[name]
+    for rotation in rotations:
+        x = rotation(x)
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
+
+
+class LinearLike(LayerType):
+    """nn.Linear and whatever computes like it: the input is rotated, and the layer called as it is."""
+
+    name = "linear"
+    in_all_linear = True
+
+    @override
+    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
+        return {"": RotatedWeight("weight", int(layer.in_features))}  # type: ignore[arg-type]
+
+    @override
+    def attach(self, layer: nn.Module) -> None:
+        add_hook(layer._forward_pre_hooks, layer.register_forward_pre_hook, _rotate_input, with_kwargs=True)
+
+    @override
+    def detach(self, layer: nn.Module) -> None:
+        drop_hook(layer, _rotate_input)
+
+    @override
+    def matches(self, module: nn.Module, is_registered: bool) -> bool:
+        """Quantized layers of many packages are no nn.Linear and have its sizes. A block may have them too without
+        being one: then it has layers of its own."""
+        sizes = (getattr(module, size, None) for size in ("in_features", "out_features"))
+        if not is_registered and not all(isinstance(size, int) for size in sizes):
+            return False
+        own = ("oft_R", "parametrizations")
+        children = [child for name, child in module._modules.items() if child is not None and name not in own]
+        return all(next(child.parameters(), None) is None for child in children)
+
+    @override
+    def is_known_to_peft(self, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Linear) or type(layer).__module__.split(".")[0] in _KNOWN_TO_PEFT
+
+
+class TransposedLinear(LinearLike):
+    """transformers' Conv1D, a linear layer that stores its weight as (i, o)."""
+
+    name = "Conv1D"
+    row_dim = 1
+
+    @override
+    def matches(self, module: nn.Module, is_registered: bool) -> bool:
+        """Known by name, so that nobody who has no transformers model pays for its import."""
+        return is_registered or (
+            any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")
+        )
+
+    @override
+    def is_known_to_peft(self, layer: nn.Module) -> bool:
+        return False
+
+    @override
+    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
+        return {"": RotatedWeight("weight", int(layer.weight.shape[0]))}  # type: ignore[index]
+
+    @override
+    def to_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    @override
+    def from_matrix(self, layer: nn.Module, matrix: Tensor, weight: Tensor) -> Tensor:
+        return matrix.t().contiguous()
+
+
+def _rotate_output(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    for rotation in applied_rotations(layer, ""):
+        output = rotation(output)
+    return output
+
+
+class Embedding(LayerType):
+    """nn.Embedding: the vectors looked up are rotated, E' = E . blockdiag(R)."""
+
+    name = "embedding"
+    peft_key = "oft_embedding_R"
+
+    @override
+    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
+        return {"": RotatedWeight("weight", int(layer.embedding_dim), "output")}  # type: ignore[arg-type]
+
+    @override
+    def attach(self, layer: nn.Module) -> None:
+        # First of all: a hook that was there before sees the vectors that a merged layer would give it.
+        add_hook(layer._forward_hooks, layer.register_forward_hook, _rotate_output, prepend=True)
+
+    @override
+    def detach(self, layer: nn.Module) -> None:
+        drop_hook(layer, _rotate_output)
+
+    @override
+    def is_known_to_peft(self, layer: nn.Module) -> bool:
+        return True
+
+
+LINEAR, CONV1D, EMBEDDING = LinearLike(), TransposedLinear(), Embedding()
+register_layer_type(nn.Linear, LINEAR)
+register_layer_type(nn.Embedding, EMBEDDING)
+register_layer_type(None, CONV1D)

@@ -1,0 +1,148 @@
+"""Choosing which adapters are active, projecting them, and running the base without them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from lightning_oft.layers.state import every_rotation, rotations_of
+from lightning_oft.model import saved_modules, traversal
+from lightning_oft.model.freezing import freeze_norms, sync_nested_tensors
+from lightning_oft.model.traversal import Modules, adapted, walk
+
+
+def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[str] | None = None) -> None:
+    """Make adapters active, applied in the order given: y = base(x . R_first . R_second). Others fall silent.
+
+    Args:
+        model: a model with adapters.
+        names: one name or several.
+        trainable: those of them that train; all of them by default.
+
+    Raises:
+        ValueError: an unknown or repeated name, or two adapters that train the same bias or module. Nothing changes.
+        RuntimeError: the model is merged, or inside disable_adapters.
+    """
+    modules = walk(model)
+    chosen = [names] if isinstance(names, str) else list(names)
+    training = chosen if trainable is None else [trainable] if isinstance(trainable, str) else list(trainable)
+    for name in training:
+        traversal.require_adapter(modules, name)
+    check_choice(modules, chosen)
+    if not set(training) <= set(chosen):
+        raise ValueError(f"trainable={training}: only active adapters train, and those are {chosen}; name one of them")
+    traversal.require_unmerged(modules, "choose adapters")
+    traversal.require_enabled(modules, "choose adapters")
+    activate(modules, chosen, training)
+
+
+def check_choice(modules: Modules, names: list[str]) -> None:
+    """Raise ValueError where these adapters cannot be active together."""
+    for name in names:
+        traversal.require_adapter(modules, name)
+    if len(set(names)) < len(names):
+        raise ValueError(f"adapters {names}: each can be active once; name it once")
+    clash = saved_modules.conflict(modules, names)
+    if clash:
+        raise ValueError(clash)
+
+
+def activate(modules: Modules, chosen: list[str], training: list[str]) -> None:
+    """`set_adapter` without its checks."""
+    for _, layer, state in adapted(modules):
+        state.active = [name for name in chosen if name in state.configs]
+        for name in state.configs:
+            for rotation in rotations_of(layer, name).values():
+                rotation.requires_grad_(name in training)
+                if name not in training:
+                    rotation.weight.grad = None
+    saved_modules.switch(modules, chosen, set(training))
+    freeze_norms(modules)
+
+
+def remember_choice(modules: Modules) -> Callable[[], None]:
+    """A function that makes the choice of adapters again what it is now, and whether they are enabled and train."""
+    chosen = [(state, state.active, state.enabled) for _, _, state in adapted(modules)]
+    saved = list(saved_modules.saved_tensors(modules))
+    live = [one.slot.live for one in saved]
+    rotations = [rotation for _, layer, _ in adapted(modules) for rotation in every_rotation(layer)]
+    trains = [(tensor, tensor.requires_grad) for tensor in [*(r.weight for r in rotations), *(s.tensor for s in saved)]]
+
+    def restore() -> None:
+        for state, active, enabled in chosen:
+            state.active, state.enabled = active, enabled
+        for (_, tensor, slot), owner in zip(saved, live, strict=True):
+            saved_modules.exchange(tensor, slot, owner)
+        for tensor, trained in trains:
+            tensor.requires_grad_(trained)
+        freeze_norms(modules)
+
+    return restore
+
+
+@contextlib.contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is its base, to the bit: no rotation, and the base's own biases and modules.
+
+    Raises:
+        RuntimeError: the model is merged, where the base is no longer at hand; call unmerge first.
+    """
+    modules = walk(model)
+    traversal.require_unmerged(modules, "disable adapters")
+    fused = _layers_of_fused_encoders(modules)
+    restore = remember_choice(modules)
+    try:
+        for _, _, state in adapted(modules):
+            state.enabled = False
+        for _, tensor, slot in saved_modules.saved_tensors(modules):
+            saved_modules.exchange(tensor, slot, saved_modules.BASE)
+        freeze_norms(modules)
+        for _, layer, state in adapted(fused):
+            state.layer_type.detach(layer)
+        if fused:
+            sync_nested_tensors(modules)
+        yield
+    finally:
+        restore()
+        for _, layer, state in adapted(fused):
+            state.layer_type.attach(layer)
+        if fused:
+            sync_nested_tensors(modules)
+        if fused and _is_compiled(modules):  # compiled in between, when the hooks were away
+            traversal.reset_compiled_code()
+
+
+def _layers_of_fused_encoders(modules: Modules) -> dict[str, nn.Module]:
+    """Adapted layers below an nn.TransformerEncoderLayer: the base takes its fused path only with no hook below it.
+
+    torch.compile does not see hooks change, so where it is in use they stay (the difference is rounding).
+    """
+    encoders = [name for name, module in modules.items() if isinstance(module, nn.TransformerEncoderLayer)]
+    if not encoders or _is_compiled(modules):
+        return {}
+    return {name: layer for name, layer, state in adapted(modules.below(*encoders)) if state.enabled}
+
+
+def _is_compiled(modules: Modules) -> bool:
+    """Whether torch.compile holds code of this process, or will of this model. Lightning imports it in any case."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return False
+    waiting = modules.compiled or any(module._compiled_call_impl is not None for module in modules.values())
+    return bool(dynamo.convert_frame.input_codes.seen_ids) or bool(waiting)
+
+
+@torch.no_grad()
+def project(model: nn.Module) -> None:
+    """Pull every constrained rotation below a module back into its ball (COFT), in place. Idempotent.
+
+    Layers that are merged stay as they are: their rotation is in the weight, and `unmerge` must find the same one.
+    """
+    for _, layer, state in adapted(walk(model)):
+        if state.merged is None:
+            for rotation in every_rotation(layer):
+                rotation.project()

@@ -1,0 +1,58 @@
+"""Fingerprints: which base weight an adapter was trained on, told in a few bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_oft.codecs import parameter_of
+from lightning_oft.layers.base import layer_type_of
+from lightning_oft.layers.state import state_of
+from lightning_oft.model.traversal import Modules, adapted
+
+
+def fingerprint(weight: Tensor | None) -> str | None:
+    """A short digest of a weight, `float32:9f2c...`: of its shape and 1,024 entries rounded to bfloat16, so that a
+    base loaded in bfloat16 is recognised. None where the entries cannot be read (meta, packed or sharded)."""
+    if weight is None or weight.is_meta or weight.numel() == 0:
+        return None
+    if not weight.is_floating_point() or type(weight.data) is not Tensor:
+        return None
+    flat = weight.detach().reshape(-1)
+    entries = flat[:: max(1, flat.numel() // 1024)][:1024].to(torch.bfloat16).view(torch.int16).cpu()
+    digest = hashlib.sha256(repr(tuple(weight.shape)).encode() + entries.numpy().tobytes()).hexdigest()
+    return f"{str(weight.dtype).removeprefix('torch.')}:{digest[:16]}"
+
+
+def layer_fingerprint(layer: nn.Module) -> str | None:
+    """The fingerprint of a layer's first rotated weight, as it is now; None where nothing of it can be rotated."""
+    layer_type = layer_type_of(layer)
+    parts = layer_type.rotated_weights(layer).values() if layer_type is not None else ()
+    return next((fingerprint(parameter_of(layer, part.parameter)) for part in parts), None)
+
+
+def same_base(mine: str | None, theirs: str | None) -> bool:
+    """Whether two fingerprints can be of one weight. float16 rounds otherwise than bfloat16, so it only equals itself,
+    and what cannot be told counts as the same."""
+    if mine is None or theirs is None:
+        return True
+    (my_dtype, mine), (their_dtype, theirs) = mine.split(":", 1), theirs.split(":", 1)
+    if my_dtype != their_dtype and "float16" in (my_dtype, their_dtype):
+        return True
+    return mine == theirs
+
+
+def other_bases(modules: Modules, fingerprints: Mapping[str, str | None]) -> list[str]:
+    """Names of the layers whose base weight is not that of a fingerprint. What cannot be told counts as the same."""
+    known = {name: state_of(module) for name, module in modules.items() if name in fingerprints}
+    mine = {name: state.fingerprint if state else layer_fingerprint(modules[name]) for name, state in known.items()}
+    return [name for name in mine if not same_base(mine[name], fingerprints[name])]
+
+
+def refresh_fingerprints(modules: Modules) -> None:
+    """Recognise the base that is in the model now, after it was replaced."""
+    for _, layer, state in adapted(modules):
+        state.fingerprint = layer_fingerprint(layer)

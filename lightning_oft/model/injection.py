@@ -1,0 +1,165 @@
+"""Putting an adapter into a model, and taking it, or every trace of adapters, out again."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from lightning_oft.codecs import parameter_of
+from lightning_oft.config import OFTConfig
+from lightning_oft.layers.rotation import Rotation
+from lightning_oft.layers.state import LayerState, drop_empty_record, make_record, state_of
+from lightning_oft.model import saved_modules, traversal
+from lightning_oft.model.activation import activate
+from lightning_oft.model.fingerprint import layer_fingerprint
+from lightning_oft.model.freezing import freeze, layers_changed, unfreeze
+from lightning_oft.model.plan import Plan, PlannedLayer, plan_injection
+from lightning_oft.model.traversal import Modules, adapted, adapter_names, some, walk
+
+
+def inject(model: Any, config: OFTConfig, adapter_name: str = "default") -> list[str]:
+    """Put an adapter into a model, in place, and freeze the rest; the model computes what it did before.
+
+    The adapter is active and trainable on every layer that has no other active adapter; where one has, `set_adapter`
+    chooses. Layers that already have this adapter are left as they are, so calling it again is harmless.
+
+    Args:
+        model: any module; the names in `config` are relative to it.
+        config: what to adapt and how.
+        adapter_name: a name for this set of rotations, without dots.
+
+    Returns:
+        The names of the layers adapted, relative to `model`, in the order of the model.
+
+    Raises:
+        TypeError: `model` is no module or `config` no OFTConfig.
+        ValueError: nothing matches, or a target cannot be adapted; names it and the remedy. The model is untouched.
+        RuntimeError: the model is merged, or inside disable_adapters.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(config, OFTConfig):
+        given = f"{type(model).__name__}, {type(config).__name__}"
+        raise TypeError(f"inject({given}): takes a module and an OFTConfig, as in inject(model, OFTConfig(r=4))")
+    modules = walk(model)
+    return carry_out(modules, plan_injection(modules, config, adapter_name))
+
+
+def carry_out(modules: Modules, plan: Plan) -> list[str]:
+    """Inject what a plan says, and freeze the rest. Returns the names of its layers."""
+    states = {name: _adapt(planned, plan) for name, planned in plan.layers.items()}
+    waiting = [name for name, state in states.items() if plan.adapter_name not in state.active]
+    known = {id(tensor): slot for _, tensor, slot in saved_modules.saved_tensors(modules)}
+    active = all(plan.adapter_name in state.active for _, _, state in adapted(modules) if state.active)
+    for module, key in plan.saved:
+        saved_modules.claim(module, key, plan.adapter_name, active, known)
+    freeze(modules)
+    layers_changed(modules)
+    if waiting:
+        warnings.warn(
+            f"adapter {plan.adapter_name!r} is not active on {some(waiting)}, where another adapter is: "
+            "call set_adapter(model, names) to choose",
+            stacklevel=3,
+        )
+    return list(plan.layers)
+
+
+def _adapt(planned: PlannedLayer, plan: Plan) -> LayerState:
+    layer, layer_type, block_sizes = planned
+    state = state_of(layer)
+    if state is None:
+        state = LayerState(layer_type, fingerprint=layer_fingerprint(layer))
+        layer.oft_R = nn.ModuleDict()
+        make_record(layer).layer = state
+        layer_type.attach(layer)
+    if plan.adapter_name in state.configs:
+        return state
+    made: dict[str, nn.Module] = {}
+    for part, size in block_sizes.items():
+        weight = layer_type.rotated_weights(layer)[part]
+        made[part] = Rotation(weight.fan, size, plan.config, _device_of(layer, weight.parameter)).train(layer.training)
+    adapters: Any = layer.oft_R
+    adapters[plan.adapter_name] = made[""] if "" in made else nn.ModuleDict(made)
+    state.configs[plan.adapter_name] = plan.config
+    state.active = state.active or [plan.adapter_name]
+    adapters[plan.adapter_name].requires_grad_(plan.adapter_name in state.active)
+    return state
+
+
+def _device_of(layer: nn.Module, parameter: str) -> Any:
+    """Where a rotated weight is; of a layer that keeps no such parameter, where its other tensors are."""
+    weight = parameter_of(layer, parameter)
+    tensors = [weight, *layer._parameters.values(), *layer._buffers.values()]
+    return next((tensor.device for tensor in tensors if tensor is not None), None)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take one adapter out of a model, in place: its rotations, and its values of what it trained whole.
+
+    Other adapters stay, active and trainable as they were. Where the deleted one alone was active, the first that is
+    left becomes active, and a warning says so; with the last adapter every trace of OFT leaves, as by `unload`.
+
+    Args:
+        model: a model with adapters, unmerged.
+        adapter_name: the adapter to delete.
+
+    Raises:
+        ValueError: there is no such adapter.
+        RuntimeError: the model is merged, or inside disable_adapters.
+    """
+    modules = walk(model)
+    traversal.require_adapter(modules, adapter_name)
+    traversal.require_unmerged(modules, "delete an adapter")
+    traversal.require_enabled(modules, "delete an adapter")
+    left = [name for name in adapter_names(modules) if name != adapter_name]
+    if not left:
+        _unload(modules)
+        return
+    active = traversal.active_names(modules)
+    trains = [
+        name for name in active if any(r.weight.requires_grad for r in traversal.rotations(modules, name).values())
+    ]
+    saved_modules.release(modules, [adapter_name])
+    for _, layer, state in list(adapted(modules)):
+        if state.configs.pop(adapter_name, None) is not None:
+            del layer.oft_R[adapter_name]  # type: ignore[union-attr, operator]
+        if not state.configs:
+            _strip(layer, state)
+    if active == [adapter_name]:
+        active = trains = left[:1]
+        warnings.warn(f"adapter {adapter_name!r} was active and is deleted; {left[0]!r} is active now", stacklevel=2)
+    activate(modules, [name for name in active if name != adapter_name], trains)
+    layers_changed(modules)
+
+
+def unload(model: nn.Module) -> None:
+    """Take every trace of adapters out of a model, in place.
+
+    After `merge` what stays is the plain merged model, with the trained copies of modules_to_save and biases; without
+    it, the base. Parameters that were trainable before `inject` are trainable again.
+
+    Raises:
+        RuntimeError: inside disable_adapters.
+    """
+    modules = walk(model)
+    traversal.require_enabled(modules, "unload")
+    _unload(modules)
+
+
+def _unload(modules: Modules) -> None:
+    names, merged = adapter_names(modules), bool(traversal.merged_layers(modules))
+    for _, layer, state in list(adapted(modules)):
+        _strip(layer, state)
+    saved_modules.release(modules, names, to_base=not merged)
+    unfreeze(modules)
+    layers_changed(modules)
+
+
+def _strip(layer: nn.Module, state: LayerState) -> None:
+    """Take the rotations off a layer, merged or not."""
+    if state.merged is None:
+        state.layer_type.detach(layer)
+    layer._modules.pop("oft_R", None)
+    layer.__dict__.pop("oft_R", None)
+    make_record(layer).layer = None
+    drop_empty_record(layer)

@@ -1,0 +1,184 @@
+"""Where the names and shapes of an AdapterState are in a model. Everything that does not fit is refused here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_oft.codecs import is_sharded
+from lightning_oft.functional import block_size_of
+from lightning_oft.layers.base import layer_type_named, layer_type_of, refusal
+from lightning_oft.model import traversal
+from lightning_oft.model.adapter_state import AdapterState, LayerRotations
+from lightning_oft.model.plan import Plan, PlannedLayer
+from lightning_oft.model.saved_modules import base_value
+from lightning_oft.model.targets import matches, owners_of
+from lightning_oft.model.traversal import Modules, is_inside, joined, some
+
+Owners = dict[str, tuple[str, str]]
+
+
+class AdapterError(ValueError):
+    """An adapter that does not fit a model: where, what, remedy. Nothing changed."""
+
+
+class PlacedTensor(NamedTuple):
+    """A tensor trained whole: the module that has it, under which name, and the adapter's values."""
+
+    module: nn.Module
+    key: str
+    value: Tensor
+
+    def tensor(self) -> Tensor:
+        """The model's own tensor."""
+        return traversal.tensor_of(self.module, self.key)
+
+
+class Place(NamedTuple):
+    """Where a state goes in a model: generators by the model's names of layer and part, `saved` by the state's names."""
+
+    root: str
+    generators: dict[tuple[str, str], Tensor]
+    saved: dict[str, PlacedTensor]
+
+
+def find_place(modules: Modules, state: AdapterState) -> Place:
+    """Find the module that the state's names start at, and check every name and shape against the model."""
+    owners = owners_of(modules)
+    root = _find_root(modules, owners, state)
+    generators = {}
+    for name, found in state.layers.items():
+        for part, generator in found.generators.items():
+            layer, own = _owner(owners, joined(root, name), part)
+            _check_rotation(modules[layer], own, name, found, generator, state)
+            generators[layer, own] = generator
+    spots = {name: _tensor_place(modules, joined(root, name)) for name in state.saved}
+    saved = {name: PlacedTensor(*spot, state.saved[name]) for name, spot in spots.items() if spot is not None}
+    for name, (module, key, value) in saved.items():
+        theirs, mine = tuple(value.shape), tuple(traversal.tensor_of(module, key).shape)
+        if theirs != mine:
+            raise AdapterError(
+                f"{name} has shape {mine} in the model and {theirs} in the file; build the model with the sizes it was "
+                "trained with (number of classes, resized vocabulary)"
+            )
+    expected = _expected_tensors(modules, state, root)
+    return Place(root, generators, {name: one for name, one in saved.items() if _is_trained(name, one, expected)})
+
+
+def _owner(owners: Owners, name: str, part: str) -> tuple[str, str]:
+    """(layer, part) that a name means: where another layer reads this one's weight, the part of that one."""
+    return (name, part) if part or name not in owners else owners[name]
+
+
+def _tensor_place(modules: Modules, name: str) -> tuple[nn.Module, str] | None:
+    above, _, key = name.rpartition(".")
+    module = modules.get(above)
+    if module is None:  # a second name of a shared module
+        try:
+            module = modules[""].get_submodule(above)
+        except AttributeError:
+            return None
+    return (module, key) if isinstance(getattr(module, key, None), Tensor) else None
+
+
+def _missing(modules: Modules, owners: Owners, root: str, state: AdapterState) -> list[str]:
+    lost = [name for name in state.layers if _owner(owners, joined(root, name), "")[0] not in modules]
+    return lost + [name for name in state.saved if _tensor_place(modules, joined(root, name)) is None]
+
+
+def _find_root(modules: Modules, owners: Owners, state: AdapterState) -> str:
+    """The module below which every name exists: where it was, the model, a model inside it, any module."""
+    inner = [name for name, module in modules.items() if traversal.class_names(module) & traversal.LIBRARY_MODELS]
+    stored = [state.root] if state.root is not None and state.root in modules else []
+    for candidates in (stored, [""], inner, list(modules)):
+        found = [root for root in candidates if not _missing(modules, owners, root, state)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise AdapterError(
+                f"its names fit {some(found)} alike; load it into the one that you mean, "
+                f"load_adapter(model.{found[0]}, ...)"
+            )
+    best = min([*stored, "", *inner], key=lambda root: len(_missing(modules, owners, root, state)))
+    lost = _missing(modules, owners, best, state)
+    raise AdapterError(f"{best or 'the model'} has no {some(lost)}; load the adapter into the model it was trained on")
+
+
+def _check_rotation(
+    module: nn.Module, part: str, name: str, found: LayerRotations, generator: Tensor, state: AdapterState
+) -> None:
+    """Raise AdapterError where a layer cannot take a rotation."""
+    where = name or "the model itself"
+    layer_type = layer_type_of(module)
+    weights = layer_type.rotated_weights(module) if layer_type is not None else {}
+    if layer_type is None or part not in weights:
+        raise AdapterError(f"{where} is a {type(module).__name__}, which this rotation does not fit; use its own model")
+    reason = refusal(module)
+    if reason is not None:
+        raise AdapterError(f"{where} cannot be adapted: {reason}")
+    owner = module.get_submodule(weights[part].parameter.rpartition(".")[0])
+    if any(parameter is not None and parameter.is_meta for parameter in owner._parameters.values()):
+        raise AdapterError(f"{where} is on the meta device: give the model its weights before loading an adapter")
+    theirs = layer_type_named(found.layer_type)
+    if theirs is not None and theirs.peft_key != layer_type.peft_key:
+        raise AdapterError(
+            f"{where} is a {type(module).__name__}, the file holds a rotation of a layer of type {theirs.name}; "
+            "use its own model"
+        )
+    blocks, size, fan = generator.shape[0], block_size_of(generator.shape[1]), weights[part].fan
+    shared = state.config.block_share
+    if fan % size or blocks != (1 if shared else fan // size):
+        turned = "with one shared block turn another one" if shared else f"turn {blocks * size}"
+        what = f"{where} has fan-in {fan}, the file's {blocks} blocks of {size} {turned}"
+        raise AdapterError(f"{what}; load the adapter into the model it was trained on")
+
+
+def plan_of(modules: Modules, state: AdapterState, place: Place, adapter_name: str) -> Plan:
+    """The layers that the state adapts, in the order of the model, with its block sizes."""
+    sizes: dict[str, dict[str, int]] = {}
+    for (layer, part), generator in place.generators.items():
+        sizes.setdefault(layer, {})[part] = block_size_of(generator.shape[1])
+    planned = {}
+    for name, module in modules.items():
+        layer_type = layer_type_of(module) if name in sizes else None
+        if layer_type is not None:
+            order = [part for part in layer_type.rotated_weights(module) if part in sizes[name]]
+            planned[name] = PlannedLayer(module, layer_type, {part: sizes[name][part] for part in order})
+    return Plan(adapter_name, state.config, planned, [(one.module, one.key) for one in place.saved.values()])
+
+
+def _expected_tensors(modules: Modules, state: AdapterState, root: str) -> set[str]:
+    """Names of the tensors that the configuration says were trained whole. Raises where the state lacks one."""
+    cut = len(root) + 1 if root else 0
+    inside = {name[cut:]: module for name, module in modules.items() if is_inside(name, root) and name != root}
+    heads = state.modules_to_save
+    # Ours are whole names; PEFT also compares their ends.
+    tops = [name for name in inside if (name in heads if state.root is not None else matches(name, heads))]
+    below = set(map(id, modules.below(*(joined(root, top) for top in tops)).values()))
+    expected = {joined(name, key) for name, m in inside.items() if id(m) in below for key in traversal.own_tensors(m)}
+    for name in state.layers if state.config.bias != "none" else ():
+        layer = modules.get(joined(root, name))
+        if layer is not None and layer._parameters.get("bias") is not None:
+            expected.add(joined(name, "bias"))
+    lost = [name for name in sorted(expected) if name not in state.saved]
+    if lost:
+        raise AdapterError(
+            f"its configuration says that {some(lost)} were trained, and the file lacks them; save it again"
+        )
+    return expected | {name for name in state.saved if state.config.bias != "none" and "bias" in name}
+
+
+def _is_trained(name: str, placed: PlacedTensor, expected: set[str]) -> bool:
+    """Whether a tensor was trained: PEFT also writes the untouched weight of an adapted embedding, the base's own."""
+    value, tensor, base = placed.value, placed.tensor(), base_value(placed.module, placed.key)
+    if value.is_floating_point() != tensor.is_floating_point():
+        raise AdapterError(f"{name} is {value.dtype}, {tensor.dtype} in the model; save it again")
+    if name not in expected and not is_sharded(base) and torch.equal(value.to(base), base):
+        return False
+    # A buffer may hold infinities on purpose, such as a mask: then the model's own does too.
+    is_finite = isinstance(tensor, nn.Parameter) or bool(base.isfinite().all())
+    if is_finite and not bool(value.isfinite().all()):
+        raise AdapterError(f"{name} is NaN or infinite; train the adapter again")
+    return True

@@ -1,0 +1,80 @@
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from lightning_oft.data.base import SplitDataModule, collate
+
+
+class Numbers(SplitDataModule):
+    """A stranger's data module: three test sets of numbers and no validation."""
+
+    columns = ("x",)
+    cache_arguments: ClassVar[tuple[str, ...]] = ("count", "seed")
+
+    def __init__(self, count: int = 5, **arguments: Any) -> None:
+        super().__init__(batch_size=2, **arguments)
+        self.count = count
+
+    def setup(self, stage: str) -> None:
+        numbers = [{"x": torch.tensor(i)} for i in range(self.count)]
+        self.splits = {"train": numbers, "a": numbers[:1], "b": numbers[:2]}  # type: ignore[dict-item]
+
+
+def loaded(**arguments: Any) -> Numbers:
+    data = Numbers(**arguments)
+    data.setup("fit")
+    return data
+
+
+def test_loaders_are_the_splits() -> None:
+    data = loaded()
+    assert data.test_names == ["a", "b"]
+    assert [len(loader.dataset) for loader in data.test_dataloader()] == [1, 2]  # type: ignore[arg-type]
+    assert len(data.predict_dataloader()) == 2
+    assert data.val_dataloader() == []
+    assert sorted(int(x) for batch in data.train_dataloader() for x in batch["x"]) == list(range(5))
+
+
+def test_order_depends_on_the_seed_only() -> None:
+    def order(seed: int) -> list[int]:
+        torch.rand(1)  # what a model draws changes nothing
+        return [int(x) for batch in loaded(count=50, seed=seed).train_dataloader() for x in batch["x"]]
+
+    assert order(0) == order(0) != order(1)
+
+
+def test_unreadable_examples_are_left_out_of_a_batch() -> None:
+    assert collate([None, {"x": torch.tensor(1)}])["x"].tolist() == [1]
+    with pytest.raises(ValueError, match="a batch of 2 examples of which none can be read"):
+        collate([None, None])
+
+
+def test_cache_key_names_what_decides_the_examples() -> None:
+    keys = [
+        Numbers().cache_key,
+        Numbers(num_workers=1).cache_key,
+        Numbers(count=6).cache_key,
+        Numbers(seed=1).cache_key,
+    ]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
+def test_companion_is_the_processor() -> None:
+    data = Numbers()
+    assert data.companions() == []
+    data.processor = object()
+    assert data.companions() == [data.processor]
+
+
+def test_worker_settings_reach_the_loader() -> None:
+    loader = loaded(num_workers=1, persistent_workers=True).train_dataloader()
+    assert (loader.num_workers, loader.persistent_workers, loader.batch_size) == (1, True, 2)
+    assert not loaded(num_workers=0, persistent_workers=True).train_dataloader().persistent_workers
+
+
+@pytest.mark.parametrize(("arguments", "message"), [((0, 0), "batch_size 0"), ((1, -1), "num_workers -1")])
+def test_impossible_arguments_are_refused(arguments: tuple[int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SplitDataModule(*arguments)

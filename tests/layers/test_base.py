@@ -1,0 +1,71 @@
+"""The registry: what a module class is rotated like, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from layer_cases import Holder, config, randomize, relative
+from torch import Tensor, nn
+
+from lightning_oft import inject, merge, register_layer_type
+from lightning_oft.layers.base import layer_type_of
+
+
+class Scaled(nn.Module):
+    """x @ W.T times a number: it has no sizes, so that nothing would take it for a linear layer by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 8))
+
+    @property
+    def in_features(self) -> int:
+        return 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x @ self.weight.T
+
+
+class Finer(Scaled):
+    pass
+
+
+def test_a_class_and_its_subclasses_are_known_until_the_handle_is_removed() -> None:
+    assert layer_type_of(Scaled()) is None
+    handle = register_layer_type(Scaled, like=nn.Linear)
+    try:
+        assert layer_type_of(Scaled()) is layer_type_of(Finer()) is layer_type_of(nn.Linear(2, 2))
+        model, x = Holder(Finer()), torch.randn(3, 8)
+        assert inject(model, config()) == ["layer"]
+        randomize(model)
+        expected = model(x)
+        merge(model)
+        assert relative(model(x), expected) < 1e-5
+    finally:
+        handle.remove()
+    assert layer_type_of(Scaled()) is None
+
+
+def test_the_nearest_class_and_the_last_registration_count() -> None:
+    with register_layer_type(Scaled), register_layer_type(Finer, like=nn.Embedding):
+        assert layer_type_of(Finer()) is layer_type_of(nn.Embedding(2, 2))
+        with register_layer_type(Finer, like=nn.Linear):
+            assert layer_type_of(Finer()) is layer_type_of(Scaled())
+        assert layer_type_of(Finer()) is layer_type_of(nn.Embedding(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((Scaled(),), TypeError, "takes a subclass of nn.Module"),
+        ((int,), TypeError, "takes a subclass of nn.Module"),
+        ((Scaled, nn.ReLU), ValueError, "`like` itself cannot be adapted"),
+    ],
+    ids=["a module", "no module", "nothing like it"],
+)
+def test_what_cannot_be_registered_is_refused(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        register_layer_type(*arguments)
+    assert layer_type_of(Scaled()) is None

@@ -1,0 +1,394 @@
+"""Into the weights and out again: all or nothing, to the bit where the base is kept, and never a tied weight harmed."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from layer_cases import config, randomize, relative
+from norm_net import same, snapshot
+from torch import Tensor, nn
+
+from lightning_oft import (
+    OFTConfig,
+    delete_adapter,
+    disable_adapters,
+    inject,
+    merge,
+    oft_layers,
+    project,
+    set_adapter,
+    unload,
+    unmerge,
+)
+from lightning_oft.layers import LayerState, state_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:adapter .* is not active")
+
+
+def _stack(layers: int = 4, **options: Any) -> nn.Module:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+    inject(model, config(target_modules="all-linear", **options))
+    randomize(model, 0.2)
+    return model
+
+
+# ---- all or nothing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "keep_base", "error"),
+    [(0, "never", ValueError), (3, "always", KeyboardInterrupt), (3, "never", ValueError)],
+)
+def test_a_failure_at_the_nth_layer_leaves_the_model_as_it_was(
+    n: int, keep_base: Any, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = _stack(), torch.randn(3, 8)
+    before, output = snapshot(model), model(x)
+    kind = type(state_of(model[0]).layer_type)  # type: ignore[union-attr, index]
+    fold, calls = kind.fold, []
+
+    def failing(self: Any, *args: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == n + 1:
+            raise error("out of memory")
+        return fold(self, *args)
+
+    monkeypatch.setattr(kind, "fold", failing)
+    with pytest.raises(error, match="out of memory"):
+        merge(model, keep_base=keep_base)
+    monkeypatch.undo()
+    assert len(calls) == n + 1
+    if keep_base == "always" or n == 0:
+        assert same(model, before)
+        assert torch.equal(model(x), output)
+    else:
+        assert all(relative(tensor + 0, before[name]) < 1e-6 for name, tensor in model.state_dict().items())
+    assert relative(model(x), output) < 1e-6
+    merge(model)
+    assert relative(model(x), output) < 1e-5
+
+
+def test_a_generator_that_is_not_finite_is_refused_and_nothing_changes() -> None:
+    model = _stack()
+    layer: Any = oft_layers(model)["2"]
+    layer.oft_R["default"].weight.data[0, 1] = float("nan")
+    before = {name: t for name, t in snapshot(model).items() if "oft_R" not in name}
+    with pytest.raises(ValueError, match="cannot merge: generators of 2 are NaN or infinite; nothing was changed"):
+        merge(model)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert all(state.merged is None for state in _states(model))
+
+
+def _states(model: nn.Module) -> list[LayerState]:
+    return [state for layer in oft_layers(model).values() if (state := state_of(layer)) is not None]
+
+
+def test_a_merge_that_overflows_half_precision_is_refused_and_nothing_changes() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).half()
+    inject(model, config(target_modules="all-linear"))
+    randomize(model, 0.5)
+    model[1].weight.data.fill_(65000.0)  # type: ignore[operator]
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match=r"cannot merge: the merged weight overflows torch.float16; nothing was changed"
+    ):
+        merge(model)
+    assert same(model, before)
+
+
+def test_a_failure_takes_back_the_choice_of_adapter_too() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
+    inject(model, config(target_modules=["0"], bias="all"), "one")
+    inject(model, config(target_modules=["0"]), "two")
+    randomize(model, 0.2, "one")
+    with torch.no_grad():
+        model[0].bias.add_(1)  # type: ignore[operator]
+    layer: Any = model[0]
+    layer.oft_R["two"].weight.data.fill_(float("nan"))
+    output, flags = model(x), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="NaN"):
+        merge(model, "two")
+    assert torch.equal(model(x), output)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    with pytest.raises(ValueError, match="no adapter 'three' here"):
+        merge(model, ["one", "three"])
+    assert torch.equal(model(x), output)
+
+
+@pytest.mark.parametrize("adapters", ["two", ["two", "one"]], ids=str)
+def test_a_merge_may_name_its_adapters(adapters: str | list[str]) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
+    for seed, name in enumerate(("one", "two")):
+        inject(model, config(target_modules=["0"]), name)
+        randomize(model, 0.2, name, seed)
+    set_adapter(model, adapters)
+    expected = model(x)
+    set_adapter(model, "one")
+    assert merge(model, adapters) == ["0"]
+    assert relative(model(x), expected) < 1e-5
+
+
+def test_a_merged_model_refuses_what_needs_its_base_and_an_unmerged_one_has_nothing_to_undo() -> None:
+    model = _stack()
+    with pytest.raises(RuntimeError, match="nothing to unmerge: no layer of the model is merged"):
+        unmerge(model)
+    merge(model)
+    merged = snapshot(model)
+    for action in (
+        lambda: inject(model, config(target_modules=["0"]), "second"),
+        lambda: set_adapter(model, "default"),
+        lambda: disable_adapters(model).__enter__(),
+        lambda: delete_adapter(model, "default"),
+        lambda: merge(model),
+    ):
+        with pytest.raises(RuntimeError, match=r"0, 1, 2, 3 are merged; call unmerge.model. first"):
+            action()
+    assert same(model, merged)
+    unmerge(model)
+    with pytest.raises(ValueError, match="nothing to merge: the model has no adapter; call inject or load_adapter"):
+        merge(nn.Linear(8, 8))
+
+
+def test_keep_base_takes_three_words() -> None:
+    with pytest.raises(ValueError, match="keep_base=True: must be 'auto', 'always' or 'never'"):
+        merge(_stack(), keep_base=True)  # type: ignore[arg-type]
+
+
+def test_auto_keeps_up_to_the_limit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    module = importlib.import_module("lightning_oft.model.merging")
+    for limit, kept in ((4 * 64 * 4, True), (4 * 64 * 4 - 1, False)):
+        monkeypatch.setattr(module, "KEEP_LIMIT", limit)
+        model = _stack()
+        with caplog.at_level(logging.INFO):
+            merge(model)
+        assert all((tensor is not None) == kept for state in _states(model) for tensor in state.base.values())
+        assert caplog.records[-1].getMessage().startswith("merge: keeping" if kept else "merge: not keeping")
+
+
+# ---- the way back ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "keep_base"), [("one_weight", "always"), ("load_state_dict", "never"), ("training", "always")]
+)
+def test_changed_weights_are_not_thrown_away(change: str, keep_base: Any) -> None:
+    model, x = _stack(), torch.randn(3, 8)
+    merge(model, keep_base=keep_base)
+    if change == "one_weight":
+        model[1].weight.data[3, 3] += 0.1  # type: ignore[index, union-attr]
+    elif change == "load_state_dict":
+        model.load_state_dict(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))).state_dict())
+    else:
+        model.requires_grad_()
+        optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+        model(x).square().sum().backward()
+        optimizer.step()
+    before, output = snapshot(model), model(x)
+    with pytest.raises(
+        RuntimeError, match=r"cannot unmerge (1|0, 1).*: the weights were changed after the merge.*unload"
+    ):
+        unmerge(model)
+    assert same(model, before)
+    unload(model)
+    assert torch.equal(model(x), output)
+    assert oft_layers(model) == {}
+
+
+def test_reloading_the_merged_weights_is_no_change() -> None:
+    model = _stack()
+    base = snapshot(model)
+    merge(model)
+    model.load_state_dict(snapshot(model))
+    unmerge(model)
+    assert same(model, base)
+
+
+def test_a_merged_model_may_be_cast_and_come_back() -> None:
+    model, x, dtype = _stack(), torch.randn(3, 8), torch.bfloat16
+    output = model(x)
+    merge(model)
+    model.to(dtype)
+    unmerge(model)
+    assert relative(model(x.to(dtype)), output) < 3e-2
+
+
+def test_the_mode_changed_while_merged_holds_for_the_rotations_too() -> None:
+    model, x = _stack(module_dropout=0.5), torch.randn(3, 8)
+    output = model.eval()(x)
+    merge(model.train())
+    model.eval()
+    unmerge(model)
+    assert torch.equal(model(x), output)
+    merge(model)
+    model.train()
+    unmerge(model)
+    assert len({tuple(model(x).flatten().tolist()) for _ in range(20)}) > 1
+
+
+def test_dropout_never_reaches_a_merge() -> None:
+    model, x = _stack(module_dropout=0.9), torch.randn(3, 8)
+    output = model.eval()(x)
+    merge(model.train())
+    assert relative(model(x), output) < 1e-5
+
+
+def test_a_merged_model_is_a_plain_one() -> None:
+    plain = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    model = copy.deepcopy(plain)
+    inject(model, config(target_modules="all-linear"))
+    randomize(model)
+    identities = {name: id(parameter) for name, parameter in model.named_parameters() if "oft_R" not in name}
+    merge(model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == identities
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+    unload(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_training_goes_on_after_unmerge() -> None:
+    model, x = _stack(), torch.randn(3, 8)
+    rotations = {name: p for name, p in model.named_parameters() if "oft_R" in name}
+    merge(model)
+    unmerge(model)
+    assert {name: p for name, p in model.named_parameters() if "oft_R" in name} == rotations
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.requires_grad for p in rotations.values())
+
+
+# ---- memory format ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "memory_format"),
+    [
+        (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 6, 6), torch.channels_last),
+        (lambda: nn.ConvTranspose2d(4, 6, 3), (2, 4, 6, 6), torch.channels_last),
+        (lambda: nn.Conv3d(4, 6, 3), (2, 4, 5, 5, 5), torch.channels_last_3d),
+    ],
+)
+def test_channels_last_stays_channels_last(
+    layer: Any, shape: tuple[int, ...], memory_format: torch.memory_format
+) -> None:
+    model: Any = nn.Sequential(layer())
+    model.to(memory_format=memory_format)
+    x = torch.randn(shape).to(memory_format=memory_format)
+    strides = model[0].weight.stride()
+    inject(model, config(target_modules=["0"], oft_block_size=2))
+    randomize(model, 0.2)
+    output = model(x)
+    assert output.is_contiguous(memory_format=memory_format)
+    seen: list[tuple[int, ...]] = []
+    if isinstance(model[0], nn.Conv2d):
+        convolve = torch.nn.functional.conv2d
+        with pytest.MonkeyPatch.context() as patch:
+
+            def watched(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+                seen.append(weight.stride())
+                output: Tensor = convolve(input, weight, *rest)
+                return output
+
+            patch.setattr("torch.nn.functional.conv2d", watched)
+            model(x)
+        assert len(seen) == 1
+    assert all(stride == strides for stride in seen)
+    merge(model)
+    assert model[0].weight.stride() == strides
+    assert relative(model(x), output) < 1e-5
+    assert model(x).is_contiguous(memory_format=memory_format)
+    unmerge(model)
+    assert model[0].weight.stride() == strides
+    merge(model, keep_base="never")
+    unmerge(model)
+    assert model[0].weight.stride() == strides
+
+
+def test_projecting_a_merged_model_changes_nothing() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
+    inject(model, OFTConfig(oft_block_size=4, max_angle=1.0, use_cayley_neumann=False))
+    nn.init.normal_(model[0].oft_R["default"].weight, std=0.1)  # type: ignore[index, arg-type, union-attr]
+    adapted = model(x)
+    merge(model, keep_base="never")
+    project(model)
+    unmerge(model)
+    torch.testing.assert_close(model(x), adapted)
+    project(model)
+    assert not torch.allclose(model(x), adapted, atol=1e-3)
+
+
+# ---- tied weights ------------------------------------------------------------------------------------------------------
+
+
+def _tied() -> Any:
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options = transformers.LlamaConfig(**sizes, intermediate_size=24, vocab_size=32, tie_word_embeddings=True)
+    return transformers.LlamaForCausalLM(options).eval()
+
+
+@pytest.mark.parametrize(
+    ("targets", "keep_base"),
+    [
+        (["lm_head"], "never"),
+        (["embed_tokens"], "always"),
+        (["lm_head", "embed_tokens"], "never"),
+        (["q_proj"], "never"),
+    ],
+)
+def test_tied_weights_are_merged_apart_and_tied_again(targets: list[str], keep_base: Any, tmp_path: Path) -> None:
+    model, ids = _tied(), torch.randint(0, 32, (2, 5))
+    base = model(ids).logits
+    inject(model, config(target_modules=targets))
+    randomize(model, 0.3)
+    adapted = model(ids).logits
+    assert relative(adapted, base) > 1e-4
+    merge(model, keep_base=keep_base)
+    assert relative(model(ids).logits, adapted) < 1e-5
+    tied = targets == ["q_proj"]
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert model.config.tie_word_embeddings == tied
+    model.save_pretrained(tmp_path)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert relative(again(ids).logits, adapted) < 1e-5
+    unmerge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings
+    assert relative(model(ids).logits, adapted) < 1e-6
+    unload(model)
+    assert relative(model(ids).logits, base) < 1e-6
+
+
+def test_a_failure_unties_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = _tied(), torch.randint(0, 32, (2, 5))
+    inject(model, config(target_modules=["embed_tokens", "lm_head"]))
+    randomize(model, 0.3)
+    adapted = model(ids).logits
+    layer_type = type(state_of(model.lm_head).layer_type)  # type: ignore[union-attr]
+    monkeypatch.setattr(layer_type, "fold", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
+    with pytest.raises(MemoryError):
+        merge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings
+    assert torch.equal(model(ids).logits, adapted)
+
+
+def test_plain_modules_that_share_a_weight_are_merged_apart(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}), torch.randn(3, 8)
+    model["b"].weight = model["a"].weight
+    untouched = model["b"](x)
+    inject(model, config(target_modules=["a"]))
+    randomize(model, 0.3)
+    adapted = model["a"](x)
+    merge(model)
+    assert "merge: a shared a weight with another module" in caplog.text
+    assert relative(model["a"](x), adapted) < 1e-5
+    assert torch.equal(model["b"](x), untouched)
+    unmerge(model)
+    assert model["b"].weight is model["a"].weight

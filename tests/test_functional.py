@@ -1,0 +1,326 @@
+"""The maths: every fast path against a plain reference, every derivative against finite differences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.tuners.oft.layer import OFTRotationModule
+from torch import Tensor
+
+from lightning_oft import functional as maths
+
+TERMS = range(2, 13)
+
+
+def _skew(n: int = 3, b: int = 5, norm: float | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
+    q = maths.skew(torch.randn(n, maths.generator_size(b), dtype=dtype), b)
+    return q if norm is None else q * (norm / torch.linalg.matrix_norm(q, 2))[:, None, None]
+
+
+def _naive_series(q: Tensor, terms: int, halve_last: bool = True) -> Tensor:
+    """The series term by term, as PEFT counts them: k = 3 behaves as 4."""
+    terms = max(terms, 4) if terms > 2 and halve_last else terms
+    total, power = torch.eye(q.shape[-1], dtype=q.dtype).expand_as(q).clone(), q
+    for exponent in range(1, terms):
+        last = exponent == terms - 1 and halve_last and terms > 2
+        total = total + (1 if last else 2) * power
+        power = power @ q
+    return total
+
+
+def _block_diagonal(r_nbb: Tensor, blocks: int) -> Tensor:
+    every = r_nbb if len(r_nbb) == blocks else r_nbb.expand(blocks, -1, -1)
+    full: Tensor = torch.block_diag(*every)  # type: ignore[no-untyped-call]
+    return full
+
+
+# ---- generators ------------------------------------------------------------------------------------------------------
+
+
+def test_block_size_of_inverts_generator_size() -> None:
+    assert all(maths.block_size_of(maths.generator_size(b)) == b for b in range(2, 300))
+
+
+def test_a_size_that_is_no_triangle_is_refused() -> None:
+    for size in (2, 4, 5, 7, 495, 497):
+        with pytest.raises(ValueError, match=rf"{size} is not b\(b-1\)/2"):
+            maths.block_size_of(size)
+
+
+def test_skew_fills_the_upper_triangle_row_by_row_without_a_half() -> None:
+    q = maths.skew(torch.tensor([[1.0, 2.0, 3.0]]), 3)
+    assert q.tolist() == [[[0, 1, 2], [-1, 0, 3], [-2, -3, 0]]]
+
+
+# ---- the two maps ----------------------------------------------------------------------------------------------------
+
+
+def test_cayley_is_its_formula_and_orthogonal() -> None:
+    q = _skew()
+    eye = torch.eye(5, dtype=q.dtype)
+    torch.testing.assert_close(maths.cayley(q), (eye + q) @ torch.linalg.inv(eye - q))
+    assert float(maths.orthogonality_error(maths.cayley(q)).max()) < 1e-13
+    torch.testing.assert_close(torch.linalg.det(maths.cayley(q)), torch.ones(3, dtype=q.dtype))
+
+
+@pytest.mark.parametrize("halve_last", [True, False])
+def test_doubling_equals_the_naive_sum(halve_last: bool) -> None:
+    q = _skew(norm=0.7)
+    for terms in TERMS:
+        torch.testing.assert_close(maths.cayley_neumann(q, terms, halve_last), _naive_series(q, terms, halve_last))
+
+
+def test_fewer_than_two_terms_are_the_identity() -> None:
+    for terms in (0, 1):
+        assert torch.equal(maths.cayley_neumann(_skew(), terms), torch.eye(5, dtype=torch.float64).expand(3, 5, 5))
+
+
+def test_a_truncated_series_is_cayley_times_a_factor() -> None:
+    q = _skew(norm=0.6)
+    for terms in range(4, 13):
+        factor = torch.eye(5, dtype=q.dtype) - torch.linalg.matrix_power(q, terms - 1)
+        torch.testing.assert_close(maths.cayley_neumann(q, terms), maths.cayley(q) @ factor)
+
+
+def test_series_equals_peft() -> None:
+    oracle = OFTRotationModule(3, maths.generator_size(5), 5, 15)
+    generator = torch.randn(3, maths.generator_size(5)) * 0.1
+    for terms in TERMS:
+        ours = maths.cayley_neumann(maths.skew(generator, 5), terms)
+        torch.testing.assert_close(ours, oracle._cayley_batch(generator, 5, True, terms), rtol=0, atol=2e-6)
+
+
+def test_pefts_exact_path_is_the_transpose() -> None:
+    oracle = OFTRotationModule(3, maths.generator_size(5), 5, 15)
+    generator = torch.randn(3, maths.generator_size(5)) * 0.1
+    theirs = oracle._cayley_batch(generator, 5, False)
+    torch.testing.assert_close(maths.cayley(maths.skew(generator, 5)).mT, theirs, rtol=0, atol=2e-6)
+    torch.testing.assert_close(maths.cayley(maths.skew(-generator, 5)), theirs, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("norm", [0.05, 0.2, 0.6, 0.95])
+def test_series_error_bounds_the_error_and_is_nearly_attained(norm: float) -> None:
+    for terms in TERMS:
+        measured = float(maths.orthogonality_error(maths.cayley_neumann(_skew(norm=norm), terms)).max())
+        bound = maths.series_error(norm, terms)
+        assert measured <= bound * (1 + 1e-9) + 1e-14
+        assert bound <= max(2.5 * measured, 1e-13)
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-6])
+def test_series_reach_inverts_series_error(tolerance: float) -> None:
+    for terms in TERMS:
+        reach = maths.series_reach(terms, tolerance)
+        assert maths.series_error(reach, terms) == pytest.approx(tolerance, rel=1e-6)
+        assert maths.series_error(reach * 1.01, terms) > tolerance
+
+
+def test_series_error_grows_without_overflow_and_the_identity_has_none() -> None:
+    assert maths.series_error(1e9, 12) == math.inf
+    assert maths.series_error(5.0, 1) == maths.series_error(0.0, 2) == maths.series_error(0.0, 6) == 0.0
+    assert maths.series_reach(1) == math.inf
+
+
+# ---- derivatives, once and twice -------------------------------------------------------------------------------------
+
+
+def _generator(n: int = 2, b: int = 4) -> Tensor:
+    return (torch.randn(n, maths.generator_size(b), dtype=torch.float64) * 0.3).requires_grad_()
+
+
+def _exact(generator: Tensor) -> Tensor:
+    return maths.cayley(maths.skew(generator, 4))
+
+
+def _rotated(x: Tensor, generator: Tensor) -> Tensor:
+    return maths.rotate(x, _exact(generator))
+
+
+def test_gradcheck_of_cayley_for_any_matrix() -> None:
+    q = (torch.randn(2, 3, 3, dtype=torch.float64) * 0.2).requires_grad_()
+    assert torch.autograd.gradcheck(maths.cayley, q)
+    assert torch.autograd.gradgradcheck(maths.cayley, q)
+
+
+def test_gradcheck_of_the_series() -> None:
+    for terms in (2, 5, 6):
+        assert torch.autograd.gradcheck(lambda g, k=terms: maths.cayley_neumann(maths.skew(g, 4), k), _generator())
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 2, 8)])
+@pytest.mark.parametrize("blocks", [2, 1], ids=["blocks", "shared"])
+def test_gradcheck_of_rotate(shape: tuple[int, ...], blocks: int) -> None:
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    r = torch.randn(blocks, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(maths.rotate, (x, r))
+    assert torch.autograd.gradgradcheck(maths.rotate, (x, r))
+    assert torch.autograd.gradcheck(_rotated, (x, _generator(blocks)))
+    assert torch.autograd.gradgradcheck(_rotated, (x, _generator(blocks)))
+
+
+def test_the_gradient_of_cayley_equals_that_of_the_solve() -> None:
+    generator = _generator()
+    upstream = torch.randn(2, 4, 4, dtype=torch.float64)
+    eye = torch.eye(4, dtype=torch.float64)
+    q = maths.skew(generator, 4)
+    (plain,) = torch.autograd.grad(((eye + q) @ torch.linalg.inv(eye - q) * upstream).sum(), generator)
+    (ours,) = torch.autograd.grad((_exact(generator) * upstream).sum(), generator)
+    torch.testing.assert_close(ours, plain)
+
+
+# ---- rotate ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 5), st.booleans(), st.lists(st.integers(0, 3), max_size=3), st.booleans())
+def test_rotate_is_the_product_with_the_block_diagonal(
+    n: int, b: int, shared: bool, leading: list[int], grad: bool
+) -> None:
+    x = torch.randn(*leading, n * b, dtype=torch.float64, requires_grad=grad)
+    r = torch.randn(1 if shared else n, b, b, dtype=torch.float64)
+    rotated = maths.rotate(x, r)
+    assert rotated.shape == x.shape
+    torch.testing.assert_close(rotated, x @ _block_diagonal(r, n))
+
+
+LAYOUTS = {
+    "transposed": lambda: torch.randn(12, 5).t(),
+    "permuted": lambda: torch.randn(12, 2, 5).permute(1, 2, 0),
+    "expanded": lambda: torch.randn(1, 12).expand(5, 12),
+    "sliced": lambda: torch.randn(5, 24)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rotate_reads_any_memory_layout(layout: str) -> None:
+    for blocks in (3, 1):
+        x, r = LAYOUTS[layout]().requires_grad_(), torch.randn(blocks, 4, 4, requires_grad=True)
+        upstream = torch.randn(x.shape[::-1]).permute(*reversed(range(x.dim())))
+        rotated, plain = maths.rotate(x, r), x @ _block_diagonal(r, 3)
+        torch.testing.assert_close(rotated, plain)
+        ours, reference = (torch.autograd.grad(output, (x, r), upstream) for output in (rotated, plain))
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fan_in_that_does_not_fit_is_refused() -> None:
+    for shape, blocks in (((3, 14), 1), ((), 3), ((3, 0), 1), ((3, 24), 3)):
+        with pytest.raises(ValueError, match="last dimension must be"):
+            maths.rotate(torch.zeros(shape), torch.zeros(blocks, 4, 4))
+
+
+def test_rotate_keeps_x_and_r_for_backward_and_nothing_else() -> None:
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    x, r = torch.randn(6, 12, requires_grad=True), torch.randn(3, 4, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        maths.rotate(x, r)
+    assert sorted(tensor.data_ptr() for tensor in kept) == sorted([x.data_ptr(), r.data_ptr()])
+
+
+def test_rotate_is_untouched_by_autocast_also_backward() -> None:
+    x, r = torch.randn(6, 12, requires_grad=True), torch.randn(3, 4, 4, requires_grad=True)
+    plain = maths.rotate(x, r)
+    expected = torch.autograd.grad(plain.square().sum(), (x, r))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rotated = maths.rotate(x, r)
+        assert torch.equal(rotated, plain)
+        for ours, reference in zip(torch.autograd.grad(rotated.square().sum(), (x, r)), expected, strict=True):
+            assert torch.equal(ours, reference)
+
+
+def test_shapes_are_known_on_the_meta_device() -> None:
+    assert maths.rotate(torch.empty(2, 12, device="meta"), torch.empty(3, 4, 4, device="meta")).shape == (2, 12)
+    assert maths.cayley(maths.skew(torch.empty(3, 6, device="meta"), 4)).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("blocks", [3, 1], ids=["blocks", "shared"])
+def test_rotate_weight_is_what_rotated_inputs_would_do(blocks: int) -> None:
+    x, weight = torch.randn(5, 12, dtype=torch.float64), torch.randn(7, 12, dtype=torch.float64)
+    r = maths.cayley(_skew(blocks, 4))
+    torch.testing.assert_close(x @ maths.rotate_weight(weight, r).T, maths.rotate(x, r) @ weight.T)
+    torch.testing.assert_close(maths.unrotate_weight(maths.rotate_weight(weight, r), r), weight)
+
+
+def test_unrotate_solves_where_a_transpose_would_not_do() -> None:
+    weight, r = torch.randn(7, 12), maths.cayley_neumann(_skew(3, 4, norm=0.8, dtype=torch.float32), 5)
+    merged = maths.rotate_weight(weight, r)
+    torch.testing.assert_close(maths.unrotate_weight(merged, r), weight, rtol=1e-5, atol=1e-5)
+    assert float((maths.rotate_weight(merged, r.mT) - weight).norm() / weight.norm()) > 1e-2
+
+
+# ---- constraint, error, angle ----------------------------------------------------------------------------------------
+
+
+def test_frobenius_norm_is_that_of_the_skew_matrix() -> None:
+    generator = torch.randn(3, 10, dtype=torch.float64)
+    torch.testing.assert_close(
+        maths.frobenius_norm(generator), torch.linalg.matrix_norm(maths.skew(generator, 5), "fro")
+    )
+
+
+def test_the_paper_radius_has_b_squared_and_pefts_has_not() -> None:
+    assert maths.eps_radius(6e-5, 32, 24) == pytest.approx(6e-5 * 1024 / math.sqrt(24))
+    assert maths.largest_angle(maths.eps_radius(6e-5, 32, 24)) == pytest.approx(1.016, abs=0.001)
+
+
+@pytest.mark.parametrize(("angle", "b"), [(0.1, 8), (45.0, 3), (170.0, 2)])
+def test_no_plane_turns_further_than_max_angle_and_one_can_reach_it(angle: float, b: int) -> None:
+    radius = maths.angle_radius(angle)
+    assert maths.largest_angle(radius) == pytest.approx(angle)
+    generator = torch.randn(50, maths.generator_size(b), dtype=torch.float64)
+    generator *= (radius / maths.frobenius_norm(generator))[:, None]
+    assert float(maths.rotation_angle(maths.cayley(maths.skew(generator, b))).max()) <= angle * (1 + 1e-9)
+    single = torch.zeros(1, maths.generator_size(b), dtype=torch.float64)
+    single[0, 0] = radius / math.sqrt(2)
+    assert float(maths.rotation_angle(maths.cayley(maths.skew(single, b)))) == pytest.approx(angle)
+
+
+def test_project_pulls_in_what_is_outside_and_leaves_what_is_inside() -> None:
+    dtype = torch.float32
+    generator = torch.randn(6, 10, dtype=dtype) * torch.tensor([1e-9, 1e-3, 0.02, 1.0, 30.0, 0.0], dtype=dtype)[:, None]
+    before, radius = generator.clone(), 0.1
+    inside = maths.frobenius_norm(before) <= radius
+    address = generator.data_ptr()
+    assert maths.project(generator, radius).data_ptr() == address
+    assert inside.any()
+    assert not inside.all()
+    assert torch.equal(generator[inside], before[inside])
+    norms = maths.frobenius_norm(generator)[~inside]
+    assert bool((norms <= radius).all())
+    assert bool((norms >= radius * (1 - 2e-6)).all())
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(generator[~inside]), torch.nn.functional.normalize(before[~inside])
+    )
+    once = generator.clone()
+    assert torch.equal(maths.project(generator, radius), once)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(1e-6, 10), st.floats(1e-3, 1e4), st.integers(2, 33), st.integers(0, 10**6))
+def test_projecting_twice_changes_nothing(radius: float, scale: float, b: int, seed: int) -> None:
+    generator = torch.randn(4, maths.generator_size(b), generator=torch.Generator().manual_seed(seed)) * scale
+    once = maths.project(generator, radius).clone()
+    assert torch.equal(maths.project(generator, radius), once)
+    assert bool((maths.frobenius_norm(once) <= radius * (1 + 1e-7)).all())
+
+
+def test_project_does_not_record_and_works_on_a_parameter() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 6))
+    assert maths.project(parameter, 0.5).grad_fn is None
+    assert float(maths.frobenius_norm(parameter).detach().max()) <= 0.5
+
+
+def test_rotation_angle_of_a_known_turn() -> None:
+    turn = math.radians(30)
+    r = torch.tensor([[[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]]])
+    assert float(maths.rotation_angle(r)) == pytest.approx(30, abs=1e-4)
+    assert float(maths.rotation_angle(-torch.eye(2)[None])) == pytest.approx(180)
+    assert float(maths.rotation_angle(torch.eye(4)[None])) == 0
