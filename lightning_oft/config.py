@@ -1,7 +1,5 @@
 """OFTConfig: what an adapter is, with PEFT's field names; validation and nothing else."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints

@@ -5,8 +5,6 @@ skew-symmetric Q, row by row: (n, b(b-1)/2). One convention everywhere: R = (I +
 y = base(x . blockdiag(R)), hence W' = W . blockdiag(R)^T. One block (n = 1) may serve every slice of the fan-in.
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

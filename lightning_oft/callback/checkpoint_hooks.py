@@ -4,8 +4,6 @@ Lightning asks an instance for its hooks, so an instance attribute answers befor
 be used: Lightning would unwrap it and take the hook for the user's own.
 """
 
-from __future__ import annotations
-
 import types
 from collections.abc import Callable
 from typing import Any

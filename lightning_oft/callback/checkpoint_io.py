@@ -1,7 +1,5 @@
 """AtomicCheckpointIO: checkpoint files that are whole or not there at all, whenever the process dies."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from pathlib import Path

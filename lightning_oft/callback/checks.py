@@ -1,7 +1,5 @@
 """What would otherwise go wrong in silence: each check is one error that names the layers and the remedy."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import os

@@ -1,7 +1,5 @@
 """What a fit leaves on disk: the adapter in PEFT's format, and the merged model as plain libraries load it."""
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 import warnings

@@ -1,7 +1,5 @@
 """A LightningModule from a checkpoint, without the callback that wrote it."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """RandomState: a resumed fit goes on with the random numbers that the interrupted one would have drawn."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The lines a user reads: one when the fit starts, one when it ends, and warnings about constraints."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Mapping

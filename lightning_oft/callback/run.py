@@ -1,7 +1,5 @@
 """What OFTFinetuning remembers of one run of the Trainer."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any

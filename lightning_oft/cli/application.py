@@ -1,7 +1,5 @@
 """`fit`, `validate`, `test`, `predict`: a LightningCLI application with a top-level `oft:` block."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 import sys

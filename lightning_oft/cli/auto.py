@@ -1,7 +1,5 @@
 """Which transformers (or diffusers) class loads a directory, read from its config.json."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -3,8 +3,6 @@
 The parser copies what an alias stands for: ten lines of aliases of aliases would take every byte of memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path

@@ -3,8 +3,6 @@
 No model is built: what the files say of an adapter is all that a writer needs.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`lightning-oft info PATH`: what an adapter directory or a Lightning checkpoint holds. Reads with torch only."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`lightning-oft merge`: a base model and an adapter become a plain model that needs nothing of this library."""
 
-from __future__ import annotations
-
 import json
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """jsonargparse's parser with an error on one line, and a --help with Lightning's fifty Trainer options on a page of their own."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """What `fit` says at its end: the scores before and after, where the results are, and how to load them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Nothing here knows of rotations. A codec is asked about a module and the name of
 storages spread a weight over several tensors of the module.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable

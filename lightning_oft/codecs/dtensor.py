@@ -5,8 +5,6 @@ the fan-in a process folds the blocks that it owns, and where the cut goes throu
 rows first. No process holds a whole weight for it, where the backend has an all-to-all (gloo on CPUs has none).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

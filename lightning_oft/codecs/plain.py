@@ -1,7 +1,5 @@
 """The ordinary storage: one floating-point parameter, whole in this process."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

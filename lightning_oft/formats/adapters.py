@@ -1,7 +1,5 @@
 """The table of file formats, and adapters of a model to and from files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

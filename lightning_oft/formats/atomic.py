@@ -1,7 +1,5 @@
 """Directories that a reader finds as they were, as they will be, or not at all: never a mixture."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno

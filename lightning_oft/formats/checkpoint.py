@@ -5,8 +5,6 @@ one entry `lightning_oft` of primitives and tensors, so that `torch.load(weights
 stand in the state dict alone; names in the entry are those of the LightningModule.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a checkpoint file says of adapters. Anybody may have written it: nothing in it runs, and all of it is checked."""
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict

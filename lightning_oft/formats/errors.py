@@ -1,7 +1,5 @@
 """What is wrong with a file, in one line that a terminal prints as it stands."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Adapter directories in PEFT's format; what PEFT cannot say stands beside it under our own key."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import warnings

@@ -1,7 +1,5 @@
 """`adapter_config.json`: PEFT's fields, and beside them what PEFT has no words for, under a key of this library."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import asdict, fields, replace

@@ -4,8 +4,6 @@ Keys are `base_model.model.<layer>.oft_R.weight`, `.oft_embedding_R.weight` for 
 for the parts of a layer that has several, and plain names for what was trained whole.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Collection

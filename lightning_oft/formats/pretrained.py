@@ -1,7 +1,5 @@
 """Merged models on disk, as plain transformers, diffusers or torch load them; nothing of OFT is in them."""
 
-from __future__ import annotations
-
 import shutil
 import warnings
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """nn.MultiheadAttention: it reads the weights of its projections and never calls them, so the weights rotate."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

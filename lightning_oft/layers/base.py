@@ -4,8 +4,6 @@ Base parameter names and classes never change, so a plain checkpoint still loads
 Shapes: o fan-out, i fan-in; every weight is folded as a matrix (rows, fan) whose last dimension the rotation turns.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """Changing the class of a living module, so that names, hooks and parameters stay and only a method differs."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Convolutions: the weight is rotated, which is exact for any kernel; rotating the input would not be."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Layers whose input or output is rotated by a hook: linear layers, transformers' Conv1D, embeddings."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

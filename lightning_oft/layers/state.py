@@ -1,7 +1,5 @@
 """What the library remembers of a module. It lives on the module, so any module above it can be asked."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any

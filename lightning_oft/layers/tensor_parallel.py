@@ -4,8 +4,6 @@ Each process rotates what it holds: whole rows, or the blocks of the columns tha
 every process, so gradients of parts are added up and all processes take the same step. Shapes: (..., n*b).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Choosing which adapters are active, projecting them, and running the base without them."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Fingerprints: which base weight an adapter was trained on, told in a few bytes."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """One rotated weight of one layer: its rotations folded in, and taken out again."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """What freezing means: no gradient, no drifting statistics, and a way back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Putting an adapter into a model, and taking it, or every trace of adapters, out again."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Putting an AdapterState into a model: everything is checked first, so it is there whole or not at all."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections import defaultdict

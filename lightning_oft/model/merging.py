@@ -1,7 +1,5 @@
 """Folding rotations into the weights, and getting the weights back."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections import Counter

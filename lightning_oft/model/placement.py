@@ -1,7 +1,5 @@
 """Where the names and shapes of an AdapterState are in a model. Everything that does not fit is refused here."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Plan: the resolved answer to what inject will do to a model. Everything that can be refused is refused here."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

@@ -5,8 +5,6 @@ other adapters wait beside it. Switching exchanges `.data` and never copies into
 its values again after `disable_adapters`; after a lasting switch it raises.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Which modules of a model an adapter's configuration means."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from typing import NamedTuple

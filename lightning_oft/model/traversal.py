@@ -1,7 +1,5 @@
 """Walking a model under the names its author gave it, whatever has been wrapped around its parts since."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from graphlib import TopologicalSorter

@@ -1,7 +1,5 @@
 """What a strategy is asked; the answers of one process and of DDP; and which adapter answers for which strategy."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Collection
 from contextlib import AbstractContextManager, ExitStack

@@ -4,8 +4,6 @@ Its optimizers step on those parts and then write the parameters, so no hook of 
 parameter changed by itself would be overwritten at the next step.
 """
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from typing import Any
 

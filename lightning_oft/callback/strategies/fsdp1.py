@@ -4,8 +4,6 @@ A process sees any part of a block, so the projection and the merge summon what 
 loads FSDP1 checkpoints before any hook and wants every key in them: they are full, and the adapter is exported beside.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Collection, Iterator

@@ -1,7 +1,5 @@
 """FSDP2 and tensor parallel (ModelParallelStrategy): parameters are DTensors, cut by the user in configure_model."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any

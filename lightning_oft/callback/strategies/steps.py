@@ -1,7 +1,5 @@
 """What happens after every real optimizer step: projection, and checks that rotations train and stay orthogonal."""
 
-from __future__ import annotations
-
 import warnings
 from contextlib import ExitStack
 from typing import Any
