@@ -111,3 +111,6 @@ def test_live_bytes_follow_tensors_as_they_come_and_go(parts: Any) -> None:
         assert live.now == 4000
         del second
         assert (live.now, live.peak) == (0, 4000)
+    with parts["measuring"].LiveBytes([before]) as live:
+        before = before + 1  # as a merged weight takes its base's place
+        assert (live.now, live.peak) == (0, 4000)

@@ -140,7 +140,7 @@ def count_operators(action: Callable[[], object]) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that came into being inside and are alive still; `peak` is the most at any moment."""
+    """Bytes alive more than at the start: what came into being inside, less what was there and went; `peak` the most."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
@@ -162,8 +162,8 @@ class LiveBytes(TorchDispatchMode):
             return
         storage = value.untyped_storage()
         if storage._cdata not in self._sizes:
-            self._sizes[storage._cdata] = size = storage.nbytes() if counted else 0
-            self.now += size
+            self._sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes() if counted else 0
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._drop, storage._cdata)  # an address is used again
 
