@@ -71,6 +71,19 @@ def test_one_test_set_needs_no_name(base: str) -> None:
     assert set(scores) == {"test/loss", "test/accuracy", "test/f1"}
 
 
+def test_test_sets_without_names_are_numbered(base: str) -> None:
+    data = DigitsDataModule()
+    data.setup("test")
+    scores = trainer().test(ImageClassification(base), data.test_dataloader(), verbose=False)
+    assert {name.rpartition("/")[0] for one in scores for name in one} == {"test/0", "test/1"}
+
+
+def test_image_processor_is_written_beside_an_export(base: str, tmp_path: Path) -> None:
+    (Path(base) / "preprocessor_config.json").touch()
+    ImageClassification(base).processor.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"preprocessor_config.json"}
+
+
 def test_predictions_are_probabilities_and_their_labels(base: str) -> None:
     predicted = trainer(limit_predict_batches=1).predict(ImageClassification(base), DigitsDataModule(batch_size=5))
     assert predicted is not None
