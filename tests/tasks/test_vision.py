@@ -1,3 +1,4 @@
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,11 @@ def test_test_sets_without_names_are_numbered(base: str) -> None:
 
 
 def test_image_processor_is_written_beside_an_export(base: str, tmp_path: Path) -> None:
-    (Path(base) / "preprocessor_config.json").touch()
-    ImageClassification(base).processor.save_pretrained(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"preprocessor_config.json"}
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "preprocessor_config.json").touch()
+    (tmp_path / "export").mkdir()
+    ImageClassification(str(tmp_path / "base")).processor.save_pretrained(tmp_path / "export")
+    assert {file.name for file in (tmp_path / "export").iterdir()} == {"preprocessor_config.json"}
 
 
 def test_predictions_are_probabilities_and_their_labels(base: str) -> None:
