@@ -1,17 +1,12 @@
 """SplitDataModule: what a data module declares so that the tasks can train, score and export with it."""
 
-from collections.abc import Callable, Sequence
-from hashlib import sha256
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
-Batch = dict[str, Tensor]
-"""Tensors by column; each has a first dimension B, the batch size, which is absent in a single example."""
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 
 class SplitDataModule(LightningDataModule):
@@ -21,28 +16,22 @@ class SplitDataModule(LightningDataModule):
     batch_size or num_workers is out of its range.
     """
 
-    columns: ClassVar[tuple[str, ...]] = ()
-    """Keys of a batch."""
-    cache_arguments: ClassVar[tuple[str, ...]] = ()
-    """Attributes whose values decide which examples there are and what is in them; see `cache_key`."""
-
     def __init__(
         self, batch_size: int, num_workers: int = 0, pin_memory: bool = False, persistent_workers: bool = False, seed: int = 0
     ) -> None:  # fmt: skip
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise ValueError(f"batch_size {batch_size}, num_workers {num_workers}: need at least 1 and at least 0")
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
+        self.batch_size, self.seed = batch_size, seed
         # torch refuses persistent workers where there are none to persist.
-        self.persistent_workers = persistent_workers and num_workers > 0
-        self.seed = seed
+        persistent = persistent_workers and num_workers > 0
+        self.workers = {"num_workers": num_workers, "pin_memory": pin_memory, "persistent_workers": persistent}
+        """torch's options of the loader processes."""
         self.splits: dict[str, Dataset[Any]] = {}
         """Data sets by split: "train", "val" where there is one, then the test sets in order."""
         self.class_names: list[str] = []
         """Names of the classes in the order of their ids; empty where the data has no classes."""
-        self.collate_fn: Callable[[Any], Any] = collate
+        self.collate_fn: Callable[[Any], Any] = default_collate
         """Makes a batch of examples; a text module sets transformers' collator."""
         self.processor: Any = None
         """The processor or tokenizer that made the examples, once `setup` ran; written beside an export."""
@@ -56,16 +45,6 @@ class SplitDataModule(LightningDataModule):
     def test_names(self) -> list[str]:
         """Names of the test sets, in the order of the test and predict loaders: the columns of a before/after table."""
         return [name for name in self.splits if name not in ("train", "val")]
-
-    @property
-    def cache_key(self) -> str:
-        """16 hex digits that name files of prepared examples: equal for equal class and `cache_arguments`."""
-        values = [(name, getattr(self, name)) for name in self.cache_arguments]
-        return sha256(f"{type(self).__qualname__}{values!r}".encode()).hexdigest()[:16]
-
-    def companions(self) -> list[Any]:
-        """What is written beside an export, so that plain libraries prepare examples alike: by default `processor`."""
-        return [] if self.processor is None else [self.processor]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches, in an order that depends on `seed` and the epoch only."""
@@ -84,28 +63,10 @@ class SplitDataModule(LightningDataModule):
         return self.test_dataloader()
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
-        return DataLoader(
-            self.splits[split],
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            persistent_workers=self.persistent_workers,
-            collate_fn=self.collate_fn,
-            # A generator of its own: the order of the examples does not depend on random numbers that the model draws.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
-
-
-def collate(examples: Sequence[Batch | None]) -> Batch:
-    """Stack examples column by column; None, an example that could not be read, is left out.
-
-    Raises ValueError when none is left.
-    """
-    found = [example for example in examples if example is not None]
-    if not found:
-        raise ValueError(f"a batch of {len(examples)} examples of which none can be read; check the files")
-    return {key: torch.stack([example[key] for example in found]) for key in found[0]}
+        # A generator of its own: the order of the examples does not depend on random numbers that the model draws.
+        generator = torch.Generator().manual_seed(self.seed)
+        options: dict[str, Any] = {"generator": generator, "collate_fn": self.collate_fn, **self.workers}
+        return DataLoader(self.splits[split], batch_size=self.batch_size, shuffle=shuffle, **options)
 
 
 def require(module: str, package: str) -> Any:

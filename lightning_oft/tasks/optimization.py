@@ -6,10 +6,7 @@ from typing import Any, Literal
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
-from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
-
-GENERATORS = frozenset({"oft_R", "oft_embedding_R"})
-"""The name that holds an adapted layer's rotations, in parameter names and in files."""
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -21,14 +18,14 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     Raises:
         ValueError: When nothing is trainable.
     """
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if not trainable:
+    decayed: list[nn.Parameter] = []
+    rotations: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (decayed if {"oft_R", "oft_embedding_R"}.isdisjoint(name.split(".")) else rotations).append(parameter)
+    if not decayed and not rotations:
         raise ValueError(f"{type(module).__name__}: every parameter is frozen; adapt some layers or unfreeze some")
-    generators = {name for name in trainable if not GENERATORS.isdisjoint(name.split("."))}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in trainable.items() if name not in generators]},
-        {"params": [p for name, p in trainable.items() if name in generators], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rotations, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
@@ -38,17 +35,10 @@ def configure(
     lr_scheduler: LRSchedulerCallable | None = None,
     lr_interval: Literal["auto", "step", "epoch"] = "auto",
 ) -> OptimizerLRScheduler:
-    """What configure_optimizers returns.
+    """What configure_optimizers returns for the trainable parameters of a module; raises ValueError where it cannot.
 
-    Args:
-        module: Whose trainable parameters are optimized.
-        optimizer: Makes the optimizer from parameter groups.
-        lr_scheduler: Makes the schedule from the optimizer.
-        lr_interval: When the schedule advances. "auto" is every step for OneCycleLR and CyclicLR, which count steps,
-            and every epoch for all others.
-
-    Raises:
-        ValueError: When the optimizer or the schedule refuses its arguments.
+    A schedule advances by `lr_interval`; "auto" is every step for OneCycleLR and CyclicLR, which count steps, and every
+    epoch for all others.
     """
     made = _made("optimizer", optimizer, parameter_groups(module))
     if lr_scheduler is None:
@@ -56,10 +46,8 @@ def configure(
     schedule = _made("lr_scheduler", lr_scheduler, made)
     if lr_interval == "auto":
         lr_interval = "step" if isinstance(schedule, OneCycleLR | CyclicLR) else "epoch"
-    settings: dict[str, Any] = {"scheduler": schedule, "interval": lr_interval}
-    if isinstance(schedule, ReduceLROnPlateau):
-        # LightningCLI's subclass says what it watches; torch's own cannot.
-        settings["monitor"] = getattr(schedule, "monitor", "val/loss")
+    # LightningCLI's ReduceLROnPlateau says what it watches, torch's own cannot; no other schedule watches anything.
+    settings = {"scheduler": schedule, "interval": lr_interval, "monitor": getattr(schedule, "monitor", "val/loss")}
     return {"optimizer": made, "lr_scheduler": settings}  # type: ignore[return-value]
 
 

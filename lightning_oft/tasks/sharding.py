@@ -34,27 +34,21 @@ def shard_blocks(model: nn.Module, mesh: DeviceMesh, units: Sequence[nn.Module] 
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: members of one class in a ModuleList or Sequential, the outermost of them.
+    """The repeated blocks of a model: of the classes that transformers must not split, else the members of ModuleLists.
 
-    A block that shares a parameter with the rest of the model is not one: each unit would get a copy of its own.
+    A block inside another is part of that one. A block that shares a parameter with the rest of the model is none: each
+    unit would get a copy of its own.
     """
-    found: list[nn.Module] = []
-    for module in model.children():
-        repeated = _repeated(module)
-        found += repeated or blocks(module)
-        if repeated:
-            found += [block for member in module.children() if member not in repeated for block in blocks(member)]
+    modules = list(model.modules())
+    declared = getattr(model, "_no_split_modules", None) or ()
+    lists = [module for module in modules if isinstance(module, nn.ModuleList)]
+    listed = [member for members in lists for member in members if not isinstance(member, nn.ModuleList)]
+    found = [module for module in modules if type(module).__name__ in declared] or listed
+    classes = Counter(type(block) for block in found)
+    inner = {part for block in found for part in block.modules() if part is not block}
+    outer = [block for block in found if block not in inner and classes[type(block)] > 1]
     uses = _uses(model)
-    return [block for block in found if all(uses[key] == count for key, count in _uses(block).items())]
-
-
-def _repeated(module: nn.Module) -> list[nn.Module]:
-    """The members that are made of several modules and not the only one of their class."""
-    if not isinstance(module, nn.ModuleList | nn.Sequential):
-        return []
-    members = [member for member in module.children() if any(True for _ in member.children())]
-    classes = Counter(type(member) for member in members)
-    return [member for member in members if classes[type(member)] > 1]
+    return [block for block in outer if all(uses[key] == count for key, count in _uses(block).items())]
 
 
 def _uses(module: nn.Module) -> Counter[int]:

@@ -1,27 +1,30 @@
 """ImageClassification: a transformers image classifier."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
-from transformers import AutoModelForImageClassification, PreTrainedModel
 from typing_extensions import override
 
-from lightning_oft.tasks.base import Dtype, LRInterval, Task
+from lightning_oft.formats.pretrained import Companions
+from lightning_oft.tasks.loading import load_pretrained
+from lightning_oft.tasks.optimization import configure
+from lightning_oft.tasks.sharding import shard_blocks
 
-Batch = dict[str, Tensor]
-"""pixel_values (B, C, H, W) float32 and labels (B,) int64."""
 
-
-class ImageClassification(Task):
+class ImageClassification(LightningModule):
     """Image classification with any model of transformers' AutoModelForImageClassification; the model is `self.model`.
 
+    Batches are {"pixel_values": (B, C, H, W) float32, "labels": (B,) int64}.
     Logs `train/`, `val/` and `test/` `loss`, `accuracy` and `f1` (the mean over classes); with several test sets
-    `test/<name>/...`, by the data module's `test_names`. The counts of what was taken for what are in `confusion`.
+    `test/<name>/...`, by the data module's `test_names`, else by number. The counts of what was taken for
+    what are in `confusion`.
 
     Args:
         pretrained: The model to start from: a folder written by save_pretrained, or a hub id.
@@ -39,27 +42,30 @@ class ImageClassification(Task):
         ValueError: When an argument is out of its range.
     """
 
-    model: PreTrainedModel
-
     def __init__(
         self,
         pretrained: str,
         num_classes: int | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: LRInterval = "auto",
+        lr_interval: Literal["auto", "step", "epoch"] = "auto",
         label_smoothing: float = 0.0,
         class_weights: list[float] | None = None,
-        dtype: Dtype = "float32",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
     ) -> None:
-        super().__init__(pretrained, dtype, optimizer=optimizer, lr_scheduler=lr_scheduler, lr_interval=lr_interval)
+        from transformers import AutoModelForImageClassification
+
+        super().__init__()
+        # Callables cannot travel in a checkpoint that is read with weights_only.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes={num_classes}: classification needs at least 2")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing}: must lie in [0, 1)")
-        self.new_head = self.load_model(AutoModelForImageClassification, num_labels=num_classes)
-        """Names of the modules of the head, where it is new and untrained; empty where it is the checkpoint's."""
+        self.model, self.new_head = load_pretrained(AutoModelForImageClassification, pretrained, dtype, num_classes)
+        """The model, and the names of the modules of its head, where that is new and untrained."""
+        self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
+        self.processor = Companions(pretrained)  # writes the image processor beside an export
         self.num_classes = int(self.model.config.num_labels or 0)
         if class_weights is not None and len(class_weights) != self.num_classes:
             raise ValueError(f"class_weights has {len(class_weights)} values; the model has {self.num_classes} classes")
@@ -75,16 +81,25 @@ class ImageClassification(Task):
     def setup(self, stage: str) -> None:
         """Called when the data is known: its classes must be the model's. A new head takes their names."""
         data = getattr(self.trainer, "datamodule", None)
-        found = getattr(data, "num_classes", None) or self.num_classes
-        if found != self.num_classes:
+        names = getattr(data, "class_names", [])
+        if names and len(names) != self.num_classes:
             raise ValueError(
-                f"the data has {found} classes, the model {self.num_classes}; set model.init_args.num_classes: {found}"
-                " to give the model a new head"
+                f"the data has {len(names)} classes, the model {self.num_classes}; set model.init_args.num_classes: "
+                f"{len(names)} to give the model a new head"
             )
-        names = getattr(data, "class_names", None)
         if self.new_head and names:
             self.model.config.id2label = dict(enumerate(names))
             self.model.config.label2id = {name: i for i, name in enumerate(names)}
+
+    @override
+    def configure_model(self) -> None:
+        """Called for every run: under ModelParallelStrategy (FSDP2) the model is sharded."""
+        if self.device_mesh is not None:
+            shard_blocks(self.model, self.device_mesh)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return configure(self, self.optimizer, self.lr_scheduler, self.lr_interval)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values: (B, C, H, W) floating -> logits (B, num_classes) float32, whatever the model computes in."""
@@ -92,51 +107,50 @@ class ImageClassification(Task):
         return logits.float()
 
     @override
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self._score(batch, self.train_metrics)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     @override
     def on_train_epoch_end(self) -> None:
-        """Called after the last batch of an epoch."""
         self._log_metrics("train", self.train_metrics)
 
     @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         loss = self._score(batch, self.val_metrics)
         self.log("val/loss", loss, batch_size=len(batch["labels"]), prog_bar=True, sync_dist=True)
 
     @override
     def on_validation_epoch_end(self) -> None:
-        """Called after the last batch of a validation run."""
         self._log_metrics("val", self.val_metrics)
 
     @override
     def on_test_start(self) -> None:
-        """Called when the number of test sets is known."""
-        metrics = classification_metrics(self.num_classes).to(self.device)
-        self.test_metrics = {split: metrics.clone() for split in self.test_splits()}
+        count = len(self.trainer.num_test_batches)
+        names = getattr(getattr(self.trainer, "datamodule", None), "test_names", [])
+        names = names if len(names) == count else range(count)
+        splits = ["test"] if count == 1 else [f"test/{name}" for name in names]
+        self.test_metrics = {split: classification_metrics(self.num_classes).to(self.device) for split in splits}
 
     @override
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         split, metrics = list(self.test_metrics.items())[dataloader_idx]
         loss = self._score(batch, metrics)
         self.log(f"{split}/loss", loss, batch_size=len(batch["labels"]), add_dataloader_idx=False, sync_dist=True)
 
     @override
     def on_test_epoch_end(self) -> None:
-        """Called after the last batch of the last test set."""
         for split, metrics in self.test_metrics.items():
             self._log_metrics(split, metrics)
 
     @override
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """-> logits (B, num_classes) float32, probabilities of the same shape, and the predicted labels (B,) int64."""
         logits = self(batch["pixel_values"])
         return {"logits": logits, "probabilities": logits.softmax(-1), "labels": logits.argmax(-1)}
 
-    def _score(self, batch: Batch, metrics: MetricCollection) -> Tensor:
+    def _score(self, batch: dict[str, Tensor], metrics: MetricCollection) -> Tensor:
         """The loss of a batch, a scalar; the metrics have seen it."""
         # Waits for the device once a batch; torchmetrics' own check, turned off below, would do so four times, and a
         # wrong label that reached the loss on a GPU would end the process with an unreadable assertion.

@@ -1,16 +1,13 @@
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 
-from lightning_oft.data.base import SplitDataModule, collate
+from lightning_oft.data.base import SplitDataModule
 
 
 class Numbers(SplitDataModule):
     """A stranger's data module: three test sets of numbers and no validation."""
-
-    columns = ("x",)
-    cache_arguments: ClassVar[tuple[str, ...]] = ("count", "seed")
 
     def __init__(self, count: int = 5, **arguments: Any) -> None:
         super().__init__(batch_size=2, **arguments)
@@ -42,30 +39,6 @@ def test_order_depends_on_the_seed_only() -> None:
         return [int(x) for batch in loaded(count=50, seed=seed).train_dataloader() for x in batch["x"]]
 
     assert order(0) == order(0) != order(1)
-
-
-def test_unreadable_examples_are_left_out_of_a_batch() -> None:
-    assert collate([None, {"x": torch.tensor(1)}])["x"].tolist() == [1]
-    with pytest.raises(ValueError, match="a batch of 2 examples of which none can be read"):
-        collate([None, None])
-
-
-def test_cache_key_names_what_decides_the_examples() -> None:
-    keys = [
-        Numbers().cache_key,
-        Numbers(num_workers=1).cache_key,
-        Numbers(count=6).cache_key,
-        Numbers(seed=1).cache_key,
-    ]
-    assert keys[0] == keys[1]
-    assert len(set(keys)) == 3
-
-
-def test_companion_is_the_processor() -> None:
-    data = Numbers()
-    assert data.companions() == []
-    data.processor = object()
-    assert data.companions() == [data.processor]
 
 
 def test_worker_settings_reach_the_loader() -> None:

@@ -1,3 +1,4 @@
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,21 @@ def test_one_test_set_needs_no_name(base: str) -> None:
     data.setup("test")
     (scores,) = trainer().test(ImageClassification(base), data.test_dataloader()[0], verbose=False)
     assert set(scores) == {"test/loss", "test/accuracy", "test/f1"}
+
+
+def test_test_sets_without_names_are_numbered(base: str) -> None:
+    data = DigitsDataModule()
+    data.setup("test")
+    scores = trainer().test(ImageClassification(base), data.test_dataloader(), verbose=False)
+    assert {name.rpartition("/")[0] for one in scores for name in one} == {"test/0", "test/1"}
+
+
+def test_image_processor_is_written_beside_an_export(base: str, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "preprocessor_config.json").touch()
+    (tmp_path / "export").mkdir()
+    ImageClassification(str(tmp_path / "base")).processor.save_pretrained(tmp_path / "export")
+    assert {file.name for file in (tmp_path / "export").iterdir()} == {"preprocessor_config.json"}
 
 
 def test_predictions_are_probabilities_and_their_labels(base: str) -> None:

@@ -7,11 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_oft.data.base import Batch, SplitDataModule, require
-from lightning_oft.data.vision.pixels import image_transform
+from lightning_oft.data.base import SplitDataModule, require
+from lightning_oft.data.vision.pixels import image_transform, model_files
 
-HELD_OUT = 0.2
-"""Share of the digits that neither pre-training nor adaptation ever sees."""
 Levels = Any
 """numpy, (N, 8, 8) uint8: grey levels from 0, the background, to 16."""
 
@@ -31,16 +29,12 @@ class DigitsDataModule(SplitDataModule):
         batch_size: Digits in a batch.
         val_fraction: Share of the digits not held out to validate on.
         seed: Decides the validation split and the order of the batches. The held-out digits are always the same.
-        num_workers: Loader processes; the digits are in memory, so none are needed.
         pin_memory: Page-locked batches, for faster copies to a GPU.
 
     Raises:
         ValueError: When a number is out of its range.
         ModuleNotFoundError: On setup, when scikit-learn is not installed.
     """
-
-    columns = ("pixel_values", "labels")
-    cache_arguments = ("rotation", "invert", "pretrained", "val_fraction", "seed")
 
     def __init__(
         self,
@@ -50,10 +44,9 @@ class DigitsDataModule(SplitDataModule):
         batch_size: int = 64,
         val_fraction: float = 0.1,
         seed: int = 0,
-        num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        super().__init__(batch_size, num_workers, pin_memory, num_workers > 0, seed)
+        super().__init__(batch_size, pin_memory=pin_memory, seed=seed)
         if rotation not in (0, 90, 180, 270):
             raise ValueError(f"rotation={rotation}: pixels stay pixels only at 0, 90, 180 and 270 degrees")
         if not 0 <= val_fraction < 1:
@@ -70,23 +63,21 @@ class DigitsDataModule(SplitDataModule):
         (pool, labels), (held_out, held_out_labels) = load_digits()
         val, train = stratified_split(labels, self.val_fraction, self.seed)
         new = self._examples(new_domain(pool, self.rotation, self.invert), labels)
-        found: dict[str, Any] = {
-            "train": [new[i] for i in train],
-            "val": [new[i] for i in val],
-            "new": self._examples(new_domain(held_out, self.rotation, self.invert), held_out_labels),
-            "original": self._examples(held_out, held_out_labels),
-        }
-        self.splits = {split: digits for split, digits in found.items() if digits}
+        self.splits = {"train": [new[i] for i in train]}  # type: ignore[dict-item]
+        if val:
+            self.splits["val"] = [new[i] for i in val]  # type: ignore[assignment]
+        self.splits["new"] = self._examples(new_domain(held_out, self.rotation, self.invert), held_out_labels)
+        self.splits["original"] = self._examples(held_out, held_out_labels)
         self.class_names = [str(digit) for digit in range(10)]
 
-    def _examples(self, levels: Levels, labels: Sequence[int]) -> list[Batch]:
+    def _examples(self, levels: Levels, labels: list[int]) -> Any:
         """(N, 8, 8) levels as examples: of exact values in [-1, 1], or as 8-bit images through the model's processor."""
         if self.pretrained is None:
             pixels = (torch.from_numpy(levels.astype("float32")).unsqueeze(1) / 16 - 0.5) / 0.5
         else:
-            transform, from_array = image_transform(self.pretrained), require("PIL.Image", "pillow").fromarray
+            transform = image_transform(*model_files(self.pretrained))
             grey = ((levels.astype("uint16") * 255 + 8) // 16).astype("uint8")
-            pixels = torch.stack([transform(from_array(image)) for image in grey])
+            pixels = torch.stack([transform.pixels(require("PIL.Image", "pillow").fromarray(image)) for image in grey])
         return [{"pixel_values": image, "labels": torch.tensor(n)} for image, n in zip(pixels, labels, strict=True)]
 
 
@@ -97,7 +88,7 @@ def load_digits() -> tuple[tuple[Levels, list[int]], tuple[Levels, list[int]]]:
     """
     found = require("sklearn.datasets", "scikit-learn").load_digits()
     levels, labels = found.images.astype("uint8"), found.target
-    held_out, pool = stratified_split(labels.tolist(), HELD_OUT)
+    held_out, pool = stratified_split(labels.tolist(), 0.2)
     return (levels[pool], labels[pool].tolist()), (levels[held_out], labels[held_out].tolist())
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_oft.data.base import SplitDataModule
-from lightning_oft.data.vision.pixels import ImageDataset, ImageTransform, image_transform, model_config
+from lightning_oft.data.vision.pixels import ImageTransform, image_transform, model_files
 from lightning_oft.data.vision.sources import drop_unreadable, load_images, split_train
 
 
@@ -45,11 +45,6 @@ class ImageDataModule(SplitDataModule):
         OSError: On setup, when there is nothing at `data` or `pretrained`.
     """
 
-    columns = ("pixel_values", "labels")
-    cache_arguments = (
-        "data", "pretrained", "image_size", "channels", "val_fraction", "test_fraction", "seed", "image_column", "label_column"
-    )  # fmt: skip
-
     def __init__(
         self,
         data: str,
@@ -78,27 +73,25 @@ class ImageDataModule(SplitDataModule):
         self.pretrained = pretrained
         self.image_size = image_size
         self.channels = channels
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
+        self.fractions = {"test": test_fraction, "val": val_fraction}
         self.augmentation = ImageTransform(horizontal_flip=horizontal_flip, min_crop=min_crop)
-        self.image_column = image_column
-        self.label_column = label_column
+        self.image_column, self.label_column = image_column, label_column
         self.verify = verify
 
     def setup(self, stage: str) -> None:
         """Find, check and split the images; once, whatever is run afterwards."""
         if self.splits:
             return
-        plain = image_transform(self.pretrained, self.image_size, self.channels)
-        label2id = model_config(self.pretrained).label2id
-        tables = load_images(self.data, self.image_column, self.label_column, label2id)
+        config, processor = model_files(self.pretrained)
+        plain = image_transform(config, processor, self.image_size, self.channels)
+        tables = load_images(self.data, self.image_column, self.label_column, config.label2id)
         tables = drop_unreadable(tables) if self.verify else tables
-        tables = split_train(tables, {"test": self.test_fraction, "val": self.val_fraction}, self.seed)
+        tables = split_train(tables, self.fractions, self.seed)
         augmented = replace(self.augmentation, processor=plain.processor, channels=plain.channels)
         self.processor = plain.processor
         self.class_names = list(tables["train"].features["label"].names)
         self.splits = {
-            split: ImageDataset(table, augmented if split == "train" else plain) for split, table in tables.items()
+            split: table.with_transform(augmented if split == "train" else plain) for split, table in tables.items()
         }
         sizes = ", ".join(f"{split} {len(table)}" for split, table in tables.items())
         rank_zero_info(f"{self.data}: {len(self.class_names)} classes; {sizes} images")
