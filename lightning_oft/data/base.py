@@ -1,8 +1,9 @@
 """SplitDataModule: what a data module declares so that the tasks can train, score and export with it."""
 
 from collections.abc import Callable
+from hashlib import sha256
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -15,6 +16,11 @@ class SplitDataModule(LightningDataModule):
     The arguments are torch's DataLoader's; `seed` decides the order of the training batches. Raises ValueError when
     batch_size or num_workers is out of its range.
     """
+
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Keys of a batch."""
+    cache_arguments: ClassVar[tuple[str, ...]] = ()
+    """Attributes whose values decide which examples there are and what is in them; see `cache_key`."""
 
     def __init__(
         self, batch_size: int, num_workers: int = 0, pin_memory: bool = False, persistent_workers: bool = False, seed: int = 0
@@ -45,6 +51,16 @@ class SplitDataModule(LightningDataModule):
     def test_names(self) -> list[str]:
         """Names of the test sets, in the order of the test and predict loaders: the columns of a before/after table."""
         return [name for name in self.splits if name not in ("train", "val")]
+
+    @property
+    def cache_key(self) -> str:
+        """16 hex digits that name files of prepared examples: equal for equal class and `cache_arguments`."""
+        values = [(name, getattr(self, name)) for name in self.cache_arguments]
+        return sha256(f"{type(self).__qualname__}{values!r}".encode()).hexdigest()[:16]
+
+    def companions(self) -> list[Any]:
+        """What is written beside an export, so that plain libraries prepare examples alike: by default `processor`."""
+        return [] if self.processor is None else [self.processor]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches, in an order that depends on `seed` and the epoch only."""

@@ -8,11 +8,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 
 def load_pretrained(
-    auto_class: Any, pretrained: str, dtype: str = "float32", num_labels: int | None = None
+    auto_class: Any, pretrained: str, dtype: str = "float32", quantization_config: Any = None, **config_overrides: Any
 ) -> tuple[Any, list[str]]:
     """Load a model of one of transformers' Auto classes, in train mode, and the names of the modules of a new head.
 
-    A head is new where the checkpoint has none or `num_labels` is not its own. What is new is reported in one line, and
+    `config_overrides` are fields of the model's config, such as num_labels; None leaves a field alone. A head is new
+    where the checkpoint has none or has another shape. What is new is reported in one line, and
     so are other weights that the checkpoint lacks. Raises OSError, one line, when there is no such model at `pretrained`.
     """
     from transformers import AutoConfig
@@ -23,14 +24,15 @@ def load_pretrained(
         raise FileNotFoundError(
             f"{pretrained}: no such folder; pretrained is one written by save_pretrained, or a hub id"
         )
-    overrides = {} if num_labels is None else {"num_labels": num_labels}
+    overrides = {name: value for name, value in config_overrides.items() if value is not None}
+    options = {"quantization_config": quantization_config} if quantization_config is not None else {}
     verbosity = reports.get_verbosity()
     reports.set_verbosity(logging.ERROR)  # without transformers' table of missing weights, which are reported below
     try:
         # trust_remote_code=False: the default asks at the terminal whether to run a hub's Python files.
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **overrides)
         model, info = auto_class.from_pretrained(
-            path, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+            path, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for the same mistakes
         reason = str(error).strip().split("\n")[0][:300]

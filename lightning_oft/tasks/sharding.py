@@ -34,21 +34,29 @@ def shard_blocks(model: nn.Module, mesh: DeviceMesh, units: Sequence[nn.Module] 
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: of the classes that transformers must not split, else the members of ModuleLists.
+    """The repeated blocks of a model: of the classes that transformers must not split, else the members of
+    a ModuleList or Sequential that are made of several modules.
 
     A block inside another is part of that one. A block that shares a parameter with the rest of the model is none: each
     unit would get a copy of its own.
     """
     modules = list(model.modules())
     declared = getattr(model, "_no_split_modules", None) or ()
-    lists = [module for module in modules if isinstance(module, nn.ModuleList)]
-    listed = [member for members in lists for member in members if not isinstance(member, nn.ModuleList)]
-    found = [module for module in modules if type(module).__name__ in declared] or listed
-    classes = Counter(type(block) for block in found)
+    lists = [module for module in modules if isinstance(module, nn.ModuleList | nn.Sequential)]
+    made = [
+        [one for one in members if not isinstance(one, nn.ModuleList) and any(True for _ in one.children())]
+        for members in lists
+    ]
+    named = [module for module in modules if type(module).__name__ in declared]
+    found = [block for group in ([named] if named else made) for block in group if _is_repeated(block, group)]
     inner = {part for block in found for part in block.modules() if part is not block}
-    outer = [block for block in found if block not in inner and classes[type(block)] > 1]
     uses = _uses(model)
+    outer = [block for block in found if block not in inner]
     return [block for block in outer if all(uses[key] == count for key, count in _uses(block).items())]
+
+
+def _is_repeated(block: nn.Module, group: Sequence[nn.Module]) -> bool:
+    return sum(type(other) is type(block) for other in group) > 1
 
 
 def _uses(module: nn.Module) -> Counter[int]:

@@ -1,24 +1,19 @@
 """ImageClassification: a transformers image classifier."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 from typing_extensions import override
 
-from lightning_oft.formats.pretrained import Companions
-from lightning_oft.tasks.loading import load_pretrained
-from lightning_oft.tasks.optimization import configure
-from lightning_oft.tasks.sharding import shard_blocks
+from lightning_oft.tasks.base import Dtype, LRInterval, Task
 
 
-class ImageClassification(LightningModule):
+class ImageClassification(Task):
     """Image classification with any model of transformers' AutoModelForImageClassification; the model is `self.model`.
 
     Batches are {"pixel_values": (B, C, H, W) float32, "labels": (B,) int64}.
@@ -42,30 +37,29 @@ class ImageClassification(LightningModule):
         ValueError: When an argument is out of its range.
     """
 
+    model: Any
+
     def __init__(
         self,
         pretrained: str,
         num_classes: int | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["auto", "step", "epoch"] = "auto",
+        lr_interval: LRInterval = "auto",
         label_smoothing: float = 0.0,
         class_weights: list[float] | None = None,
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
+        dtype: Dtype = "float32",
     ) -> None:
         from transformers import AutoModelForImageClassification
 
-        super().__init__()
-        # Callables cannot travel in a checkpoint that is read with weights_only.
+        super().__init__(pretrained, dtype, optimizer=optimizer, lr_scheduler=lr_scheduler, lr_interval=lr_interval)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes={num_classes}: classification needs at least 2")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing}: must lie in [0, 1)")
-        self.model, self.new_head = load_pretrained(AutoModelForImageClassification, pretrained, dtype, num_classes)
-        """The model, and the names of the modules of its head, where that is new and untrained."""
-        self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
-        self.processor = Companions(pretrained)  # writes the image processor beside an export
+        self.new_head = self.load_model(AutoModelForImageClassification, num_labels=num_classes)
+        """Names of the modules of the head, where that is new and untrained."""
         self.num_classes = int(self.model.config.num_labels or 0)
         if class_weights is not None and len(class_weights) != self.num_classes:
             raise ValueError(f"class_weights has {len(class_weights)} values; the model has {self.num_classes} classes")
@@ -90,16 +84,6 @@ class ImageClassification(LightningModule):
         if self.new_head and names:
             self.model.config.id2label = dict(enumerate(names))
             self.model.config.label2id = {name: i for i, name in enumerate(names)}
-
-    @override
-    def configure_model(self) -> None:
-        """Called for every run: under ModelParallelStrategy (FSDP2) the model is sharded."""
-        if self.device_mesh is not None:
-            shard_blocks(self.model, self.device_mesh)
-
-    @override
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return configure(self, self.optimizer, self.lr_scheduler, self.lr_interval)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values: (B, C, H, W) floating -> logits (B, num_classes) float32, whatever the model computes in."""
@@ -127,11 +111,8 @@ class ImageClassification(LightningModule):
 
     @override
     def on_test_start(self) -> None:
-        count = len(self.trainer.num_test_batches)
-        names = getattr(getattr(self.trainer, "datamodule", None), "test_names", [])
-        names = names if len(names) == count else range(count)
-        splits = ["test"] if count == 1 else [f"test/{name}" for name in names]
-        self.test_metrics = {split: classification_metrics(self.num_classes).to(self.device) for split in splits}
+        metrics = classification_metrics(self.num_classes).to(self.device)
+        self.test_metrics = {split: metrics.clone() for split in self.test_splits()}
 
     @override
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:

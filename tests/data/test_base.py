@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -8,6 +8,9 @@ from lightning_oft.data.base import SplitDataModule
 
 class Numbers(SplitDataModule):
     """A stranger's data module: three test sets of numbers and no validation."""
+
+    columns = ("x",)
+    cache_arguments: ClassVar[tuple[str, ...]] = ("count", "seed")
 
     def __init__(self, count: int = 5, **arguments: Any) -> None:
         super().__init__(batch_size=2, **arguments)
@@ -39,6 +42,19 @@ def test_order_depends_on_the_seed_only() -> None:
         return [int(x) for batch in loaded(count=50, seed=seed).train_dataloader() for x in batch["x"]]
 
     assert order(0) == order(0) != order(1)
+
+
+def test_cache_key_names_what_decides_the_examples() -> None:
+    keys = [made.cache_key for made in (Numbers(), Numbers(num_workers=1), Numbers(count=6), Numbers(seed=1))]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
+def test_companion_is_the_processor() -> None:
+    data = Numbers()
+    assert data.companions() == []
+    data.processor = object()
+    assert data.companions() == [data.processor]
 
 
 def test_worker_settings_reach_the_loader() -> None:

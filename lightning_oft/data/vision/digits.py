@@ -29,12 +29,16 @@ class DigitsDataModule(SplitDataModule):
         batch_size: Digits in a batch.
         val_fraction: Share of the digits not held out to validate on.
         seed: Decides the validation split and the order of the batches. The held-out digits are always the same.
+        num_workers: Loader processes; the digits are in memory, so none are needed.
         pin_memory: Page-locked batches, for faster copies to a GPU.
 
     Raises:
         ValueError: When a number is out of its range.
         ModuleNotFoundError: On setup, when scikit-learn is not installed.
     """
+
+    columns = ("pixel_values", "labels")
+    cache_arguments = ("rotation", "invert", "pretrained", "val_fraction", "seed")
 
     def __init__(
         self,
@@ -44,9 +48,10 @@ class DigitsDataModule(SplitDataModule):
         batch_size: int = 64,
         val_fraction: float = 0.1,
         seed: int = 0,
+        num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        super().__init__(batch_size, pin_memory=pin_memory, seed=seed)
+        super().__init__(batch_size, num_workers, pin_memory, num_workers > 0, seed)
         if rotation not in (0, 90, 180, 270):
             raise ValueError(f"rotation={rotation}: pixels stay pixels only at 0, 90, 180 and 270 degrees")
         if not 0 <= val_fraction < 1:

@@ -45,6 +45,18 @@ class ImageDataModule(SplitDataModule):
         OSError: On setup, when there is nothing at `data` or `pretrained`.
     """
 
+    columns = ("pixel_values", "labels")
+    cache_arguments = (
+        "data",
+        "pretrained",
+        "image_size",
+        "channels",
+        "fractions",
+        "seed",
+        "image_column",
+        "label_column",
+    )
+
     def __init__(
         self,
         data: str,
