@@ -27,14 +27,12 @@ class StrategyAdapter:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
-    def before_inject(self, pl_module: nn.Module) -> None:
-        """Replace layers now that would otherwise be replaced after the injection, rotations and all."""
+    def prepare(self, pl_module: Any, adapter_only: bool, undo: ExitStack) -> None:
+        """Called before the injection: replace layers that would otherwise be replaced later, rotations and all, and
+        have a strategy that asks nobody read and write checkpoints of the adapter."""
         plugin = self.trainer.precision_plugin
         if "BitsandbytesPrecision" in class_names(plugin):
             plugin.convert_module(pl_module)
-
-    def prepare_checkpoints(self, pl_module: Any, adapter_only: bool, undo: ExitStack) -> None:
-        """Prepare the module for a strategy that reads and writes checkpoints without asking anybody."""
 
     def injects_early(self) -> bool:
         """Whether rotations may be put into what is built before configure_model."""
@@ -51,9 +49,6 @@ class StrategyAdapter:
     def watch_steps(self, rotations: dict[str, Rotation], undo: ExitStack) -> Steps:
         """Project the rotations, and act after every real step from now on."""
         return Steps(self.trainer.optimizers, rotations, undo)
-
-    def reshard(self, pl_module: nn.Module) -> None:
-        """Called when the fit has ended, before anything is merged or exported: give back what was gathered."""
 
     def merge_device(self) -> torch.device | None:
         """Where to merge: Lightning has moved the model to the CPU by the end of a fit."""
