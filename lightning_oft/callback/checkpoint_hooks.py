@@ -42,12 +42,6 @@ def add_checkpoint_hooks(pl_module: nn.Module) -> None:
         pl_module.__dict__[hook.__name__] = types.MethodType(hook, pl_module)
 
 
-def drop_checkpoint_hooks(pl_module: nn.Module) -> None:
-    """Give the module its own checkpoint hooks back."""
-    for hook in (on_save_checkpoint, on_load_checkpoint):
-        pl_module.__dict__.pop(hook.__name__, None)
-
-
 def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
     """Leave the frozen base out, and add what a resume needs."""
     from lightning_oft.formats.checkpoint import write_entry
@@ -60,8 +54,7 @@ def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
 
 def writes_adapter_only(trainer: Any) -> bool:
     """Whether the strategy can leave the base out of checkpoints, and all callbacks that adapt the module agree to."""
-    callbacks = [callback for callback in trainer.callbacks if hasattr(callback, "save_adapter_only")]
-    wanted = all(callback.save_adapter_only for callback in callbacks if callback.enabled)
+    wanted = all(getattr(one, "save_adapter_only", True) or not one.enabled for one in trainer.callbacks)
     return wanted and strategy_adapter(trainer).adapter_only
 
 

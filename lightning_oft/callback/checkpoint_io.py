@@ -50,10 +50,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Called for every checkpoint that is resumed or tested; torch says of a damaged one anything but its name."""
         try:
-            loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+            return super().load_checkpoint(path, *args, **kwargs)
         except (FileNotFoundError, PermissionError, ImportError, AttributeError, MemoryError):
             raise
         except Exception as error:
             reason = str(getattr(error, "strerror", None) or error).strip().split("\n")[0]
             raise ValueError(f"{path}: cannot be read as a checkpoint file ({reason}); copy it again") from None
-        return loaded

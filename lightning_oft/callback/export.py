@@ -23,17 +23,14 @@ from lightning_oft.model.traversal import walk
 
 
 class Exporter:
-    """Writes `adapter/` and `merged/` at the end of a fit; every process takes part, rank zero writes.
-
-    Raises OSError on every process, before the fit begins, where the results could not be written.
-    """
+    """Writes `adapter/` and `merged/` at the end of a fit; every process takes part, rank zero writes. Raises OSError on
+    every process, before the fit begins, where they could not be written."""
 
     def __init__(self, callback: Any, strategy: StrategyAdapter, pl_module: nn.Module) -> None:
         self._callback, self._strategy, self._trainer = callback, strategy, strategy.trainer
         self._pl_module, self._root = pl_module, submodule(walk(pl_module), callback.module)
         problem = _problem_with(Path(callback.export_dir)) if self._trainer.is_global_zero else None
-        problem = self._trainer.strategy.broadcast(problem)
-        if problem is not None:
+        if problem := self._trainer.strategy.broadcast(problem):
             raise OSError(problem)
 
     @contextlib.contextmanager
@@ -41,16 +38,13 @@ class Exporter:
         """Write `adapter/`, and at the end of this context, within which the fit merges, `merged/`; or at once, where
         `merged/` is another state than the fit ends with. Gives where each was written."""
         written = {"adapter": str(Path(self._callback.export_dir) / "adapter")}
-        best = None
-        if self._callback.export_from == "best":
-            best = getattr(self._trainer.checkpoint_callback, "best_model_path", "") or None
-            if best is None:
-                warnings.warn(
-                    "export_from='best': no ModelCheckpoint has a best model (give it a monitor); the last state is "
-                    "exported",
-                    stacklevel=2,
-                )
-        follows = self._callback.merge_on_fit_end and best is None
+        wants_best = self._callback.export_from == "best"
+        best = getattr(self._trainer.checkpoint_callback, "best_model_path", "") if wants_best else ""
+        if wants_best and not best:
+            warnings.warn(
+                "export_from='best': no ModelCheckpoint has a best model (give it a monitor); the last state is exported"
+            )
+        follows = self._callback.merge_on_fit_end and not best
         with self._strategy.whole(), _state_of_checkpoint(self._pl_module, best):
             state = take(self._root, self._callback.adapter_name)
             if self._trainer.is_global_zero:
@@ -92,27 +86,22 @@ def _problem_with(directory: Path) -> str | None:
 
 
 def _companions(owner: Any) -> list[Any]:
-    """The processors and tokenizers that belong beside a merged model: what a task or its data declares in
-    `companions()`, else what it has under the usual names."""
+    """The processors and tokenizers of a task or its data: those that it declares, else those under the usual names."""
     names = ("image_processor", "processor", "tokenizer", "feature_extractor")
-    declared = getattr(owner, "companions", None)
-    found = [getattr(owner, name, None) for name in names] if declared is None else declared()
+    found = owner.companions() if hasattr(owner, "companions") else [getattr(owner, name, None) for name in names]
     return [item for item in found if hasattr(item, "save_pretrained")]
 
 
 @contextlib.contextmanager
-def _state_of_checkpoint(pl_module: nn.Module, path: str | None) -> Iterator[None]:
-    """Within this context the model has the trained tensors of a checkpoint; its own return afterwards.
-
-    By name and not as an AdapterState: another callback may have merged its part of the model already.
-    """
-    if path is None:
+def _state_of_checkpoint(pl_module: nn.Module, path: str) -> Iterator[None]:
+    """Within this context the model has the trained tensors of a checkpoint, if one is named; its own return afterwards.
+    By name and not as an AdapterState: another callback may have merged its part of the model already."""
+    if not path:
         yield
         return
     theirs, frozen = read(path)["state_dict"], frozen_names(pl_module, walk(pl_module))
     mine = {name: tensor for name, tensor in pl_module.state_dict().items() if name not in frozen}
-    missing = next((name for name in mine if name not in theirs), None)
-    if missing is not None:
+    if missing := next((name for name in mine if name not in theirs), None):
         raise CheckpointError(
             f"{path}: lacks {missing}, which this run trained; nothing was exported: set export_from='last'"
         )

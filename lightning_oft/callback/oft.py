@@ -204,7 +204,8 @@ class OFTFinetuning(Callback):
             if run.was_plain and not begun:
                 with contextlib.suppress(RuntimeError):  # inside disable_adapters, which is about to be left
                     injection.unload(pl_module)
-                checkpoint_hooks.drop_checkpoint_hooks(pl_module)
+                for hook in ("on_save_checkpoint", "on_load_checkpoint"):
+                    pl_module.__dict__.pop(hook, None)
         self.teardown(trainer, pl_module, "")
 
     @override

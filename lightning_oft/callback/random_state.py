@@ -50,9 +50,7 @@ class RandomState(Callback):
         states, self._loaded = self._loaded, None
         rank, world = _rank_and_world()
         if states is not None and len(states) != world:
-            rank_zero_info(
-                f"RandomState: not restored: the states are of {len(states)} processes, this run has {world}"
-            )
+            rank_zero_info(f"RandomState: the states are of {len(states)} processes, not of {world}: not restored")
         elif states is not None:
             mine = dict(states[rank])
             if len(mine["torch.cuda"]) != torch.cuda.device_count():

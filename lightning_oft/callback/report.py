@@ -29,7 +29,6 @@ def report_start(adapter_name: str, layers: int, rotations: Mapping[str, Rotatio
         warnings.warn(
             f"the constraint lets {some(tight)} turn by at most {max(angles[name] for name in tight):.2g} degrees, which "
             "trains next to nothing: raise eps, or give max_angle in degrees",
-            stacklevel=2,
         )
     terms = {name: terms for name in radii if (terms := rotations[name].terms) is not None}
     if loose := [name for name in terms if radii[name] / 2**0.5 > functional.series_reach(terms[name])]:
@@ -37,7 +36,6 @@ def report_start(adapter_name: str, layers: int, rotations: Mapping[str, Rotatio
             f"the constraint lets {some(loose)} turn by up to {max(angles[name] for name in loose):.3g} degrees, where "
             "the truncated series is no longer orthogonal to float32: set use_cayley_neumann=false, or a smaller eps or "
             "max_angle",
-            stacklevel=2,
         )
 
 

@@ -1,8 +1,7 @@
 """What a strategy is asked; the answers of one process and of DDP; and which adapter answers for which strategy."""
 
-import contextlib
 from collections.abc import Collection
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -16,10 +15,7 @@ from lightning_oft.model.traversal import class_names, walk
 
 
 class StrategyAdapter:
-    """One process, or DDP: every process has all parameters.
-
-    Functions that register something push its removal onto `undo`.
-    """
+    """One process, or DDP: every process has all parameters. The removal of what is registered goes onto `undo`."""
 
     adapter_only = True
     """Whether checkpoints can leave the base out."""
@@ -61,7 +57,7 @@ class StrategyAdapter:
 
     def whole(self) -> AbstractContextManager[Any]:
         """A context in which every process has all parameters, or the part of each that a DTensor shows."""
-        return contextlib.nullcontext()
+        return nullcontext()
 
     def whole_state(self, root: nn.Module) -> dict[str, Tensor] | None:
         """The whole tensors of a model by name, on rank zero, called within `whole`; None where they lie there anyway."""

@@ -52,17 +52,17 @@ class DeepSpeedAdapter(StrategyAdapter):
     @override
     def watch_steps(self, rotations: dict[str, Rotation], undo: ExitStack) -> Steps:
         """Watch the engine, which counts the steps that were real."""
-        engine, idle = self.trainer.strategy.model, dict.fromkeys(rotations)
+        engine, idle = self.trainer.strategy.model, set(rotations)
         for name, rotation in rotations.items():
             hook: Any = rotation.weight.register_hook
-            undo.callback(hook(lambda _, name=name: idle.pop(name, None)).remove)
+            undo.callback(hook(lambda _, name=name: idle.discard(name)).remove)
         steps = Steps([], rotations, undo, project=_project)
 
         def step(*args: Any, **kwargs: Any) -> Any:
             before = engine.global_steps
             result = type(engine).step(engine, *args, **kwargs)
             if engine.global_steps != before:
-                checks.check_gradients(list(idle))
+                checks.check_gradients([name for name in rotations if name in idle])
                 steps.stepped(rotations)
             return result
 

@@ -4,10 +4,9 @@ A process sees any part of a block, so the projection and the merge summon what 
 loads FSDP1 checkpoints before any hook and wants every key in them: they are full, and the adapter is exported beside.
 """
 
-import contextlib
 import functools
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from lightning_oft.model.merging import KeepBase, merge_layers
 from lightning_oft.model.traversal import walk
 
 
-@contextlib.contextmanager
+@contextmanager
 def _summon(units: Iterable[Any]) -> Iterator[None]:
     """The whole parameters of those that are FSDP1 units, and of nothing below them."""
     with ExitStack() as stack:
@@ -52,10 +51,9 @@ class FSDP1Adapter(StrategyAdapter):
     def merge(self, root: nn.Module, keep_base: KeepBase, only: Collection[str]) -> None:
         """A layer's tensors lie in the flat parameter of the unit around it, its rotations in units of their own."""
         model = self.trainer.strategy.model
-        with _summon([model]):
-            around: dict[nn.Module, nn.Module] = {}
-        for unit in FullyShardedDataParallel.fsdp_modules(model):  # from the outermost to the innermost
-            around |= dict.fromkeys(unit.modules(), unit)
+        with _summon([model]):  # makes it the root, where no fit has
+            units = FullyShardedDataParallel.fsdp_modules(model)  # from the outermost to the innermost
+        around = {module: unit for unit in units for module in unit.modules()}
 
         def gathered(layer: nn.Module) -> AbstractContextManager[None]:
             return _summon([around.get(layer), *every_rotation(layer)])

@@ -5,7 +5,6 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -32,9 +31,9 @@ class Steps:
         self,
         optimizers: list[Any],
         rotations: dict[str, Rotation],
-        undo: ExitStack,
+        undo: contextlib.ExitStack,
         project: Callable[[Any], None] = operator.methodcaller("project"),
-        gathered: Callable[[list[Any]], AbstractContextManager[Any]] = contextlib.nullcontext,
+        gathered: Callable[[list[Any]], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self._rotations, self._project, self._gathered = rotations, project, gathered
         self._warned, self._count = False, 0
@@ -90,5 +89,4 @@ class Steps:
                 f"{name}: its rotation has grown so large that a series of {self._rotations[name].terms} terms is off "
                 f"orthogonality by {errors[name]:.1e} (above {SERIES_TOLERANCE:.0e}): set use_cayley_neumann=false for "
                 "the exact map, more num_cayley_neumann_terms (even), or max_angle",
-                stacklevel=2,
             )
