@@ -76,7 +76,7 @@ def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
     type(self).on_load_checkpoint(self, checkpoint)
 
 
-def retrain(pl_module: nn.Module, names: list[str]) -> None:
+def retrain(pl_module: nn.Module, names: set[str]) -> None:
     """Let what another callback had unfrozen when the loaded checkpoint was written train again.
 
     Lightning's BackboneFinetuning freezes in every setup and unfreezes at one epoch only: after a resume behind that

@@ -50,13 +50,13 @@ def submodule(modules: Modules, path: str | None) -> nn.Module:
 
 
 def check_callbacks(trainer: Any, callback: Any, stage: str) -> None:
-    """Raise ValueError where a callback that copies the model stands before the one that changes it, where two callbacks
-    would write into one directory, or where the launcher would lose the adapter."""
+    """Raise ValueError where a callback that copies the model stands before this one, where two callbacks would write
+    into one directory, or where the launcher would lose the adapter."""
     for other in trainer.callbacks[: trainer.callbacks.index(callback) if callback in trainer.callbacks else None]:
         if class_names(other) & _AVERAGES:
             raise ValueError(
-                f"{type(other).__name__} stands before OFTFinetuning in Trainer(callbacks=...) and would average a model "
-                "without rotations: put OFTFinetuning first"
+                f"{type(other).__name__} stands before OFTFinetuning in Trainer(callbacks=...) and would average a "
+                "model without rotations: put OFTFinetuning first"
             )
     if stage != "fit":
         return
@@ -64,14 +64,15 @@ def check_callbacks(trainer: Any, callback: Any, stage: str) -> None:
     places = [os.path.realpath(other.export_dir) for other in others if other.export_dir is not None]
     if callback.export_dir is not None and places.count(os.path.realpath(callback.export_dir)) > 1:
         raise ValueError(
-            f"two OFTFinetuning callbacks have export_dir={callback.export_dir!r}, and the second would replace what the "
-            "first writes: give each a directory of its own"
+            f"two OFTFinetuning callbacks have export_dir={callback.export_dir!r}, and the second would replace what "
+            "the first writes: give each a directory of its own"
         )
     # Lightning loads the first process's state dict into the main process's model, and passes over what that one lacks.
     if "_MultiProcessingLauncher" in class_names(trainer.strategy.launcher) and not callback.merge_on_fit_end:
         raise ValueError(
-            "OFTFinetuning(merge_on_fit_end=False): processes that are spawned or forked (ddp_spawn, ddp_notebook) bring "
-            "home weights and not the adapter, which would be lost: leave merge_on_fit_end=True, or use strategy='ddp'"
+            "OFTFinetuning(merge_on_fit_end=False): processes that are spawned or forked (ddp_spawn, ddp_notebook) "
+            "bring home weights and not the adapter, which would be lost: leave merge_on_fit_end=True, or use "
+            "strategy='ddp'"
         )
 
 

@@ -23,7 +23,7 @@ from lightning_oft.model.traversal import walk
 
 
 class Exporter:
-    """Writes `adapter/` and `merged/` at the end of a fit; every process takes part, rank zero writes. Raises OSError on
+    """Writes `adapter/` and `merged/` when a fit ends; every process takes part, rank zero writes. Raises OSError on
     every process, before the fit begins, where they could not be written."""
 
     def __init__(self, callback: Any, strategy: StrategyAdapter, pl_module: nn.Module) -> None:
@@ -42,7 +42,7 @@ class Exporter:
         best = getattr(self._trainer.checkpoint_callback, "best_model_path", "") if wants_best else ""
         if wants_best and not best:
             warnings.warn(
-                "export_from='best': no ModelCheckpoint has a best model (give it a monitor); the last state is exported"
+                "export_from='best': no ModelCheckpoint has a best file (give it a monitor): the last state is exported"
             )
         follows = self._callback.merge_on_fit_end and not best
         with self._strategy.whole(), _state_of_checkpoint(self._pl_module, best):
@@ -94,7 +94,7 @@ def _companions(owner: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def _state_of_checkpoint(pl_module: nn.Module, path: str) -> Iterator[None]:
-    """Within this context the model has the trained tensors of a checkpoint, if one is named; its own return afterwards.
+    """Within this context the model has the trained tensors of a checkpoint, if one is given; its own return after it.
     By name and not as an AdapterState: another callback may have merged its part of the model already."""
     if not path:
         yield

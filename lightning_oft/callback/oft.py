@@ -105,8 +105,8 @@ class OFTFinetuning(Callback):
         run.trainable = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
 
     def _inject(self, pl_module: nn.Module, built: bool = True) -> None:
-        """Inject into what there is; once all is `built`, into what the module's own setup and configure_model have made
-        since, and into nothing but that: what another callback's setup has frozen or unfrozen is as we left it."""
+        """Inject into what is there; once all is `built`, into what the module's setup and configure_model have made
+        since, and nothing else: what another callback's setup has frozen or unfrozen is as this one left it."""
         run, everything = self._run, walk(pl_module)
         assert run is not None
         for parameter in run.trainable:
@@ -189,7 +189,7 @@ class OFTFinetuning(Callback):
         entry = checkpoint.get(ENTRY, {})
         if "state_dict" in checkpoint and not entry.get("adapter_only"):  # FSDP takes it out, and loads no other base
             fingerprint.refresh_fingerprints(walk(pl_module))
-        self._run.unfrozen = list(entry.get("unfrozen", ()))
+        self._run.unfrozen = set(entry.get("unfrozen", ()))
         if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start is over by then
             checkpoint_hooks.retrain(pl_module, self._run.unfrozen)
 

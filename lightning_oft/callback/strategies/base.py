@@ -25,7 +25,7 @@ class StrategyAdapter:
 
     def prepare(self, pl_module: Any, adapter_only: bool, undo: ExitStack) -> None:
         """Called before the injection: replace layers that would otherwise be replaced later, rotations and all, and
-        have a strategy that asks nobody read and write checkpoints of the adapter."""
+        prepare checkpoints of a strategy that reads them before any hook."""
         plugin = self.trainer.precision_plugin
         if "BitsandbytesPrecision" in class_names(plugin):
             plugin.convert_module(pl_module)
@@ -60,7 +60,7 @@ class StrategyAdapter:
         return nullcontext()
 
     def whole_state(self, root: nn.Module) -> dict[str, Tensor] | None:
-        """The whole tensors of a model by name, on rank zero, called within `whole`; None where they lie there anyway."""
+        """The whole tensors of a model by name, on rank zero, within `whole`; None where they lie there anyway."""
         return None
 
 

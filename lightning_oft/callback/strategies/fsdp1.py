@@ -82,11 +82,9 @@ class _WithRotations(_Policy):
 
     @override
     def _run_policy(self, root_module: nn.Module, ignored_modules: set[nn.Module], root_kwargs: dict[str, Any]) -> Any:
-        units = self._policy._run_policy(root_module, ignored_modules, root_kwargs) if self._policy is not None else {}
-        for module in root_module.modules():
-            if isinstance(module, Rotation) and module not in ignored_modules:
-                units[module] = {**root_kwargs, "mixed_precision": None}
-        return units
+        users = self._policy._run_policy(root_module, ignored_modules, root_kwargs) if self._policy is not None else {}
+        rotations = [one for one in root_module.modules() if isinstance(one, Rotation) and one not in ignored_modules]
+        return {**users, **{rotation: {**root_kwargs, "mixed_precision": None} for rotation in rotations}}
 
 
 def with_rotations(policy: Any) -> Any:

@@ -26,7 +26,7 @@ class FSDP2Adapter(StrategyAdapter):
 
     @override
     def injects_early(self) -> bool:
-        """torch's parallelize_module splits a layer with all that is below it, and stumbles over rotations."""
+        """torch's parallelize_module splits a layer with all that is below it, and fails on rotations."""
         return bool(self.trainer.strategy.device_mesh["tensor_parallel"].size() == 1)
 
     @override
@@ -36,7 +36,7 @@ class FSDP2Adapter(StrategyAdapter):
         precision policy would round its generators."""
         meshes = self.trainer.strategy.device_mesh
         if meshes["tensor_parallel"].size() > 1:
-            _agree(root, meshes["tensor_parallel"])
+            _broadcast_rotations(root, meshes["tensor_parallel"])
         if meshes["data_parallel"].size() == 1:
             return
         for rotation in (rotation for layer in oft_layers(root).values() for rotation in every_rotation(layer)):
@@ -114,7 +114,7 @@ def _check_optimizer_states(path: Any, trainer: Any) -> None:
             )
 
 
-def _agree(root: nn.Module, mesh: Any) -> None:
+def _broadcast_rotations(root: nn.Module, mesh: Any) -> None:
     """Start all processes of a tensor-parallel group with the same rotations. Raises ValueError where they could not
     stay the same: a cut goes through a block, or blocks drop out at random."""
     for name, layer, state in adapted(walk(root)):
