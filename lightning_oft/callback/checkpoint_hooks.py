@@ -15,17 +15,16 @@ from lightning_oft.callback.strategies.base import strategy_adapter
 
 
 def after_configure_model(pl_module: nn.Module, then: Callable[[nn.Module], None]) -> None:
-    """Call `then` after the module's next configure_model, whether it has one or not; once.
+    """Call `then` after the module's next configure_model, whether it has one or not; once. Several callbacks chain.
 
     The method removes itself before it calls the user's, so that Lightning's own question whether the user has
-    overridden the hook gets the true answer afterwards. Several callbacks chain.
+    overridden the hook gets the true answer afterwards.
     """
     before = pl_module.__dict__.get("configure_model")
 
     def configure_model(module: Any) -> None:
-        if before is None:
-            module.__dict__.pop("configure_model", None)
-        else:
+        module.__dict__.pop("configure_model", None)
+        if before is not None:
             module.__dict__["configure_model"] = types.MethodType(before.__func__, module)
         module.configure_model()
         then(module)
@@ -43,31 +42,19 @@ def add_checkpoint_hooks(pl_module: nn.Module) -> None:
         pl_module.__dict__[hook.__name__] = types.MethodType(hook, pl_module)
 
 
-def drop_checkpoint_hooks(pl_module: nn.Module) -> None:
-    """Give the module its own checkpoint hooks back."""
-    for name in ("on_save_checkpoint", "on_load_checkpoint"):
-        pl_module.__dict__.pop(name, None)
-
-
 def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
     """Leave the frozen base out, and add what a resume needs."""
     from lightning_oft.formats.checkpoint import write_entry
 
     type(self).on_save_checkpoint(self, checkpoint)
-    trained = [
-        tensor
-        for optimizer in self.trainer.optimizers
-        for group in optimizer.param_groups
-        for tensor in group["params"]
-        if tensor.requires_grad or tensor in optimizer.state
-    ]
+    optimizers = [(one, tensor) for one in self.trainer.optimizers for g in one.param_groups for tensor in g["params"]]
+    trained = [tensor for optimizer, tensor in optimizers if tensor.requires_grad or tensor in optimizer.state]
     write_entry(self, checkpoint, writes_adapter_only(self.trainer), trained)
 
 
 def writes_adapter_only(trainer: Any) -> bool:
     """Whether the strategy can leave the base out of checkpoints, and all callbacks that adapt the module agree to."""
-    callbacks = [callback for callback in trainer.callbacks if hasattr(callback, "save_adapter_only")]
-    wanted = all(callback.save_adapter_only for callback in callbacks if callback.enabled)
+    wanted = all(getattr(one, "save_adapter_only", True) or not one.enabled for one in trainer.callbacks)
     return wanted and strategy_adapter(trainer).adapter_only
 
 
@@ -78,7 +65,9 @@ def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
     if "state_dict" not in checkpoint:  # FSDP2 loads tensors before it calls any hook
         check_loaded(self, checkpoint)
     elif (content := complete(self, checkpoint)) in ("plain", "merged"):
-        _forget_run(checkpoint)
+        # A run without OFT trained other parameters: neither its optimizer nor its progress is ours.
+        checkpoint.pop("loops", None)
+        checkpoint.update({key: [] for key in ("optimizer_states", "lr_schedulers") if key in checkpoint})
         kept = "the adapter is kept" if content == "plain" else "the adapter starts again from the identity"
         rank_zero_info(
             f"OFT: the checkpoint is a {content} model: it becomes the base, {kept}, and the optimizer state and epoch "
@@ -87,21 +76,12 @@ def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
     type(self).on_load_checkpoint(self, checkpoint)
 
 
-def _forget_run(checkpoint: dict[str, Any]) -> None:
-    """A run without OFT trained other parameters: neither its optimizer nor its progress is ours."""
-    checkpoint.pop("loops", None)
-    for key in ("optimizer_states", "lr_schedulers"):
-        if key in checkpoint:
-            checkpoint[key] = []
-
-
-def retrain(pl_module: nn.Module, names: list[str]) -> None:
+def retrain(pl_module: nn.Module, names: set[str]) -> None:
     """Let what another callback had unfrozen when the loaded checkpoint was written train again.
 
-    Lightning's BackboneFinetuning freezes in every setup and unfreezes at one epoch only, so that after a resume behind
-    that epoch its backbone would rest (https://github.com/Lightning-AI/pytorch-lightning/issues/21901).
+    Lightning's BackboneFinetuning freezes in every setup and unfreezes at one epoch only: after a resume behind that
+    epoch its backbone would stay frozen (https://github.com/Lightning-AI/pytorch-lightning/issues/21901).
     """
-    parameters = dict(pl_module.named_parameters(remove_duplicate=False)) if names else {}
-    for name in names:
-        if name in parameters:
-            parameters[name].requires_grad_(True)
+    for name, parameter in pl_module.named_parameters(remove_duplicate=False):
+        if name in names:
+            parameter.requires_grad_(True)

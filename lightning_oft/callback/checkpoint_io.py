@@ -13,12 +13,9 @@ from typing_extensions import override
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its final name and renames it when it is complete and on the disk.
 
-    Opt in with `Trainer(plugins=[AtomicCheckpointIO()])`; `lightning-oft fit` does. It knows nothing of adapters.
-
-    Lightning's own writes a checkpoint in the system's temporary directory and moves it. Where that is another file
-    system (a tmpfs, another disk) the move is a copy under the final name, which first empties the checkpoint that was
-    there: a run killed during the copy left an empty or truncated `last.ckpt` in 10 of 10 tries (50 MB, /dev/shm to
-    ext4).
+    Opt in with `Trainer(plugins=[AtomicCheckpointIO()])`; `lightning-oft fit` does. Lightning's own moves a checkpoint
+    from the system's temporary directory. From another file system that is a copy, which first empties what was there:
+    a run killed during it left an empty or truncated `last.ckpt` in 10 of 10 tries (50 MB, /dev/shm to ext4).
     """
 
     @override
@@ -28,8 +25,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)  # not where a link leads: that is another checkpoint (save_last="link")
-        # One name for each target: what a killed run left is written over by the next, and does not pile up.
-        part = target.with_name(f".{target.name}.part")
+        part = target.with_name(f".{target.name}.part")  # always the same: the next run replaces what a killed one left
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as stream:
@@ -54,10 +50,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Called for every checkpoint that is resumed or tested; torch says of a damaged one anything but its name."""
         try:
-            loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+            return super().load_checkpoint(path, *args, **kwargs)
         except (FileNotFoundError, PermissionError, ImportError, AttributeError, MemoryError):
             raise
         except Exception as error:
             reason = str(getattr(error, "strerror", None) or error).strip().split("\n")[0]
             raise ValueError(f"{path}: cannot be read as a checkpoint file ({reason}); copy it again") from None
-        return loaded

@@ -2,8 +2,8 @@
 
 import dataclasses
 import difflib
+import functools
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import rotations_of
-from lightning_oft.model.freezing import is_frozen_norm, only_norms_rest
+from lightning_oft.model.freezing import is_frozen_norm
 from lightning_oft.model.traversal import Modules, adapted, class_names, joined, some, walk
 
 _AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
@@ -50,44 +50,29 @@ def submodule(modules: Modules, path: str | None) -> nn.Module:
 
 
 def check_callbacks(trainer: Any, callback: Any, stage: str) -> None:
-    """Raise ValueError where the Trainer's callbacks, or its launcher, would lose what this callback does."""
-    check_order(trainer, callback)
-    if stage == "fit":
-        check_directories(trainer, callback)
-        check_launcher(trainer, callback)
-
-
-def check_order(trainer: Any, callback: Any) -> None:
-    """Raise ValueError where a callback that copies the model stands before the one that changes it."""
+    """Raise ValueError where a callback that copies the model stands before this one, where two callbacks would write
+    into one directory, or where the launcher would lose the adapter."""
     for other in trainer.callbacks[: trainer.callbacks.index(callback) if callback in trainer.callbacks else None]:
         if class_names(other) & _AVERAGES:
             raise ValueError(
-                f"{type(other).__name__} stands before OFTFinetuning in Trainer(callbacks=...) and would average a model "
-                "without rotations: put OFTFinetuning first"
+                f"{type(other).__name__} stands before OFTFinetuning in Trainer(callbacks=...) and would average a "
+                "model without rotations: put OFTFinetuning first"
             )
-
-
-def check_directories(trainer: Any, callback: Any) -> None:
-    """Raise ValueError where two callbacks would write into one directory."""
+    if stage != "fit":
+        return
     others = [other for other in trainer.callbacks if isinstance(other, type(callback)) and other.enabled]
     places = [os.path.realpath(other.export_dir) for other in others if other.export_dir is not None]
     if callback.export_dir is not None and places.count(os.path.realpath(callback.export_dir)) > 1:
         raise ValueError(
-            f"two OFTFinetuning callbacks have export_dir={callback.export_dir!r}, and the second would replace what the "
-            "first writes: give each a directory of its own"
+            f"two OFTFinetuning callbacks have export_dir={callback.export_dir!r}, and the second would replace what "
+            "the first writes: give each a directory of its own"
         )
-
-
-def check_launcher(trainer: Any, callback: Any) -> None:
-    """Raise ValueError where the adapter would be lost: a launcher that spawns or forks brings home weights alone.
-
-    Lightning loads the state dict of the first process into the main process's model, which has no rotations, and
-    passes over all that the model lacks.
-    """
+    # Lightning loads the first process's state dict into the main process's model, and passes over what that one lacks.
     if "_MultiProcessingLauncher" in class_names(trainer.strategy.launcher) and not callback.merge_on_fit_end:
         raise ValueError(
-            "OFTFinetuning(merge_on_fit_end=False): processes that are spawned or forked (ddp_spawn, ddp_notebook) bring "
-            "home weights and not the adapter, which would be lost: leave merge_on_fit_end=True, or use strategy='ddp'"
+            "OFTFinetuning(merge_on_fit_end=False): processes that are spawned or forked (ddp_spawn, ddp_notebook) "
+            "bring home weights and not the adapter, which would be lost: leave merge_on_fit_end=True, or use "
+            "strategy='ddp'"
         )
 
 
@@ -126,15 +111,8 @@ def check_optimizers(optimized: Iterable[Tensor], rotations: Mapping[str, Rotati
         )
 
 
-def check_gradients(rotations: Mapping[str, Rotation]) -> None:
-    """Raise RuntimeError where a rotation got no gradient from the backward that preceded the first step."""
-    untouched = {name: one.weight for name, one in rotations.items() if one.weight.grad is None}
-    # An FSDP1 process that holds nothing of a rotation gets no gradient for it.
-    refuse_idle([name for name, weight in untouched.items() if weight.requires_grad and weight.numel()])
-
-
-def refuse_idle(idle: list[str]) -> None:
-    """Raise RuntimeError for rotations without gradient, if there are any."""
+def check_gradients(idle: list[str]) -> None:
+    """Raise RuntimeError where rotations got no gradient from the backward that preceded the first step."""
     if idle:
         raise RuntimeError(
             f"the rotations of {some(idle)} got no gradient: their layers are not called through their forward, or "
@@ -143,12 +121,8 @@ def refuse_idle(idle: list[str]) -> None:
 
 
 def check_averages(trainer: Any, pl_module: nn.Module) -> None:
-    """Check callbacks that average weights, and let an average of equal numbers be that number.
-
-    Raises:
-        ValueError: StochasticWeightAveraging would reset the statistics of frozen norms, which no batch fills again, or
-            a callback copied the model before it was built and would average next to nothing.
-    """
+    """Check callbacks that average weights, and let an average of equal numbers be that number. Raises ValueError where
+    one copied a part of the model only, or would reset the statistics of frozen norms, which no batch fills again."""
     parameters = len(list(pl_module.parameters()))
     for callback in trainer.callbacks:
         names = class_names(callback)
@@ -167,20 +141,10 @@ def check_averages(trainer: Any, pl_module: nn.Module) -> None:
                 "EMAWeightAveraging or WeightAveraging, or train these norms by modules_to_save"
             )
         if getattr(average, "avg_fn", None) is not None:
-            average.avg_fn = _exact(average.avg_fn)
+            average.avg_fn = functools.partial(_exact_average, average.avg_fn)
 
 
-def _exact(average: Callable[[Tensor, Tensor, Any], Tensor]) -> Callable[[Tensor, Tensor, Any], Tensor]:
-    """The average of two equal numbers is that number. torch's exponential one, d x + (1 - d) x, rounds: the frozen base
-    drifted by 3e-8 in 32 steps, other than after a resume, which starts from the base itself (measured)."""
-
-    def exact(mine: Tensor, theirs: Tensor, count: Any) -> Tensor:
-        return torch.where(mine == theirs, theirs, average(mine, theirs, count))
-
-    return exact
-
-
-def ignore_eval_warning(modules: Modules) -> None:
-    """Lightning warns of modules in eval at the start of training; where those are frozen norms, they should be."""
-    if only_norms_rest(modules):
-        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+def _exact_average(average: Callable[..., Tensor], mine: Tensor, theirs: Tensor, count: Any) -> Tensor:
+    """torch's exponential average of two equal numbers, d x + (1 - d) x, rounds: the frozen base drifted by 3e-8 in 32
+    steps, other than after a resume, which starts from the base itself (measured)."""
+    return torch.where(mine == theirs, theirs, average(mine, theirs, count))

@@ -23,65 +23,51 @@ from lightning_oft.model.traversal import walk
 
 
 class Exporter:
-    """Writes `adapter/` and `merged/` at the end of a fit. Every process takes part, rank zero writes.
-
-    Args:
-        callback: the OFTFinetuning whose options say what to write, and where.
-        strategy: the adapter for the Trainer's strategy.
-        pl_module: the LightningModule.
-
-    Raises:
-        OSError: on every process, where the results could not be written; before the fit begins.
-    """
+    """Writes `adapter/` and `merged/` when a fit ends; every process takes part, rank zero writes. Raises OSError on
+    every process, before the fit begins, where they could not be written."""
 
     def __init__(self, callback: Any, strategy: StrategyAdapter, pl_module: nn.Module) -> None:
-        self._strategy, self._trainer, self._pl_module = strategy, strategy.trainer, pl_module
-        self._root, self._adapter_name = submodule(walk(pl_module), callback.module), callback.adapter_name
-        self._directory, self._merges = Path(callback.export_dir), callback.merge_on_fit_end
-        self._from_best = callback.export_from == "best"
-        problem = _problem_with(self._directory) if self._trainer.is_global_zero else None
-        problem = self._trainer.strategy.broadcast(problem)
-        if problem is not None:
+        self._callback, self._strategy, self._trainer = callback, strategy, strategy.trainer
+        self._pl_module, self._root = pl_module, submodule(walk(pl_module), callback.module)
+        problem = _problem_with(Path(callback.export_dir)) if self._trainer.is_global_zero else None
+        if problem := self._trainer.strategy.broadcast(problem):
             raise OSError(problem)
 
-    def write_unmerged(self) -> dict[str, str]:
-        """Write `adapter/`; and `merged/` too, where it is another state than the fit ends with.
-
-        Returns:
-            Where each was written. The model is unmerged afterwards, as it was before.
-        """
-        written = {"adapter": str(self._directory / "adapter")}
-        best = _best_checkpoint(self._trainer) if self._from_best else None
-        self._merges = self._merges and best is None
+    @contextlib.contextmanager
+    def exporting(self) -> Iterator[dict[str, str]]:
+        """Write `adapter/`, and at the end of this context, within which the fit merges, `merged/`; or at once, where
+        `merged/` is another state than the fit ends with. Gives where each was written."""
+        written = {"adapter": str(Path(self._callback.export_dir) / "adapter")}
+        wants_best = self._callback.export_from == "best"
+        best = getattr(self._trainer.checkpoint_callback, "best_model_path", "") if wants_best else ""
+        if wants_best and not best:
+            warnings.warn(
+                "export_from='best': no ModelCheckpoint has a best file (give it a monitor): the last state is exported"
+            )
+        follows = self._callback.merge_on_fit_end and not best
         with self._strategy.whole(), _state_of_checkpoint(self._pl_module, best):
-            state = take(self._root, self._adapter_name)
+            state = take(self._root, self._callback.adapter_name)
             if self._trainer.is_global_zero:
                 write_peft(state, written["adapter"])
-            if not self._merges:
+            if not follows:
                 merge(self._root, keep_base="always", device=self._strategy.merge_device())
                 try:
-                    written |= self._write_merged()
+                    self._write_merged(written)
                 finally:
                     unmerge(self._root)
         self._trainer.strategy.barrier("export")
-        return written
-
-    def write_merged(self) -> dict[str, str]:
-        """Write `merged/` from the model that the fit ends with, now that it is merged; nothing if it is not."""
-        written = {}
-        if self._merges:
+        yield written
+        if follows:
             with self._strategy.whole():
-                written = self._write_merged()
+                self._write_merged(written)
             self._trainer.strategy.barrier("export")
-        return written
 
-    def _write_merged(self) -> dict[str, str]:
-        place = str(self._directory / "merged")
+    def _write_merged(self, written: dict[str, str]) -> None:
+        written["merged model"] = str(Path(self._callback.export_dir) / "merged")
         state = self._strategy.whole_state(root_of(self._root))
         if self._trainer.is_global_zero:
             companions = _companions(self._pl_module) + _companions(getattr(self._trainer, "datamodule", None))
-            write_pretrained(self._root, place, companions, state)
-        return {"merged model": place}
+            write_pretrained(self._root, written["merged model"], companions, state)
 
 
 def _problem_with(directory: Path) -> str | None:
@@ -100,38 +86,22 @@ def _problem_with(directory: Path) -> str | None:
 
 
 def _companions(owner: Any) -> list[Any]:
-    """The processors and tokenizers that belong beside a merged model: what a task or its data declares in
-    `companions()`, else what it has under the usual names."""
+    """The processors and tokenizers of a task or its data: those that it declares, else those under the usual names."""
     names = ("image_processor", "processor", "tokenizer", "feature_extractor")
-    declared = getattr(owner, "companions", None)
-    found = [getattr(owner, name, None) for name in names] if declared is None else declared()
+    found = owner.companions() if hasattr(owner, "companions") else [getattr(owner, name, None) for name in names]
     return [item for item in found if hasattr(item, "save_pretrained")]
 
 
-def _best_checkpoint(trainer: Any) -> str | None:
-    """The checkpoint to export from instead of the model as it is."""
-    best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if not best:
-        warnings.warn(
-            "export_from='best': no ModelCheckpoint has a best model (give it a monitor); the last state is exported",
-            stacklevel=2,
-        )
-    return best or None
-
-
 @contextlib.contextmanager
-def _state_of_checkpoint(pl_module: nn.Module, path: str | None) -> Iterator[None]:
-    """Within this context the model has the trained tensors of a checkpoint; its own return afterwards.
-
-    By name and not as an AdapterState: another callback may have merged its part of the model already.
-    """
-    if path is None:
+def _state_of_checkpoint(pl_module: nn.Module, path: str) -> Iterator[None]:
+    """Within this context the model has the trained tensors of a checkpoint, if one is given; its own return after it.
+    By name and not as an AdapterState: another callback may have merged its part of the model already."""
+    if not path:
         yield
         return
     theirs, frozen = read(path)["state_dict"], frozen_names(pl_module, walk(pl_module))
     mine = {name: tensor for name, tensor in pl_module.state_dict().items() if name not in frozen}
-    missing = next((name for name in mine if name not in theirs), None)
-    if missing is not None:
+    if missing := next((name for name in mine if name not in theirs), None):
         raise CheckpointError(
             f"{path}: lacks {missing}, which this run trained; nothing was exported: set export_from='last'"
         )

@@ -3,20 +3,18 @@
 import io
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import lightning
 import torch
+from lightning.pytorch import LightningModule
 
 from lightning_oft.formats import checkpoint as adapter_checkpoint
 from lightning_oft.formats.checkpoint_file import read
 from lightning_oft.model.fingerprint import refresh_fingerprints
 from lightning_oft.model.traversal import walk
 
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
-
-T = TypeVar("T", bound="LightningModule")
+T = TypeVar("T", bound=LightningModule)
 
 
 def load_from_checkpoint(cls: type[T], path: str | Path, **kwargs: Any) -> T:
@@ -40,14 +38,13 @@ def load_from_checkpoint(cls: type[T], path: str | Path, **kwargs: Any) -> T:
     """
     location = kwargs.pop("map_location", "cpu")
     checkpoint = read(path, location)
-    # Lightning makes the module and calls its hooks; the tensors come when the adapters have their places. It asks for
-    # its version, which a file that was put together by hand lacks.
+    # Lightning makes the module and calls its hooks; the tensors come when the adapters have their places. A file that
+    # was put together by hand lacks the version that it asks for.
     buffer = io.BytesIO()
     torch.save({"pytorch-lightning_version": lightning.__version__, **checkpoint, "state_dict": {}}, buffer)
     buffer.seek(0)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict but not in")
-        warnings.filterwarnings("ignore", message="The state dict in .* contains no param")
+        warnings.filterwarnings("ignore", "Found keys that are in the model state dict but not in|The state dict in")
         model = cls.load_from_checkpoint(buffer, map_location=location, strict=False, weights_only=True, **kwargs)
     content = adapter_checkpoint.content_of(checkpoint)
     if content in ("adapter", "full"):
@@ -56,5 +53,5 @@ def load_from_checkpoint(cls: type[T], path: str | Path, **kwargs: Any) -> T:
     adapter_checkpoint.load_state(model, checkpoint["state_dict"], path)
     if content == "full":
         refresh_fingerprints(walk(model))
-    tensors = (value for value in checkpoint["state_dict"].values() if isinstance(value, torch.Tensor))
-    return model.to(next((tensor.device for tensor in tensors), torch.device("cpu"))).eval()
+    devices = [value.device for value in checkpoint["state_dict"].values() if isinstance(value, torch.Tensor)]
+    return model.to(devices[0] if devices else "cpu").eval()

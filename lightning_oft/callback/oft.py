@@ -4,31 +4,22 @@ Measured order (lightning 2.6): callback.setup, module.setup, configure_model, r
 on_train_end, strategy.teardown, on_fit_end, teardown.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+import warnings
+from typing import Any, Literal
 
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from typing_extensions import override
 
 from lightning_oft.callback import checkpoint_hooks, checks, report
 from lightning_oft.callback.run import Run
 from lightning_oft.callback.strategies.base import strategy_adapter
+from lightning_oft.codecs import reshard
 from lightning_oft.config import OFTConfig
-from lightning_oft.model.fingerprint import refresh_fingerprints
-from lightning_oft.model.freezing import freeze, unfreeze_merged
-from lightning_oft.model.injection import carry_out, unload
-from lightning_oft.model.merging import unmerge
-from lightning_oft.model.plan import plan_injection
-from lightning_oft.model.targets import find_targets
+from lightning_oft.model import fingerprint, freezing, injection, merging, plan, targets
 from lightning_oft.model.traversal import Modules, adapted, adapter_names, merged_layers, walk
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 
 class OFTFinetuning(Callback):
@@ -104,44 +95,40 @@ class OFTFinetuning(Callback):
         checks.check_callbacks(trainer, self, stage)
         modules = walk(pl_module)
         run = self._run = Run(strategy_adapter(trainer), not adapter_names(modules), list(merged_layers(modules)))
-        run.strategy.before_inject(pl_module)
-        run.strategy.prepare_checkpoints(pl_module, checkpoint_hooks.writes_adapter_only(trainer), run.undo)
+        run.strategy.prepare(pl_module, checkpoint_hooks.writes_adapter_only(trainer), run.undo)
         if run.was_merged:
-            unmerge(pl_module)
+            merging.unmerge(pl_module)
         if run.strategy.injects_early():
-            self._inject(run, pl_module, built=False)
-        checkpoint_hooks.after_configure_model(pl_module, self._inject_built)
+            self._inject(pl_module, built=False)
+        checkpoint_hooks.after_configure_model(pl_module, self._inject)
         checkpoint_hooks.add_checkpoint_hooks(pl_module)
         run.trainable = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
 
-    def _inject_built(self, pl_module: nn.Module) -> None:
-        """Inject into what the module's own setup and configure_model have built since, and into nothing but that: what
-        another callback's setup has frozen or unfrozen since ours is as we left it."""
-        run = self._run
+    def _inject(self, pl_module: nn.Module, built: bool = True) -> None:
+        """Inject into what is there; once all is `built`, into what the module's setup and configure_model have made
+        since, and nothing else: what another callback's setup has frozen or unfrozen is as this one left it."""
+        run, everything = self._run, walk(pl_module)
         assert run is not None
         for parameter in run.trainable:
             parameter.requires_grad_(True)
         run.trainable = []
-        self._inject(run, pl_module, built=True)
-        checks.ignore_eval_warning(walk(pl_module))
-
-    def _inject(self, run: Run, pl_module: nn.Module, built: bool) -> None:
-        everything = walk(pl_module)
         if self.module and not built and self.module not in everything:
             return
         root = checks.submodule(everything, self.module)
         modules = walk(root)
         if self.pretrained_adapter is None:
-            carry_out(modules, plan_injection(modules, self.config, self.adapter_name, strict=built))
+            injection.carry_out(modules, plan.plan_injection(modules, self.config, self.adapter_name, strict=built))
         elif self.adapter_name not in adapter_names(modules) and (
-            built or find_targets(modules, self.config, strict=False)
+            built or targets.find_targets(modules, self.config, strict=False)
         ):
             from lightning_oft.formats import load_adapter
 
             load_adapter(root, self.pretrained_adapter, self.adapter_name)
         run.strategy.after_inject(root)
         run.layers = self._layers(modules)
-        freeze(everything)
+        freezing.freeze(everything)
+        if built and freezing.only_norms_rest(everything):  # which Lightning takes for a mistake
+            warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
     def _layers(self, modules: Modules) -> list[str]:
         return [name for name, _, state in adapted(modules) if self.adapter_name in state.configs]
@@ -156,21 +143,15 @@ class OFTFinetuning(Callback):
         rotations = checks.trainable_rotations(modules, self.adapter_name)
         checks.check_optimizers(run.strategy.optimized(), rotations)
         run.steps = run.strategy.watch_steps(rotations, run.undo)
-        run.exporter = self._exporter(run, pl_module)
+        if self.export_dir is not None:
+            from lightning_oft.callback.export import Exporter
+
+            run.exporter = Exporter(self, run.strategy, pl_module)
         checks.check_averages(trainer, pl_module)
         checkpoint_hooks.retrain(pl_module, run.unfrozen)
-        rank_zero_info(report.start_line(self.adapter_name, len(run.layers), rotations, pl_module))
-        report.warn_about_constraint(rotations)
+        report.report_start(self.adapter_name, len(run.layers), rotations, pl_module)
         for logger in trainer.loggers:
             logger.log_hyperparams({"oft": dataclasses.asdict(self.config)})
-
-    def _exporter(self, run: Run, pl_module: nn.Module) -> Any:
-        """What writes the fit's results; None where nobody asked for them."""
-        if self.export_dir is None:
-            return None
-        from lightning_oft.callback.export import Exporter
-
-        return Exporter(self, run.strategy, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -190,15 +171,13 @@ class OFTFinetuning(Callback):
         if (run := self._run) is None:
             return
         run.undo.close()
-        run.strategy.reshard(pl_module)
+        reshard(pl_module)
         root = checks.submodule(walk(pl_module), self.module)
-        written = run.exporter.write_unmerged() if run.exporter is not None else {}
-        waiting = [name for name, _, state in adapted(walk(root)) if state.merged is None]
-        if self.merge_on_fit_end and waiting:  # another callback may have merged all of it already
-            self._merge(run, pl_module, root, waiting)
-        if run.exporter is not None:
-            written |= run.exporter.write_merged()
-        rank_zero_info(report.end_line(self.adapter_name, walk(root), written))
+        with run.exporter.exporting() if run.exporter is not None else contextlib.nullcontext({}) as written:
+            waiting = [name for name, _, state in adapted(walk(root)) if state.merged is None]
+            if self.merge_on_fit_end and waiting:  # another callback may have merged all of it already
+                self._merge(run, pl_module, root, waiting)
+        report.report_end(self.adapter_name, walk(root), written)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -209,8 +188,8 @@ class OFTFinetuning(Callback):
 
         entry = checkpoint.get(ENTRY, {})
         if "state_dict" in checkpoint and not entry.get("adapter_only"):  # FSDP takes it out, and loads no other base
-            refresh_fingerprints(walk(pl_module))
-        self._run.unfrozen = list(entry.get("unfrozen", ()))
+            fingerprint.refresh_fingerprints(walk(pl_module))
+        self._run.unfrozen = set(entry.get("unfrozen", ()))
         if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start is over by then
             checkpoint_hooks.retrain(pl_module, self._run.unfrozen)
 
@@ -224,8 +203,9 @@ class OFTFinetuning(Callback):
                 run.was_merged = []
             if run.was_plain and not begun:
                 with contextlib.suppress(RuntimeError):  # inside disable_adapters, which is about to be left
-                    unload(pl_module)
-                checkpoint_hooks.drop_checkpoint_hooks(pl_module)
+                    injection.unload(pl_module)
+                for hook in ("on_save_checkpoint", "on_load_checkpoint"):
+                    pl_module.__dict__.pop(hook, None)
         self.teardown(trainer, pl_module, "")
 
     @override
@@ -249,7 +229,7 @@ class OFTFinetuning(Callback):
         run.strategy.merge(root, self.keep_base, only)
         modules = walk(pl_module)
         if all(state.merged is not None for _, _, state in adapted(modules)):
-            unfreeze_merged(modules)
+            freezing.unfreeze_merged(modules)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_run": None}

@@ -19,7 +19,7 @@ class Run:
     was_merged: list[str]  # the layers whose merge the run took back, and makes again at its end
     layers: list[str] = field(default_factory=list)  # what the callback has injected into, relative to its module
     trainable: list[nn.Parameter] = field(default_factory=list)  # what trained before configure_model
-    unfrozen: list[str] = field(default_factory=list)  # what trained, of the base, in the loaded checkpoint
+    unfrozen: set[str] = field(default_factory=set)  # what trained, of the base, in the loaded checkpoint
     has_begun: bool = False  # whether a batch of training has started: what is trained is kept from then on
     steps: Steps | None = None  # acts after every optimizer step
     exporter: Any = None  # writes the fit's results, where anybody asked for them

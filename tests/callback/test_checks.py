@@ -14,7 +14,7 @@ from small import Small, loader, merged_layers, oft, trainer
 from torch import nn
 
 from lightning_oft import OFTConfig, OFTFinetuning, inject, merge, oft_layers, unload, unmerge
-from lightning_oft.callback.checks import check_launcher
+from lightning_oft.callback.checks import check_callbacks
 from lightning_oft.callback.strategies.base import strategy_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
@@ -274,7 +274,7 @@ def test_spawned_fits_must_merge(launcher: Any, merge: bool, refused: bool) -> N
     callback = OFTFinetuning(merge_on_fit_end=merge)
     run = running(SimpleNamespace(launcher=launcher))
     if not refused:
-        check_launcher(run, callback)
+        check_callbacks(run, callback, "fit")
         return
     with pytest.raises(ValueError, match="merge_on_fit_end"):
-        check_launcher(run, callback)
+        check_callbacks(run, callback, "fit")

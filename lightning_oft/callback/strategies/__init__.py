@@ -1,1 +1,1 @@
-"""What differs between Lightning's strategies, an adapter for each: where rotations live, real steps, checkpoints, merge."""
+"""An adapter for each of Lightning's strategies: where rotations live, real steps, checkpoints, merge."""

@@ -1,8 +1,7 @@
 """What a strategy is asked; the answers of one process and of DDP; and which adapter answers for which strategy."""
 
-import contextlib
 from collections.abc import Collection
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -16,10 +15,7 @@ from lightning_oft.model.traversal import class_names, walk
 
 
 class StrategyAdapter:
-    """One process, or DDP: every process has all parameters.
-
-    Functions that register something push its removal onto `undo`.
-    """
+    """One process, or DDP: every process has all parameters. The removal of what is registered goes onto `undo`."""
 
     adapter_only = True
     """Whether checkpoints can leave the base out."""
@@ -27,14 +23,12 @@ class StrategyAdapter:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
-    def before_inject(self, pl_module: nn.Module) -> None:
-        """Replace layers now that would otherwise be replaced after the injection, rotations and all."""
+    def prepare(self, pl_module: Any, adapter_only: bool, undo: ExitStack) -> None:
+        """Called before the injection: replace layers that would otherwise be replaced later, rotations and all, and
+        prepare checkpoints of a strategy that reads them before any hook."""
         plugin = self.trainer.precision_plugin
         if "BitsandbytesPrecision" in class_names(plugin):
             plugin.convert_module(pl_module)
-
-    def prepare_checkpoints(self, pl_module: Any, adapter_only: bool, undo: ExitStack) -> None:
-        """Prepare the module for a strategy that reads and writes checkpoints without asking anybody."""
 
     def injects_early(self) -> bool:
         """Whether rotations may be put into what is built before configure_model."""
@@ -52,9 +46,6 @@ class StrategyAdapter:
         """Project the rotations, and act after every real step from now on."""
         return Steps(self.trainer.optimizers, rotations, undo)
 
-    def reshard(self, pl_module: nn.Module) -> None:
-        """Called when the fit has ended, before anything is merged or exported: give back what was gathered."""
-
     def merge_device(self) -> torch.device | None:
         """Where to merge: Lightning has moved the model to the CPU by the end of a fit."""
         device = self.trainer.strategy.root_device
@@ -66,10 +57,10 @@ class StrategyAdapter:
 
     def whole(self) -> AbstractContextManager[Any]:
         """A context in which every process has all parameters, or the part of each that a DTensor shows."""
-        return contextlib.nullcontext()
+        return nullcontext()
 
     def whole_state(self, root: nn.Module) -> dict[str, Tensor] | None:
-        """The whole tensors of a model by name, on rank zero, called within `whole`; None where they lie there anyway."""
+        """The whole tensors of a model by name, on rank zero, within `whole`; None where they lie there anyway."""
         return None
 
 

@@ -18,38 +18,17 @@ from lightning_oft.callback.strategies.steps import Steps
 from lightning_oft.layers.rotation import Rotation
 
 
-class _EngineSteps(Steps):
-    """Acts after every step of DeepSpeed's engine, which counts those that were real."""
+@torch.no_grad()
+def _project(rotation: Rotation) -> None:
+    """Project the float32 copy that the optimizer trains too; on all processes."""
+    if rotation.radius is None or not bool((functional.frobenius_norm(rotation.weight) > rotation.radius).any()):
+        return
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
-    def __init__(self, engine: Any, rotations: dict[str, Rotation], undo: ExitStack) -> None:
-        super().__init__([], rotations, undo)
-        self._engine, self._idle = engine, set(rotations)
-        for name, rotation in rotations.items():
-            hook: Any = rotation.weight.register_hook
-            undo.callback(hook(lambda _, name=name: self._idle.discard(name)).remove)
-        engine.step = self._step
-        undo.callback(engine.__dict__.pop, "step", None)
-
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
-        before = self._engine.global_steps
-        result = type(self._engine).step(self._engine, *args, **kwargs)
-        if self._engine.global_steps != before:
-            checks.refuse_idle([name for name in self._rotations if name in self._idle])
-            self.stepped(self._rotations)
-        return result
-
-    @override
-    @torch.no_grad()
-    def project(self, rotation: Rotation) -> None:
-        """Project the float32 copy that the optimizer trains too; on all processes."""
-        if rotation.radius is None or not bool((functional.frobenius_norm(rotation.weight) > rotation.radius).any()):
-            return
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
-        whole = safe_get_full_fp32_param(rotation.weight)
-        functional.project(whole, rotation.radius)
-        safe_set_full_fp32_param(rotation.weight, whole)
-        rotation.weight.copy_(whole)
+    whole = safe_get_full_fp32_param(rotation.weight)
+    functional.project(whole, rotation.radius)
+    safe_set_full_fp32_param(rotation.weight, whole)
+    rotation.weight.copy_(whole)
 
 
 class DeepSpeedAdapter(StrategyAdapter):
@@ -72,4 +51,21 @@ class DeepSpeedAdapter(StrategyAdapter):
 
     @override
     def watch_steps(self, rotations: dict[str, Rotation], undo: ExitStack) -> Steps:
-        return _EngineSteps(self.trainer.strategy.model, rotations, undo)
+        """Watch the engine, which counts the steps that were real."""
+        engine, idle = self.trainer.strategy.model, set(rotations)
+        for name, rotation in rotations.items():
+            hook: Any = rotation.weight.register_hook
+            undo.callback(hook(lambda _, name=name: idle.discard(name)).remove)
+        steps = Steps([], rotations, undo, project=_project)
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            before = engine.global_steps
+            result = type(engine).step(engine, *args, **kwargs)
+            if engine.global_steps != before:
+                checks.check_gradients([name for name in rotations if name in idle])
+                steps.stepped(rotations)
+            return result
+
+        engine.step = step
+        undo.callback(engine.__dict__.pop, "step", None)
+        return steps

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from typing_extensions import override
 
 from lightning_oft.callback.strategies.base import StrategyAdapter
 from lightning_oft.callback.strategies.steps import Steps
-from lightning_oft.codecs import is_sharded, reshard
+from lightning_oft.codecs import is_sharded
 from lightning_oft.formats.checkpoint import frozen_names
 from lightning_oft.formats.checkpoint_file import CheckpointError
 from lightning_oft.layers.rotation import Rotation
@@ -25,19 +26,17 @@ class FSDP2Adapter(StrategyAdapter):
 
     @override
     def injects_early(self) -> bool:
-        """torch's parallelize_module splits a layer with all that is below it, and stumbles over rotations."""
+        """torch's parallelize_module splits a layer with all that is below it, and fails on rotations."""
         return bool(self.trainer.strategy.device_mesh["tensor_parallel"].size() == 1)
 
     @override
     def after_inject(self, root: nn.Module) -> None:
-        """Make every rotation a unit of its own, before or after the user shards the layers around it.
-
-        Left plain inside a layer that is sharded already, each rank would train its own (measured: 5.4e-2 apart, no
-        error); inside the layer's unit, a mixed precision policy would round its generators.
-        """
+        """Make every rotation a unit of its own, before or after the user shards the layers around it. Plain inside a
+        sharded layer, each rank would train its own (5.4e-2 apart, measured); inside the layer's unit, a mixed
+        precision policy would round its generators."""
         meshes = self.trainer.strategy.device_mesh
         if meshes["tensor_parallel"].size() > 1:
-            _agree(root, meshes["tensor_parallel"])
+            _broadcast_rotations(root, meshes["tensor_parallel"])
         if meshes["data_parallel"].size() == 1:
             return
         for rotation in (rotation for layer in oft_layers(root).values() for rotation in every_rotation(layer)):
@@ -47,7 +46,17 @@ class FSDP2Adapter(StrategyAdapter):
 
     @override
     def watch_steps(self, rotations: dict[str, Rotation], undo: ExitStack) -> Steps:
-        _check_clipping(self.trainer)
+        """Raise ValueError where torch cannot clip all gradients together: split in several ways, or not at all."""
+        by_value = self.trainer.gradient_clip_algorithm == "value"
+        for optimizer in self.trainer.optimizers if self.trainer.gradient_clip_val else ():
+            trained = [tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.requires_grad]
+            meshes = {getattr(tensor, "device_mesh", None) for tensor in trained}
+            if len(meshes) > 1 and (not by_value or None in meshes):
+                ways = "" if by_value or None in meshes else "set gradient_clip_algorithm='value', or "
+                raise ValueError(
+                    f"gradient_clip_val={self.trainer.gradient_clip_val}: torch cannot clip together rotations, biases "
+                    f"and modules_to_save that are split in different ways: {ways}set bias='none', or do not clip"
+                )
         return super().watch_steps(rotations, undo)
 
     @override
@@ -56,8 +65,9 @@ class FSDP2Adapter(StrategyAdapter):
         return None
 
     @override
-    def prepare_checkpoints(self, pl_module: Any, adapter_only: bool, undo: ExitStack) -> None:
+    def prepare(self, pl_module: Any, adapter_only: bool, undo: ExitStack) -> None:
         """FSDP2 loads whatever the module's state_dict names, before any hook: so it names the adapter only."""
+        super().prepare(pl_module, adapter_only, undo)
         strategy = self.trainer.strategy
 
         def load_checkpoint(path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -72,16 +82,11 @@ class FSDP2Adapter(StrategyAdapter):
             undo.callback(pl_module.register_state_dict_post_hook(_only_trained).remove)
 
     @override
-    def reshard(self, pl_module: nn.Module) -> None:
-        reshard(pl_module)
-
-    @override
     def whole_state(self, root: nn.Module) -> dict[str, Tensor] | None:
         """Gathered tensor by tensor, and kept on rank zero's CPU."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        state: Any = get_model_state_dict(root, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        return dict(state)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: dict[str, Any] = get_model_state_dict(root, options=options)
+        return state
 
 
 def _only_trained(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -90,26 +95,9 @@ def _only_trained(module: Any, state_dict: dict[str, Any], prefix: str, local_me
         state_dict.pop(prefix + name, None)
 
 
-def _check_clipping(trainer: Any) -> None:
-    """Raise ValueError where torch cannot clip all gradients together: they are split in several ways, or not at all."""
-    by_value = trainer.gradient_clip_algorithm == "value"
-    for optimizer in trainer.optimizers if trainer.gradient_clip_val else ():
-        trained = [tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.requires_grad]
-        meshes = {getattr(tensor, "device_mesh", None) for tensor in trained}
-        if len(meshes) > 1 and (not by_value or None in meshes):
-            ways = "" if by_value or None in meshes else "set gradient_clip_algorithm='value', or "
-            raise ValueError(
-                f"gradient_clip_val={trainer.gradient_clip_val}: torch cannot clip together rotations, biases and "
-                f"modules_to_save that are split in different ways: {ways}set bias='none', or do not clip"
-            )
-
-
 def _check_optimizer_states(path: Any, trainer: Any) -> None:
-    """Raise CheckpointError for a checkpoint of another strategy, whose optimizer state counts the parameters that train.
-
-    Lightning takes its numbers for those of all parameters, frozen ones too, as files of this strategy have them, and
-    fails on a shape or, where shapes agree, gives moments to the wrong parameter.
-    """
+    """Raise CheckpointError for a checkpoint of another strategy, whose optimizer state numbers the parameters that
+    train: Lightning takes them for numbers of all, as this strategy has them, and gives moments to the wrong ones."""
     try:  # mapped, not read: a full checkpoint holds the base too
         theirs = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get("optimizer_states", [])
     except Exception:  # the strategy is about to say what is wrong with the file
@@ -126,7 +114,7 @@ def _check_optimizer_states(path: Any, trainer: Any) -> None:
             )
 
 
-def _agree(root: nn.Module, mesh: Any) -> None:
+def _broadcast_rotations(root: nn.Module, mesh: Any) -> None:
     """Start all processes of a tensor-parallel group with the same rotations. Raises ValueError where they could not
     stay the same: a cut goes through a block, or blocks drop out at random."""
     for name, layer, state in adapted(walk(root)):
