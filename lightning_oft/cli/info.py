@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_oft import functional
-from lightning_oft.cli.errors import OneLineParser, UserError
+from lightning_oft.cli.errors import OneLineParser
 from lightning_oft.config import OFTConfig
-from lightning_oft.formats.adapters import read_adapters
-from lightning_oft.formats.checkpoint import content_of
-from lightning_oft.formats.checkpoint_file import read as read_checkpoint
-from lightning_oft.formats.checkpoint_file import read_states
+from lightning_oft.formats import adapters, checkpoint, checkpoint_file
 from lightning_oft.model.adapter_state import AdapterState
 
 DESCRIPTION = """\
@@ -24,26 +21,19 @@ orthogonal its rotations are, how far they turn, its configuration and the base 
 example:
   lightning-oft info runs/adapter --layers
 """
-
-
-class Geometry(NamedTuple):
-    """One layer's rotation in numbers."""
-
-    blocks: int
-    block_size: int
-    parameters: int
-    error: float
-    angle: float
+_CONTENTS = {
+    "adapter": "with an adapter and without its base",
+    "full": "with an adapter and its base",
+    "plain": "without an adapter",
+    "merged": "of a merged model",
+}
 
 
 def run(arguments: list[str]) -> int:
     """Print what the path holds."""
     options = _parser().parse_args(arguments)
-    path = Path(options.path)
-    if not path.exists():
-        raise UserError(f"info: no file or directory {str(path)!r}; give an adapter directory or a .ckpt file")
-    kind, states = _read(path)
-    print(f"{path}: {kind}")
+    kind, states = _read(Path(options.path))
+    print(f"{options.path}: {kind}")
     for state in states:
         print("\n".join(lines(state, options.layers)))
     return 0
@@ -58,28 +48,26 @@ def _parser() -> OneLineParser:
 
 def _read(path: Path) -> tuple[str, list[AdapterState]]:
     """What kind of thing `path` is, and the adapters in it."""
-    if path.is_dir():
-        states = read_adapters(path)
+    name = adapters.find_format(path).name
+    if name == "checkpoint":  # read here: one without an adapter has something to say too
+        found = checkpoint_file.read(path)
+        where = f"epoch {found.get('epoch', '?')}, step {found.get('global_step', '?')}"
+        kind = f"a Lightning checkpoint {_CONTENTS[checkpoint.content_of(found)]}; {where}"
+        return kind, checkpoint_file.read_states(found)
+    states = adapters.read_adapters(path)
+    if name == "peft":
         return f"an adapter directory, written for PEFT {states[0].extra.get('peft_version', 'before 0.18')}", states
-    checkpoint = read_checkpoint(path)
-    kind = _CONTENTS[content_of(checkpoint)]
-    where = f"epoch {checkpoint.get('epoch', '?')}, step {checkpoint.get('global_step', '?')}"
-    return f"{kind}; {where}", read_states(checkpoint)
+    return f"of format {name}", states
 
 
-_CONTENTS = {
-    "adapter": "a Lightning checkpoint with an adapter and without its base",
-    "full": "a Lightning checkpoint with an adapter and its base",
-    "plain": "a Lightning checkpoint without an adapter",
-    "merged": "a Lightning checkpoint of a merged model",
-}
+class Geometry(NamedTuple):
+    """One layer's rotation in numbers."""
 
-
-def _base(state: AdapterState) -> str:
-    """Where the base comes from, as far as the file says."""
-    name = (state.base.name_or_path if state.base is not None else None) or "not named"
-    layer, print_ = next(iter(state.fingerprints.items()), ("", None))
-    return f"{name}, fingerprint {print_} of {layer}" if print_ else f"{name}, no fingerprint"
+    blocks: int
+    block_size: int
+    parameters: int
+    error: float
+    angle: float
 
 
 @torch.no_grad()
@@ -94,9 +82,17 @@ def geometry(generator: Tensor, config: OFTConfig) -> Geometry:
 
 
 def lines(state: AdapterState, each_layer: bool = False) -> list[str]:
-    """The description of one adapter, a line each."""
+    """The description of one adapter, a line each; of its configuration what differs from the defaults."""
+    base = (state.base.name_or_path if state.base is not None else None) or "not named"
+    prints = (f"fingerprint {value} of {layer}" for layer, value in state.fingerprints.items())
+    fields, default = dataclasses.asdict(state.config), OFTConfig()
+    changed = (f"{k}={v}" for k, v in fields.items() if v != getattr(default, k) or k == "oft_block_size")
+    text = [
+        f"adapter {state.name!r}",
+        f"  base         {base}, {next(prints, 'no fingerprint')}",
+        f"  config       {' '.join(changed)}",
+    ]
     layers = {name: geometry(generator, state.config) for name, generator in state.generators().items()}
-    text = [f"adapter {state.name!r}", f"  base         {_base(state)}", f"  config       {_config(state.config)}"]
     if not layers:
         return [*text, "  layers       none: their rotations are in the weights already"]
     shapes = Counter((g.block_size, g.blocks) for g in layers.values())
@@ -118,9 +114,3 @@ def lines(state: AdapterState, each_layer: bool = False) -> list[str]:
             for name, g in layers.items()
         ]
     return text
-
-
-def _config(config: OFTConfig) -> str:
-    """The fields that differ from their defaults; the block size always."""
-    fields, default = dataclasses.asdict(config), OFTConfig()
-    return " ".join(f"{k}={v}" for k, v in fields.items() if v != getattr(default, k) or k == "oft_block_size")

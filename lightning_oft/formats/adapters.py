@@ -6,8 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lightning_oft.formats.checkpoint_file import read as read_checkpoint
-from lightning_oft.formats.checkpoint_file import read_states
+from lightning_oft.formats import checkpoint_file
 from lightning_oft.formats.errors import AdapterFileError
 from lightning_oft.formats.peft import read_peft, write_peft
 from lightning_oft.model.adapter_state import AdapterState, take
@@ -42,19 +41,25 @@ def register_format(file_format: Format) -> None:
 
 
 register_format(Format("peft", Path.is_dir, lambda path, name: [read_peft(path, name)], write_peft))
-register_format(Format("checkpoint", Path.is_file, lambda path, name: read_states(read_checkpoint(path))))
+register_format(
+    Format("checkpoint", Path.is_file, lambda path, name: checkpoint_file.read_states(checkpoint_file.read(path)))
+)
+
+
+def find_format(path: str | Path) -> Format:
+    """The format of what is at a path. Raises AdapterFileError where there is none."""
+    found = next((known for known in FORMATS.values() if known.matches(Path(path))), None)
+    if found is None:
+        what = "is of no known format" if Path(path).exists() else "no such file or directory"
+        raise AdapterFileError(
+            f"{path}: {what}; give an adapter directory or a checkpoint (formats: {', '.join(FORMATS)})"
+        )
+    return found
 
 
 def read_adapters(path: str | Path, adapter_name: str | None = None) -> list[AdapterState]:
     """All adapters at a path, of any known format; of a name, where one is given and the format has names."""
-    place = Path(path)
-    found = next((known for known in FORMATS.values() if known.matches(place)), None)
-    if found is None:
-        what = "no such file or directory" if not place.exists() else "is of no known format"
-        raise AdapterFileError(
-            f"{path}: {what}; give an adapter directory or a checkpoint (formats: {', '.join(FORMATS)})"
-        )
-    return found.read(place, adapter_name)
+    return find_format(path).read(Path(path), adapter_name)
 
 
 def read_adapter(path: str | Path, adapter_name: str | None = None, or_only: bool = False) -> AdapterState:

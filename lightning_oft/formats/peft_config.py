@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning_oft import __version__
 from lightning_oft.config import OFTConfig
@@ -19,7 +19,7 @@ OWN_VERSION = 1
 PEFT_VERSION = "0.21.2"
 """The version whose format we write."""
 UNHALVED_VERSION = "0.17.1"
-"""The last version whose series did not halve its last term; PEFT itself warns of a file of then."""
+"""The last version whose series did not halve its last term."""
 
 _UNKNOWN_TO_PEFT = ("max_angle", "coft_radius", "neumann_series")
 PEFT_DEFAULTS: dict[str, Any] = {
@@ -33,19 +33,8 @@ OWN_FIELDS = (*_SELECTION, "modules_to_save", "fan_in_fan_out", "coft", "eps", *
 """Fields whose true value stands under our own key: PEFT has none of them, or is told something else."""
 _OWN_TYPES = {"config": dict, "root": str, "fingerprint": dict, "layer_types": dict, "sha256": str, "version": int}
 
-_VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})")
 _SIZE_LIMIT = 16 * 2**20
 """Bytes of a configuration, which take some twenty times as many in memory; fifty thousand layers' names need six."""
-
-
-class PeftConfig(NamedTuple):
-    """`adapter_config.json`, checked: our configuration, the file's own lists, our key, and the fields nobody knows."""
-
-    config: OFTConfig
-    target_modules: str | list[str]
-    modules_to_save: list[str]
-    own: dict[str, Any]
-    extra: dict[str, Any]
 
 
 def to_json(state: AdapterState, sha256: str) -> str:
@@ -78,9 +67,9 @@ def to_json(state: AdapterState, sha256: str) -> str:
     return json.dumps(content, indent=2, allow_nan=False, sort_keys=True) + "\n"
 
 
-def read_config(file: Path) -> PeftConfig:
-    """Read and check the file. Raises AdapterFileError."""
-    with refusing(file, "not a readable JSON file"):
+def read_config(file: Path) -> tuple[OFTConfig, dict[str, Any]]:
+    """The configuration that a file stands for, and its checked fields. Raises AdapterFileError."""
+    with refusing("not a readable JSON file", file):
         if file.stat().st_size > _SIZE_LIMIT:
             raise ValueError(f"larger than {_SIZE_LIMIT} bytes")
         raw = json.loads(file.read_bytes().decode("utf-8"))
@@ -90,16 +79,16 @@ def read_config(file: Path) -> PeftConfig:
     values |= {field: None for field in _SELECTION if values[field] in ("", [])}
     if isinstance(values["target_modules"], str):
         values["layers_to_transform"] = values["layers_pattern"] = None  # PEFT ignores them beside a pattern
-    values["neumann_series"] = "unhalved" if _is_unhalved(raw) else "halved"
+    # PEFT records its version since 0.18, which changed the series.
+    is_old = [int(number) for number in re.findall(r"\d{1,6}", raw.get("peft_version") or "0.0")[:2]] < [0, 18]
+    values["neumann_series"] = "unhalved" if is_old and raw.get("use_cayley_neumann") is True else "halved"
     values["coft_radius"] = "peft" if values["coft"] else "paper"
-    own = raw.get(OWN_KEY, {})
+    own = raw.get(OWN_KEY, {}).get("config", {})
     try:
-        theirs = OFTConfig(**values)
-        config = replace(theirs, **{key: value for key, value in own.get("config", {}).items() if key in OWN_FIELDS})
+        config = replace(OFTConfig(**values), **{key: value for key, value in own.items() if key in OWN_FIELDS})
     except (ValueError, TypeError) as error:
         raise AdapterFileError(f"{file}: {first_line(error)}") from None
-    extra = {key: value for key, value in raw.items() if key not in PEFT_DEFAULTS and key != OWN_KEY}
-    return PeftConfig(config, theirs.target_modules or [], theirs.modules_to_save or [], own, extra)
+    return config, raw
 
 
 def _problem(raw: Any) -> str:
@@ -107,7 +96,13 @@ def _problem(raw: Any) -> str:
     if not isinstance(raw, dict):
         return f"holds a {type(raw).__name__} where an object is expected; copy the file again"
     own = raw.get(OWN_KEY, {})
-    if not _is_own(own):
+    is_own = isinstance(own, dict) and all(isinstance(own[key], _OWN_TYPES.get(key, object)) for key in own)
+    prints, types = (own.get(key, {}).values() if is_own else () for key in ("fingerprint", "layer_types"))
+    if (
+        not is_own
+        or not all(isinstance(value, str) for value in (*prints, *types))
+        or any(":" not in p for p in prints)
+    ):
         return f"{OWN_KEY} has a field of a wrong type; copy the file again"
     if own.get("version", OWN_VERSION) > OWN_VERSION:
         return "written by a newer lightning_oft; upgrade it to read this adapter"
@@ -118,24 +113,9 @@ def _problem(raw: Any) -> str:
     if not raw["oft_block_size"] and not raw.get("r"):
         return "neither r nor oft_block_size is given; write the one it was trained with"
     version = raw.get("peft_version") or "0.0"
-    if not isinstance(version, str) or _VERSION.match(version) is None:
+    if not isinstance(version, str) or re.match(r"\d{1,6}\.\d{1,6}", version) is None:
         return f"peft_version={version!r} is no version; write that of the PEFT it was saved with"
     lost = [field for field in PEFT_DEFAULTS if OWN_KEY in raw and field not in raw]
     if lost:  # PEFT's default in its place would be another adapter
         return f"lacks {', '.join(lost)}, which this library writes; copy the file again"
     return ""
-
-
-def _is_own(own: Any) -> bool:
-    """Whether what stands under our key has the types that we write."""
-    if not isinstance(own, dict) or not all(isinstance(own[key], _OWN_TYPES.get(key, object)) for key in own):
-        return False
-    prints = all(isinstance(value, str) and ":" in value for value in own.get("fingerprint", {}).values())
-    return prints and all(isinstance(value, str) for value in own.get("layer_types", {}).values())
-
-
-def _is_unhalved(raw: dict[str, Any]) -> bool:
-    """Whether PEFT computed another series when it wrote this: it records its version since 0.18, which changed it."""
-    numbers = _VERSION.match(raw.get("peft_version") or "0.0")
-    is_old = numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 18)
-    return raw.get("use_cayley_neumann") is True and is_old
