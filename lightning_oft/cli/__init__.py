@@ -7,7 +7,7 @@ lightning-oft merge | export | info             what is done to files, no Traine
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 
 from lightning_oft import __version__
@@ -70,9 +70,8 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"lightning-oft {__version__}")
         return 0
     if first in COMMANDS:
-        of_files = first in FILE_COMMANDS
-        run: Callable[[list[str]], int] = import_module(f"lightning_oft.cli.{first if of_files else 'application'}").run
-        return run(arguments[1:] if of_files else arguments)
+        module = import_module(f"lightning_oft.cli.{first if first in FILE_COMMANDS else 'application'}")
+        return int(module.run(arguments))
     if first.startswith("-") and (command := next((a for a in arguments if a in COMMANDS), None)):
         raise UserError(f"options come after the command: lightning-oft {command} {first} ...")
     hint = suggestion(first, [*COMMANDS, "--help", "--version"]) or f"; one of {', '.join(COMMANDS)}"

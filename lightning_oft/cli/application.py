@@ -23,9 +23,9 @@ from lightning_oft.callback.checkpoint_io import AtomicCheckpointIO
 from lightning_oft.callback.oft import OFTFinetuning
 from lightning_oft.callback.random_state import RandomState
 from lightning_oft.cli import COMMANDS, config_files
-from lightning_oft.cli.auto import loader_of
 from lightning_oft.cli.errors import UserError
 from lightning_oft.cli.parser import Formatter, Parser, squeezed
+from lightning_oft.formats.pretrained import loader_of
 from lightning_oft.tasks.optimization import configure
 
 _EXAMPLES = {
@@ -47,13 +47,9 @@ class Application(LightningCLI):
     def __init__(self, arguments: list[str]) -> None:
         self.command = command = arguments[0]
         self.scores_before: dict[str, float] = {}
-        summary = COMMANDS[command].capitalize()
-        description = _DESCRIPTION.format(summary=summary, command=command, example=_EXAMPLES[command])
+        summary, example = COMMANDS[command].capitalize(), _EXAMPLES[command]
+        description = _DESCRIPTION.format(summary=summary, command=command, example=example)
         super().__init__(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
             # A second run into the same directory is ordinary; Lightning would refuse it over an old config.yaml.
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
@@ -78,17 +74,13 @@ class Application(LightningCLI):
         parser.add_optimizer_args()
         parser.add_lr_scheduler_args()
         parser.add_lightning_class_args(Trainer, "trainer")
+        text = "in fit, test the model before and after and print both scores as a table"
+        parser.add_argument("--test_before_and_after", type=bool, default=False, help=text)
 
     def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(*args, **kwargs)
-        assert isinstance(parser, Parser)
-        parser.tidy(self.command)
+        parser.tidy(self.command)  # type: ignore[attr-defined]
         return parser
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the one option that is neither Lightning's nor the callback's."""
-        text = "in fit, test the model before and after and print both scores as a table"
-        parser.add_argument("--test_before_and_after", type=bool, default=False, help=text)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: the stock method lets a checkpoint's hyperparameters win over what was given."""

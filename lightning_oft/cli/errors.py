@@ -14,8 +14,9 @@ class UserError(Exception):
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors are UserErrors that name the nearest valid option."""
 
-    def __init__(self, prog: str, description: str) -> None:
+    def __init__(self, command: str, description: str | None) -> None:
         raw = argparse.RawDescriptionHelpFormatter  # keeps a description's line breaks
+        prog = f"lightning-oft {command}"
         super().__init__(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:

@@ -1,9 +1,13 @@
-"""`lightning-oft info PATH`: what an adapter directory or a Lightning checkpoint holds. Reads with torch only."""
+"""Say what an adapter directory or a Lightning checkpoint holds: layers, block sizes, how far from
+orthogonal its rotations are, how far they turn, its configuration and the base it was trained on.
+
+example:
+  lightning-oft info runs/adapter --layers
+"""
 
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +18,6 @@ from lightning_oft.config import OFTConfig
 from lightning_oft.formats import adapters, checkpoint, checkpoint_file
 from lightning_oft.model.adapter_state import AdapterState
 
-DESCRIPTION = """\
-Say what an adapter directory or a Lightning checkpoint holds: layers, block sizes, how far from
-orthogonal its rotations are, how far they turn, its configuration and the base it was trained on.
-
-example:
-  lightning-oft info runs/adapter --layers
-"""
 _CONTENTS = {
     "adapter": "with an adapter and without its base",
     "full": "with an adapter and its base",
@@ -31,7 +28,7 @@ _CONTENTS = {
 
 def run(arguments: list[str]) -> int:
     """Print what the path holds."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments[1:])
     kind, states = _read(Path(options.path))
     print(f"{options.path}: {kind}")
     for state in states:
@@ -40,7 +37,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="lightning-oft info", description=DESCRIPTION)
+    parser = OneLineParser("info", __doc__)
     parser.add_argument("path", help="an adapter directory (PEFT's format) or a .ckpt file")
     parser.add_argument("--layers", action="store_true", help="a line for each layer")
     return parser
@@ -60,25 +57,13 @@ def _read(path: Path) -> tuple[str, list[AdapterState]]:
     return f"of format {name}", states
 
 
-class Geometry(NamedTuple):
-    """One layer's rotation in numbers."""
-
-    blocks: int
-    block_size: int
-    parameters: int
-    error: float
-    angle: float
-
-
 @torch.no_grad()
-def geometry(generator: Tensor, config: OFTConfig) -> Geometry:
+def geometry(generator: Tensor, config: OFTConfig) -> tuple[float, float]:
     """Error and angle of one layer's rotation, as the adapter's own map computes it."""
-    block_size = functional.block_size_of(generator.shape[1])
-    q_nbb = functional.skew(generator.float(), block_size)
+    q_nbb = functional.skew(generator.float(), functional.block_size_of(generator.shape[1]))
     terms, halved = config.num_cayley_neumann_terms, config.neumann_series == "halved"
     r_nbb = functional.cayley_neumann(q_nbb, terms, halved) if config.use_cayley_neumann else functional.cayley(q_nbb)
-    error, angle = functional.orthogonality_error(r_nbb).max(), functional.rotation_angle(r_nbb).max()
-    return Geometry(len(generator), block_size, generator.numel(), float(error), float(angle))
+    return float(functional.orthogonality_error(r_nbb).max()), float(functional.rotation_angle(r_nbb).max())
 
 
 def lines(state: AdapterState, each_layer: bool = False) -> list[str]:
@@ -92,25 +77,25 @@ def lines(state: AdapterState, each_layer: bool = False) -> list[str]:
         f"  base         {base}, {next(prints, 'no fingerprint')}",
         f"  config       {' '.join(changed)}",
     ]
-    layers = {name: geometry(generator, state.config) for name, generator in state.generators().items()}
+    layers, errors, angles = state.generators(), {}, {}
     if not layers:
         return [*text, "  layers       none: their rotations are in the weights already"]
-    shapes = Counter((g.block_size, g.blocks) for g in layers.values())
-    blocks = ", ".join(f"{count} of {n} x {b}" for (b, n), count in sorted(shapes.items()))
-    worst = max(layers, key=lambda name: layers[name].error)
-    widest = max(layers, key=lambda name: layers[name].angle)
-    total, others = sum(g.parameters for g in layers.values()), sum(tensor.numel() for tensor in state.saved.values())
+    for name, generator in layers.items():
+        errors[name], angles[name] = geometry(generator, state.config)
+    sizes = {name: (functional.block_size_of(generator.shape[1]), len(generator)) for name, generator in layers.items()}
+    blocks = ", ".join(f"{count} of {n} x {b}" for (b, n), count in sorted(Counter(sizes.values()).items()))
+    worst, widest = max(errors, key=errors.__getitem__), max(angles, key=angles.__getitem__)
+    total, others = (sum(tensor.numel() for tensor in table.values()) for table in (layers, state.saved))
     text += [
         f"  layers       {len(layers)} (blocks x block size: {blocks})",
         f"  parameters   {total:,} in rotations" + (f", {others:,} in {', '.join(state.saved)}" if others else ""),
-        f"  error        {layers[worst].error:.1e} = largest ||R^T R - I||, in {worst}",
-        f"  angle        {layers[widest].angle:.2f} degrees = largest turn of a plane, in {widest}",
+        f"  error        {errors[worst]:.1e} = largest ||R^T R - I||, in {worst}",
+        f"  angle        {angles[widest]:.2f} degrees = largest turn of a plane, in {widest}",
     ]
     if each_layer:
         width = max(map(len, layers))
         text.append(f"  {'layer':<{width}}  blocks  size  parameters    error  degrees")
-        text += [
-            f"  {name:<{width}}  {g.blocks:>6}  {g.block_size:>4}  {g.parameters:>10,}  {g.error:.1e}  {g.angle:>7.2f}"
-            for name, g in layers.items()
-        ]
+        for name, (b, n) in sizes.items():
+            row = f"  {name:<{width}}  {n:>6}  {b:>4}  {layers[name].numel():>10,}"
+            text.append(f"{row}  {errors[name]:.1e}  {angles[name]:>7.2f}")
     return text

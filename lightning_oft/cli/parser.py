@@ -35,12 +35,6 @@ HELP = {
 }
 """Help of the options that Lightning and jsonargparse explain to programmers."""
 
-CLASS_NAMES = [
-    *(*tasks.__all__, *data.__all__, *callbacks.__all__, *loggers.__all__),
-    *(*optim.__all__, *optim.lr_scheduler.__all__),
-]
-"""Classes that a configuration names most; a mistyped one is looked for here."""
-
 
 class TrainerHelp(argparse._HelpAction):
     """`--trainer.help`: the Trainer's options, as jsonargparse shows them."""
@@ -113,22 +107,22 @@ _CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
 
 
 def squeezed(message: str) -> str:
-    """A message of jsonargparse on one line, without the lines that draw its tree of alternatives, and long values cut."""
-    lines = [line.strip() for line in message.splitlines()]
-    return " ".join(_cut(line) for line in lines if not line.lstrip("- ").startswith(_TREE)).removeprefix("- ")
-
-
-def _cut(line: str) -> str:
-    """Both ends of a long line: a value may be the whole configuration, and the key at fault stand at its end."""
-    start = 100 if line.startswith("Given value") else 180
-    return line if len(line) <= start + 60 else f"{line[:start]} ... {line[-60:]}"
+    """A message of jsonargparse on one line, without the lines that draw its tree of alternatives. Long lines keep both
+    ends: a value may be the whole configuration, and the key at fault stand at its end."""
+    lines = [line.strip() for line in message.splitlines() if not line.lstrip("- ").startswith(_TREE)]
+    starts = [100 if line.startswith("Given value") else 180 for line in lines]
+    cut = (
+        f"{line[:n]} ... {line[-60:]}" if len(line) > n + 60 else line for line, n in zip(lines, starts, strict=True)
+    )
+    return " ".join(cut).removeprefix("- ")
 
 
 def _nearest(message: str, keys: list[str]) -> str:
     """The suggestion for what `message` says is unknown: a key, a class, or an argument of a class that it names."""
     if not (wrong := _WRONG.search(message)):
         return ""
-    valid = [*keys, *CLASS_NAMES]
+    named_most = (tasks, data, callbacks, loggers, optim, optim.lr_scheduler)
+    valid = [*keys, *(name for home in named_most for name in home.__all__)]
     if wrong[0].startswith("Option"):
         scratch = ArgumentParser(exit_on_error=False)
         for path in set(_CLASS.findall(message)):

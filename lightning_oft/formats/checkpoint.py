@@ -160,14 +160,14 @@ def _check(modules: Modules, checkpoint: Mapping[str, Any], with_base: bool) -> 
 
 def put_adapters(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Put the adapters of a checkpoint into a model, active as they were. Raises CheckpointError where they do not fit."""
-    for state in read_states(checkpoint):
-        try:
-            with warnings.catch_warnings():
-                for decided_below in ("adapter .* is not active on", ".* was trained on another base"):
-                    warnings.filterwarnings("ignore", message=decided_below)
+    states = read_states(checkpoint)
+    try:
+        with warnings.catch_warnings():  # about what is decided below
+            warnings.filterwarnings("ignore", message="adapter .* is not active on|.* was trained on another base")
+            for state in states:
                 put(model, state)
-        except AdapterError as error:
-            raise CheckpointError(f"the checkpoint does not fit the model: {error}") from None
+    except AdapterError as error:
+        raise CheckpointError(f"the checkpoint does not fit the model: {error}") from None
     modules = walk(model)
     active = [name for name in checkpoint[ENTRY].get("active", ()) if name in adapter_names(modules)]
     activate(modules, active, active)

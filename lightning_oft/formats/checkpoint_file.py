@@ -33,8 +33,7 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        what = "is a directory, not a checkpoint file" if path.is_dir() else "no such checkpoint file"
-        raise FileNotFoundError(f"{path}: {what}; give one that ModelCheckpoint wrote")
+        raise FileNotFoundError(f"{path}: no such checkpoint file; give one that ModelCheckpoint wrote")
     what = "is no checkpoint, is damaged, or holds more than tensors and plain values, such as objects of your own"
     with refusing(what, path, CheckpointError):
         if zipfile.is_zipfile(path):

@@ -33,14 +33,17 @@ class CheckpointError(AdapterFileError):
 
 @contextlib.contextmanager
 def refusing(
-    what: str, file: str | Path | None = None, error_class: type[AdapterFileError] = AdapterFileError
+    what: str,
+    file: str | Path | None = None,
+    error_class: type[AdapterFileError] = AdapterFileError,
+    remedy: str = "copy it again",
 ) -> Iterator[None]:
-    """Within this context whatever a reader raises over damaged bytes is one line after the file's name: an
-    AdapterFileError's own, or that `what` is wrong."""
+    """Within this context whatever is raised is one line after the file's name: an AdapterFileError's own, or what is
+    wrong, what the reader of damaged bytes says of it, and the remedy."""
     try:
         yield
     except (ImportError, MemoryError):
         raise
     except Exception as error:
-        said = str(error) if isinstance(error, AdapterFileError) else f"{what} ({first_line(error)}); copy it again"
+        said = str(error) if isinstance(error, AdapterFileError) else f"{what} ({first_line(error)}); {remedy}"
         raise error_class(said if file is None else f"{file}: {said}") from None
