@@ -46,7 +46,7 @@ LIGHTNING_OFT_DEBUG=1 in the environment brings back the traceback behind an err
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line, `sys.argv` by default, and return its exit code: 0, or 2 after one line about a user error."""
+    """Run the command line, `sys.argv` by default. Returns the exit code: 0, or 2 after one line about a user error."""
     arguments = list(sys.argv[1:] if args is None else args)
     try:
         return _dispatch(arguments)

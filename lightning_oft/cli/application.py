@@ -28,12 +28,7 @@ from lightning_oft.cli.parser import Formatter, Parser, squeezed
 from lightning_oft.formats.pretrained import loader_of
 from lightning_oft.tasks.optimization import configure
 
-_EXAMPLES = {
-    "fit": "--trainer.max_epochs 3",
-    "validate": "--ckpt_path best.ckpt",
-    "test": "--oft.pretrained_adapter runs/adapter",
-    "predict": "--ckpt_path best.ckpt",
-}
+_EXAMPLES = {"fit": "--trainer.max_epochs 3", "test": "--oft.pretrained_adapter runs/adapter"}
 _DESCRIPTION = """{summary}.
 Options come from a YAML file, from the command line, or both; the command line wins.
 
@@ -47,7 +42,7 @@ class Application(LightningCLI):
     def __init__(self, arguments: list[str]) -> None:
         self.command = command = arguments[0]
         self.scores_before: dict[str, float] = {}
-        summary, example = COMMANDS[command].capitalize(), _EXAMPLES[command]
+        summary, example = COMMANDS[command].capitalize(), _EXAMPLES.get(command, "--ckpt_path best.ckpt")
         description = _DESCRIPTION.format(summary=summary, command=command, example=example)
         super().__init__(
             # A second run into the same directory is ordinary; Lightning would refuse it over an old config.yaml.
@@ -83,7 +78,7 @@ class Application(LightningCLI):
         return parser
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration alone: the stock method lets a checkpoint's hyperparameters win over what was given."""
+        """Leave the configuration alone: the stock method prefers a checkpoint's hyperparameters to what was given."""
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer. A ValueError or TypeError here is about the configuration."""
@@ -93,8 +88,8 @@ class Application(LightningCLI):
             reason, *_ = str(error).partition("Given value type:")  # the values that follow are the whole block
             raise UserError(f"{self.command}: {squeezed(reason)}") from error
         if self.command == "fit" and not is_overridden("configure_optimizers", self.model, LightningModule):
-            what = f"{type(self.model).__name__} configures no optimizer"
-            raise UserError(f"fit: {what}; give one, as in --optimizer AdamW --optimizer.lr 1e-3")
+            name, example = type(self.model).__name__, "--optimizer AdamW --optimizer.lr 1e-3"
+            raise UserError(f"fit: {name} configures no optimizer; give one, as in {example}")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Put OFT first: a weight-averaging callback copies the rotations, which OFT injects."""
@@ -109,14 +104,14 @@ class Application(LightningCLI):
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
         """Build the optimizer in `configure_optimizers`, where the rotations exist.
 
-        The stock method builds it here, over `model.parameters()` without a rotation, and trains nothing: exit code 0 and
-        every generator zero (Lightning-AI/pytorch-lightning#19110).
+        The stock method builds it here, over `model.parameters()` without a rotation, and trains nothing: exit code 0
+        and every generator zero (Lightning-AI/pytorch-lightning#19110).
         """
         optimizer, scheduler = self._get(self.config_init, "optimizer"), self._get(self.config_init, "lr_scheduler")
         if optimizer:
             given = {"optimizer": optimizer.as_dict(), "lr_scheduler": scheduler and scheduler.as_dict()}
-            # A partial of a module-level function: it pickles for ddp_spawn, and a deep copy of the model takes it along.
-            self.model.configure_optimizers = partial(_configure_optimizers, self.model, **given)
+            # A partial of a module-level function pickles for ddp_spawn, and a deep copy of the model takes it along.
+            self.model.configure_optimizers = partial(_optimizers, self.model, **given)
 
     def before_fit(self) -> None:
         """Score the model before the fit."""
@@ -146,7 +141,8 @@ class Application(LightningCLI):
 
     def after_predict(self) -> None:
         """Say that the predictions are lost where no callback writes them."""
-        if not any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, BasePredictionWriter) for callback in callbacks):
             self._say("predict: nothing was written; a BasePredictionWriter in trainer.callbacks gets the predictions")
 
     def _say(self, text: str) -> None:
@@ -169,9 +165,7 @@ def score_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     return "\n".join("  ".join(row) for row in zip(*columns, strict=True))
 
 
-def _configure_optimizers(
-    module: LightningModule, optimizer: dict[str, Any], lr_scheduler: dict[str, Any] | None
-) -> Any:
+def _optimizers(module: LightningModule, optimizer: dict[str, Any], lr_scheduler: dict[str, Any] | None) -> Any:
     """The optimizer and schedule of the configuration over the trainable parameters; rotations without weight decay."""
 
     def make(groups: Iterable[Any]) -> Optimizer:

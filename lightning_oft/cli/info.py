@@ -29,8 +29,17 @@ _CONTENTS = {
 def run(arguments: list[str]) -> int:
     """Print what the path holds."""
     options = _parser().parse_args(arguments[1:])
-    kind, states = _read(Path(options.path))
-    print(f"{options.path}: {kind}")
+    path, name = Path(options.path), adapters.find_format(options.path).name
+    if name == "checkpoint":  # also one without an adapter
+        found = checkpoint_file.read(path)
+        states, contents = checkpoint_file.read_states(found), _CONTENTS[checkpoint.content_of(found)]
+        where = f"epoch {found.get('epoch', '?')}, step {found.get('global_step', '?')}"
+        print(f"{path}: a Lightning checkpoint {contents}; {where}")
+    else:
+        states, kind = adapters.read_adapters(path), f"adapters of format {name}"
+        if name == "peft":
+            kind = f"an adapter directory, written for PEFT {states[0].extra.get('peft_version', 'before 0.18')}"
+        print(f"{path}: {kind}")
     for state in states:
         print("\n".join(lines(state, options.layers)))
     return 0
@@ -41,20 +50,6 @@ def _parser() -> OneLineParser:
     parser.add_argument("path", help="an adapter directory (PEFT's format) or a .ckpt file")
     parser.add_argument("--layers", action="store_true", help="a line for each layer")
     return parser
-
-
-def _read(path: Path) -> tuple[str, list[AdapterState]]:
-    """What kind of thing `path` is, and the adapters in it."""
-    name = adapters.find_format(path).name
-    if name == "checkpoint":  # read here: one without an adapter has something to say too
-        found = checkpoint_file.read(path)
-        where = f"epoch {found.get('epoch', '?')}, step {found.get('global_step', '?')}"
-        kind = f"a Lightning checkpoint {_CONTENTS[checkpoint.content_of(found)]}; {where}"
-        return kind, checkpoint_file.read_states(found)
-    states = adapters.read_adapters(path)
-    if name == "peft":
-        return f"an adapter directory, written for PEFT {states[0].extra.get('peft_version', 'before 0.18')}", states
-    return f"of format {name}", states
 
 
 @torch.no_grad()

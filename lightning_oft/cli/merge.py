@@ -16,12 +16,7 @@ from torch import nn
 from lightning_oft.cli.errors import OneLineParser, UserError, a_name, one_line
 from lightning_oft.formats.adapters import read_adapter
 from lightning_oft.formats.pretrained import Companions, loader_of, write_pretrained
-from lightning_oft.model.adapter_state import AdapterState
-from lightning_oft.model.injection import unload
-from lightning_oft.model.loading import put
-from lightning_oft.model.merging import merge
-from lightning_oft.model.placement import AdapterError
-from lightning_oft.model.traversal import oft_layers
+from lightning_oft.model import AdapterError, AdapterState, merge, oft_layers, put, unload
 
 
 def run(arguments: list[str]) -> int:
@@ -91,7 +86,7 @@ def load_base(base: str, **options: Any) -> nn.Module:
         found = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
         if not found.architectures:
             raise ValueError("its config.json names no architecture")
-        loader = getattr(transformers, found.architectures[0])
-        return cast("nn.Module", loader.from_pretrained(base, dtype="auto", **options))
+        model = getattr(transformers, found.architectures[0]).from_pretrained(base, dtype="auto", **options)
+        return cast("nn.Module", model)
     except Exception as error:  # a damaged file raises whatever its reader does not expect
         raise UserError(f"merge: the base {base!r} cannot be loaded: {one_line(error)}") from error

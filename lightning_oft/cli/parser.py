@@ -1,4 +1,4 @@
-"""jsonargparse's parser with an error on one line, and a --help with Lightning's fifty Trainer options on a page of their own."""
+"""jsonargparse's parser with an error on one line, and the Trainer's fifty options on a page of help of their own."""
 
 import argparse
 import re
@@ -34,6 +34,7 @@ HELP = {
     "weights_only": "load tensors and plain values only, which is the default",
 }
 """Help of the options that Lightning and jsonargparse explain to programmers."""
+_NAMED_MOST = (tasks, data, callbacks, loggers, optim, optim.lr_scheduler)  # whose classes a configuration names
 
 
 class TrainerHelp(argparse._HelpAction):
@@ -54,7 +55,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
         super().__init__(prog, max_help_position=8)  # type: ignore[no-untyped-call]
 
     def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
-        """Called with the options of one group. Not argparse.SUPPRESS: jsonargparse drops such options from config.yaml."""
+        """Called for each group of options. Not argparse.SUPPRESS: jsonargparse drops such options from config.yaml."""
         super().add_arguments(a for a in actions if isinstance(a, TrainerHelp) or not a.dest.startswith("trainer"))
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
@@ -74,10 +75,17 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         commands = self._subcommands_action.choices if self._subcommands_action else {}
         parser = next(iter(commands.values()), self)  # the top-level parser, which has no keys, reports for its command
-        command = parser.prog.split()[-1]
-        keys = [action.dest for action in parser._actions if not action.dest.endswith("help")]
-        hint = _nearest(message, keys) or f"; see lightning-oft {command} --help"
-        raise UserError(f"{command}: {squeezed(message)}{hint}") from ex
+        command, hint = parser.prog.split()[-1], ""
+        if wrong := _WRONG.search(message):  # a key, a class, or an argument of a class that the message names
+            valid = [action.dest for action in parser._actions if not action.dest.endswith("help")]
+            valid += [name for home in _NAMED_MOST for name in home.__all__]
+            scratch = ArgumentParser(exit_on_error=False)
+            for path in set(_CLASS.findall(message)) if wrong[0].startswith("Option") else ():
+                with suppress(Exception):  # a suggestion is no reason to hide the error
+                    arguments = scratch.add_class_arguments(resolve_name(path), path, fail_untyped=False)
+                    valid += [argument.removeprefix(f"{path}.") for argument in arguments]
+            hint = suggestion(wrong[1], valid)
+        raise UserError(f"{command}: {squeezed(message)}{hint or f'; see lightning-oft {command} --help'}") from ex
 
     def tidy(self, command: str) -> None:
         """Give --help the texts above, and leave the Trainer's options to --trainer.help."""
@@ -109,24 +117,9 @@ _CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
 def squeezed(message: str) -> str:
     """A message of jsonargparse on one line, without the lines that draw its tree of alternatives. Long lines keep both
     ends: a value may be the whole configuration, and the key at fault stand at its end."""
-    lines = [line.strip() for line in message.splitlines() if not line.lstrip("- ").startswith(_TREE)]
-    starts = [100 if line.startswith("Given value") else 180 for line in lines]
-    cut = (
-        f"{line[:n]} ... {line[-60:]}" if len(line) > n + 60 else line for line, n in zip(lines, starts, strict=True)
-    )
-    return " ".join(cut).removeprefix("- ")
-
-
-def _nearest(message: str, keys: list[str]) -> str:
-    """The suggestion for what `message` says is unknown: a key, a class, or an argument of a class that it names."""
-    if not (wrong := _WRONG.search(message)):
-        return ""
-    named_most = (tasks, data, callbacks, loggers, optim, optim.lr_scheduler)
-    valid = [*keys, *(name for home in named_most for name in home.__all__)]
-    if wrong[0].startswith("Option"):
-        scratch = ArgumentParser(exit_on_error=False)
-        for path in set(_CLASS.findall(message)):
-            with suppress(Exception):  # a suggestion is no reason to hide the error
-                arguments = scratch.add_class_arguments(resolve_name(path), path, fail_untyped=False)
-                valid += [argument.removeprefix(f"{path}.") for argument in arguments]
-    return suggestion(wrong[1], valid)
+    kept = []
+    for line in map(str.strip, message.splitlines()):
+        if not line.lstrip("- ").startswith(_TREE):
+            start = 100 if line.startswith("Given value") else 180
+            kept.append(f"{line[:start]} ... {line[-60:]}" if len(line) > start + 60 else line)
+    return " ".join(kept).removeprefix("- ")

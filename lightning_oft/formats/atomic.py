@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import errno
 import os
 import shutil
 import sys
@@ -23,7 +22,7 @@ def write_directory(directory: Path, write: Callable[[Path], None], order: tuple
     """
     directory = Path(os.path.realpath(directory))
     if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
+        raise NotADirectoryError(f"{directory} is a file")
     directory.parent.mkdir(parents=True, exist_ok=True)
     within = directory.parent
     if order is not None and directory.is_dir():
@@ -50,9 +49,8 @@ def write_directory(directory: Path, write: Callable[[Path], None], order: tuple
 
 def _exchanged(one: Path, other: Path) -> bool:
     """Whether the two have changed places at once. Only Linux can, and not on every file system."""
-    if sys.platform != "linux":
-        return False
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc has it since 2.28
+    # glibc has renameat2 since 2.28.
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 

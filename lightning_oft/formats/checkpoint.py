@@ -17,12 +17,10 @@ from lightning_oft.formats.checkpoint_file import ENTRY as ENTRY
 from lightning_oft.formats.checkpoint_file import VERSION, generator_key, read_states, to_primitives
 from lightning_oft.formats.checkpoint_file import is_rotation_key as is_rotation_key
 from lightning_oft.formats.errors import CheckpointError as CheckpointError
-from lightning_oft.model import saved_modules
+from lightning_oft.model import AdapterError, put, saved_modules
 from lightning_oft.model.activation import activate
 from lightning_oft.model.adapter_state import describe
 from lightning_oft.model.fingerprint import other_bases
-from lightning_oft.model.loading import put
-from lightning_oft.model.placement import AdapterError
 from lightning_oft.model.traversal import Modules, adapted, adapter_names, merged_layers, some, walk
 
 Content = Literal["adapter", "full", "plain", "merged"]
@@ -62,13 +60,13 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
             holder[key] = {name: value for name, value in holder[key].items() if name not in dropped}
 
 
-def _state_dicts(checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where a checkpoint keeps a model's tensors: the model, the current one beside EMA's average, and SWA's average."""
-    yield from ((checkpoint, key) for key in ("state_dict", "current_model_state") if key in checkpoint)
+def _state_dicts(checkpoint: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Where a checkpoint keeps a model's tensors: the model, the current one beside EMA's average, SWA's average."""
     callbacks = checkpoint.get("callbacks")
-    for state in callbacks.values() if isinstance(callbacks, dict) else ():
-        if isinstance(state, dict) and isinstance(state.get("average_model_state"), dict):
-            yield state, "average_model_state"
+    states = [one for one in callbacks.values() if isinstance(one, dict)] if isinstance(callbacks, dict) else []
+    places = [(checkpoint, "state_dict"), (checkpoint, "current_model_state")]
+    places += [(state, "average_model_state") for state in states]
+    return [(holder, key) for holder, key in places if isinstance(holder.get(key), dict)]
 
 
 def frozen_names(model: nn.Module, modules: Modules, kept: Iterable[Tensor] = ()) -> set[str]:
@@ -125,8 +123,8 @@ def check_loaded(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     entry = checkpoint.get(ENTRY)
     if entry is None or entry["merged"]:
         raise CheckpointError(
-            "this strategy loads checkpoints of adapters only, and the file holds a model without one: load its weights "
-            "in configure_model, before they are sharded"
+            "this strategy loads checkpoints of adapters only, and the file holds a model without one: load its "
+            "weights in configure_model, before they are sharded"
         )
     _check(walk(model), checkpoint, with_base=True)
 
@@ -145,21 +143,21 @@ def _check(modules: Modules, checkpoint: Mapping[str, Any], with_base: bool) -> 
     )
     if difference := _difference(mine, theirs):
         raise CheckpointError(
-            f"the checkpoint's adapter is another one: it {difference}; use the checkpoint's own target_modules, block size "
-            "and adapter name (lightning-oft info prints them)"
+            f"the checkpoint's adapter is another one: it {difference}; use the checkpoint's own target_modules, block "
+            "size and adapter name (lightning-oft info prints them)"
         )
     layers = {name for name, _, _ in adapted(modules)}
     for state in states if with_base else ():
         prints = {name: value for name, value in state.rooted("").fingerprints.items() if name in layers}
         if different := other_bases(modules, prints):
             raise CheckpointError(
-                f"the checkpoint was trained on another base: {some(different)} differ; load the base it was trained on, "
-                "or use load_adapter to put its rotations on this one"
+                f"the checkpoint was trained on another base: {some(different)} differ; load the base it was trained "
+                "on, or use load_adapter to put its rotations on this one"
             )
 
 
 def put_adapters(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Put the adapters of a checkpoint into a model, active as they were. Raises CheckpointError where they do not fit."""
+    """Put a checkpoint's adapters into a model, active as they were. Raises CheckpointError where they do not fit."""
     states = read_states(checkpoint)
     try:
         with warnings.catch_warnings():  # about what is decided below

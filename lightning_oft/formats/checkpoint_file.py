@@ -1,4 +1,4 @@
-"""What a checkpoint file says of adapters. Anybody may have written it: nothing in it runs, and all of it is checked."""
+"""What a checkpoint file says of adapters. Anybody may have written it: nothing in it runs, and it is checked."""
 
 import zipfile
 from collections.abc import Mapping
@@ -45,18 +45,13 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
             raise CheckpointError("has no state_dict; give a file that Lightning's ModelCheckpoint wrote")
         read_states(checkpoint)
-        maker = _hyper_parameters(checkpoint).get("_instantiator")
+        maker = (checkpoint.get("hyper_parameters") or {}).get("_instantiator")
         if maker not in _MAKERS:
             raise CheckpointError(
-                f"asks for {str(maker)[:100]!r} to be called, which is not Lightning's own; load it where you trust it, "
-                "and save it again without"
+                f"asks for {str(maker)[:100]!r} to be called, which is not Lightning's own; load it where you trust "
+                "it, and save it again without"
             )
     return checkpoint
-
-
-def _hyper_parameters(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = checkpoint.get("hyper_parameters")
-    return found if isinstance(found, Mapping) else {}
 
 
 def is_rotation_key(name: str) -> bool:
@@ -88,7 +83,7 @@ def to_primitives(state: AdapterState) -> dict[str, Any]:
 
 
 def read_states(checkpoint: Mapping[str, Any]) -> list[AdapterState]:
-    """The adapters in a checkpoint; a merged one has no generators any more. Raises CheckpointError for damaged ones."""
+    """The adapters in a checkpoint; a merged one has no generators. Raises CheckpointError for damaged ones."""
     with refusing("its adapters are damaged", error_class=CheckpointError):
         entry = checkpoint.get(ENTRY, {})
         if entry.get("version", VERSION) > VERSION:
@@ -99,7 +94,7 @@ def read_states(checkpoint: Mapping[str, Any]) -> list[AdapterState]:
         state_dict = checkpoint.get("state_dict", {}).items()
         tensors = {strip_wrappers(name): v for name, v in state_dict if not (merged and is_rotation_key(name))}
         # Checkpoints of earlier versions do not name the base; the shipped tasks keep it where they were given it.
-        path = _hyper_parameters(checkpoint).get("pretrained")
+        path = (checkpoint.get("hyper_parameters") or {}).get("pretrained")
         base = Base("", "", path if isinstance(path, str) else None)
         adapters = entry.get("adapters", {}).items()
         states = [_read_state(name, content, tensors, entry.get("waiting", {}), base) for name, content in adapters]

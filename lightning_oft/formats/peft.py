@@ -21,12 +21,9 @@ from lightning_oft.model.traversal import some
 
 CONFIG_FILE = "adapter_config.json"
 OWN_KEY = "lightning_oft"
-OWN_VERSION = 1
-"""Version of what stands under our own key; a reader refuses a higher one."""
-PEFT_VERSION = "0.21.2"
-"""The version whose format we write."""
-UNHALVED_VERSION = "0.17.1"
-"""The last version whose series did not halve its last term."""
+OWN_VERSION = 1  # of what stands under our own key; a reader refuses a higher one
+PEFT_VERSION = "0.21.2"  # whose format we write
+UNHALVED_VERSION = "0.17.1"  # the last whose series did not halve its last term
 
 _UNKNOWN_TO_PEFT = ("max_angle", "coft_radius", "neumann_series")
 PEFT_DEFAULTS: dict[str, Any] = {
@@ -56,24 +53,23 @@ def write_peft(state: AdapterState, directory: str | Path) -> Path:
     remedy = "what was there is unchanged: free space there or give another directory"
     with refusing("the adapter cannot be written", directory, remedy=remedy):
         write_directory(Path(directory), write, order=(TENSOR_FILE, CONFIG_FILE))
-    known = set(state.known_to_peft())
-    if unknown := [name for name in state.layers if name not in known]:
+    if unknown := [name for name, one in state.layers.items() if not one.is_known_to_peft]:
         warnings.warn(
-            f"PEFT cannot represent the rotations of {some(unknown, 20)}: they are in the file for this library, and PEFT "
-            "will load the adapter without them",
+            f"PEFT cannot represent the rotations of {some(unknown, 20)}: they are in the file for this library, and "
+            "PEFT will load the adapter without them",
             stacklevel=3,
         )
     if state.config.neumann_series == "unhalved":
         warnings.warn(
-            "this adapter uses the series of PEFT before 0.18, kept under our own key; PEFT 0.18 and later halve its last "
-            "term and compute a slightly different rotation",
+            "this adapter uses the series of PEFT before 0.18, kept under our own key; PEFT 0.18 and later halve its "
+            "last term and compute a slightly different rotation",
             stacklevel=3,
         )
     return Path(directory)
 
 
 def to_json(state: AdapterState, sha256: str) -> str:
-    """The content of `adapter_config.json` beside tensors of this digest; sorted, so that equal adapters are equal files."""
+    """The content of `adapter_config.json` beside tensors of this digest; sorted: equal adapters are equal files."""
     values, known, base = asdict(state.config), sorted(state.known_to_peft()), state.base or Base("", "", None)
     has_class = base.class_name and not state.config.task_type
     types = {name: one.layer_type for name, one in state.layers.items() if one.layer_type not in IMPLIED_TYPES}
@@ -147,7 +143,7 @@ def read_peft(directory: str | Path, adapter_name: str | None = None) -> Adapter
 
 
 def _layers(file: Path, raw: dict[str, Any], generators: dict[Key, Tensor]) -> dict[str, LayerRotations]:
-    """The rotations by layer. PEFT rotates all layers of a file of its own; of ours, the target_modules written for it."""
+    """The rotations by layer. PEFT rotates all layers of a file of its own; of ours, the target_modules of the file."""
     own, targets = raw.get(OWN_KEY, {}), raw.get("target_modules") or []
     known = set(re.split(r"(?<!\\)\|", targets) if isinstance(targets, str) else map(re.escape, targets))
     layers: dict[str, LayerRotations] = {}

@@ -1,7 +1,7 @@
 """`adapter_model.safetensors`: the keys and the convention of PEFT.
 
-Keys are `base_model.model.<layer>.oft_R.weight`, `.oft_embedding_R.weight` for embeddings, `.oft_R.<part>.weight` (ours)
-for the parts of a layer that has several, and plain names for what was trained whole.
+Keys are `base_model.model.<layer>.oft_R.weight`, `.oft_embedding_R.weight` for embeddings, `.oft_R.<part>.weight`
+(ours) for the parts of a layer that has several, and plain names for what was trained whole.
 """
 
 import re
@@ -21,15 +21,12 @@ from lightning_oft.model.adapter_state import AdapterState
 TENSOR_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _IMPLIED = {"oft_R": "linear", "oft_embedding_R": "embedding"}
-IMPLIED_TYPES = tuple(_IMPLIED.values())
-"""The layer types that a key stands for where the configuration does not say another."""
-_PARTS = ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")
-"""Parts that files from before `layer_types` have."""
+IMPLIED_TYPES = tuple(_IMPLIED.values())  # what a key stands for where the configuration does not say another
+_PARTS = ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")  # in files from before `layer_types`
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _ROTATION = re.compile(r"(?:(?P<layer>.+)\.)?(?P<kind>oft_R|oft_embedding_R)(?:\.(?P<inner>.+))?\.weight")
 _DTYPES = {"F16", "BF16", "F32", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL"}
-_KEY_LIMIT = 4096
-"""Characters of a tensor's name; matching one takes time quadratic in them."""
+_KEY_LIMIT = 4096  # characters of a tensor's name; matching one takes time quadratic in them
 
 
 class Key(NamedTuple):
@@ -99,7 +96,7 @@ def read_tensors(file: Path, layer_types: Collection[str], config: OFTConfig) ->
 
 
 def _parse(dtypes: Mapping[str, str], layer_types: Collection[str]) -> dict[str, Key]:
-    """What each key means; those that say nothing new are left out. Raises AdapterFileError for a file of other keys."""
+    """What each key means; those that say nothing new are left out. Raises AdapterFileError for other keys."""
     parsed: dict[str, Key] = {}
     seen: dict[tuple[str, str, bool], str] = {}
     for key, dtype in dtypes.items():
@@ -120,13 +117,13 @@ def _parse(dtypes: Mapping[str, str], layer_types: Collection[str]) -> dict[str,
 
 
 def check_generator(key: str, tensor: Tensor) -> None:
-    """Raise AdapterFileError where a tensor is no generator. An expanded one is large without memory; its copy is not."""
-    is_matrix = tensor.is_floating_point() and tensor.dim() == 2 and len(tensor) > 0
+    """Raise AdapterFileError where a tensor is no generator, or an expanded one: a copy of that would take memory."""
     try:
-        functional.block_size_of(tensor.shape[1] if is_matrix else -1)
-    except ValueError:
-        is_matrix = False
-    if not is_matrix or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        functional.block_size_of(tensor.shape[1])
+        is_fit = tensor.is_floating_point() and tensor.dim() == 2 and len(tensor) > 0
+    except (IndexError, ValueError):  # a tensor of one dimension; entries of no block size
+        is_fit = False
+    if not is_fit or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         what = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
         raise AdapterFileError(f"{key} is {what}, no generators of shape (blocks, b(b-1)/2); train the adapter again")
     if not bool(tensor.float().isfinite().all()):

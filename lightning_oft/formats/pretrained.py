@@ -56,8 +56,8 @@ def write_pretrained(
         write_directory(target, write)
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"{directory}: the merged model cannot be written ({first_line(error)}); what was there is unchanged: free space there "
-            "or give another directory"
+            f"{directory}: the merged model cannot be written ({first_line(error)}); what was there is unchanged: free "
+            "space there or give another directory"
         ) from None
     return target
 
@@ -120,7 +120,7 @@ def loader_of(directory: Path) -> str:
 
 
 def auto_class(architecture: str) -> str:
-    """`AutoModelForImageClassification` for `ViTForImageClassification`; the architecture itself where no Auto has it."""
+    """`AutoModelForImageClassification` for `ViTForImageClassification`; the architecture where no class has it."""
     from transformers.models.auto import modeling_auto  # 3 s, and only those who export pay it
 
     for auto in (name for name in dir(modeling_auto) if re.fullmatch(r"AutoModel(For(?!PreTraining)\w+)?", name)):
