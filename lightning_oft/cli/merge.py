@@ -31,8 +31,9 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"merge: {output} is there already and not empty; --overwrite replaces it")
     state = read_adapter(options.adapter, options.adapter_name)
     model = load_base(options.base)
-    own, labels = dict(model.named_parameters()), getattr(getattr(model, "config", None), "num_labels", None)
-    heads = [t.shape[0] for n, t in state.saved.items() if n in own and own[n].shape[0] == labels != t.shape[0]]
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    rows = {name: parameter.shape[:1] for name, parameter in model.named_parameters()}
+    heads = [t.shape[0] for n, t in state.saved.items() if rows.get(n) == (labels,) and t.shape[0] != labels]
     if heads:  # the adapter's own head was trained for other classes than the base's
         model = load_base(options.base, num_labels=heads[0], ignore_mismatched_sizes=True)
     _put(model, state, options.adapter, options.any_base)
