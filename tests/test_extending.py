@@ -234,6 +234,8 @@ def test_a_file_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert torch.equal(again(x), expected)
     assert main(["export", "--checkpoint", str(tmp_path / "a.oft"), "--output", str(tmp_path / "peft")]) == 0
     assert "rotations of 2 layers" in capsys.readouterr().out
+    assert main(["info", str(tmp_path / "a.oft")]) == 0
+    assert "a.oft: adapters of format one-file\nadapter 'default'" in capsys.readouterr().out
     third = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     third.load_state_dict(base)
     load_adapter(third, tmp_path / "peft")

@@ -7,7 +7,7 @@ lightning-oft merge | export | info             what is done to files, no Traine
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 
 from lightning_oft import __version__
@@ -46,7 +46,7 @@ LIGHTNING_OFT_DEBUG=1 in the environment brings back the traceback behind an err
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line, `sys.argv` by default, and return its exit code: 0, or 2 after one line about a user error."""
+    """Run the command line, `sys.argv` by default. Returns the exit code: 0, or 2 after one line about a user error."""
     arguments = list(sys.argv[1:] if args is None else args)
     try:
         return _dispatch(arguments)
@@ -70,9 +70,8 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"lightning-oft {__version__}")
         return 0
     if first in COMMANDS:
-        of_files = first in FILE_COMMANDS
-        run: Callable[[list[str]], int] = import_module(f"lightning_oft.cli.{first if of_files else 'application'}").run
-        return run(arguments[1:] if of_files else arguments)
+        module = import_module(f"lightning_oft.cli.{first if first in FILE_COMMANDS else 'application'}")
+        return int(module.run(arguments))
     if first.startswith("-") and (command := next((a for a in arguments if a in COMMANDS), None)):
         raise UserError(f"options come after the command: lightning-oft {command} {first} ...")
     hint = suggestion(first, [*COMMANDS, "--help", "--version"]) or f"; one of {', '.join(COMMANDS)}"

@@ -4,7 +4,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, instantiate_class
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instantiate_class
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
@@ -25,15 +25,10 @@ from lightning_oft.callback.random_state import RandomState
 from lightning_oft.cli import COMMANDS, config_files
 from lightning_oft.cli.errors import UserError
 from lightning_oft.cli.parser import Formatter, Parser, squeezed
-from lightning_oft.cli.report import how_to_load, quiet_test, score_table
+from lightning_oft.formats.pretrained import loader_of
 from lightning_oft.tasks.optimization import configure
 
-_EXAMPLES = {
-    "fit": "--trainer.max_epochs 3",
-    "validate": "--ckpt_path best.ckpt",
-    "test": "--oft.pretrained_adapter runs/adapter",
-    "predict": "--ckpt_path best.ckpt",
-}
+_EXAMPLES = {"fit": "--trainer.max_epochs 3", "test": "--oft.pretrained_adapter runs/adapter"}
 _DESCRIPTION = """{summary}.
 Options come from a YAML file, from the command line, or both; the command line wins.
 
@@ -47,13 +42,9 @@ class Application(LightningCLI):
     def __init__(self, arguments: list[str]) -> None:
         self.command = command = arguments[0]
         self.scores_before: dict[str, float] = {}
-        summary = COMMANDS[command].capitalize()
-        description = _DESCRIPTION.format(summary=summary, command=command, example=_EXAMPLES[command])
+        summary, example = COMMANDS[command].capitalize(), _EXAMPLES.get(command, "--ckpt_path best.ckpt")
+        description = _DESCRIPTION.format(summary=summary, command=command, example=example)
         super().__init__(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
             # A second run into the same directory is ordinary; Lightning would refuse it over an old config.yaml.
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
@@ -78,24 +69,16 @@ class Application(LightningCLI):
         parser.add_optimizer_args()
         parser.add_lr_scheduler_args()
         parser.add_lightning_class_args(Trainer, "trainer")
-
-    def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(*args, **kwargs)
-        assert isinstance(parser, Parser)
-        parser.tidy(self.command)
-        return parser
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the one option that is neither Lightning's nor the callback's."""
         text = "in fit, test the model before and after and print both scores as a table"
         parser.add_argument("--test_before_and_after", type=bool, default=False, help=text)
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse without Lightning's warning that both `args` and `sys.argv` hold arguments: `main(args)` is our interface."""
-        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+    def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(*args, **kwargs)
+        parser.tidy(self.command)  # type: ignore[attr-defined]
+        return parser
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration alone: the stock method lets a checkpoint's hyperparameters win over what was given."""
+        """Leave the configuration alone: the stock method prefers a checkpoint's hyperparameters to what was given."""
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer. A ValueError or TypeError here is about the configuration."""
@@ -105,59 +88,84 @@ class Application(LightningCLI):
             reason, *_ = str(error).partition("Given value type:")  # the values that follow are the whole block
             raise UserError(f"{self.command}: {squeezed(reason)}") from error
         if self.command == "fit" and not is_overridden("configure_optimizers", self.model, LightningModule):
-            what = f"{type(self.model).__name__} configures no optimizer"
-            raise UserError(f"fit: {what}; give one, as in --optimizer AdamW --optimizer.lr 1e-3")
+            name, example = type(self.model).__name__, "--optimizer AdamW --optimizer.lr 1e-3"
+            raise UserError(f"fit: {name} configures no optimizer; give one, as in {example}")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Put OFT first: a weight-averaging callback copies the rotations, which OFT injects."""
-        given = config["plugins"] or []
-        kinds = [type(plugin) for plugin in (given if isinstance(given, list) else [given])]
+        given = {key: config[key] or [] for key in ("callbacks", "plugins")}
+        listed = {key: value if isinstance(value, list) else [value] for key, value in given.items()}
         # Lightning takes one CheckpointIO: ours is for a configuration that has none.
-        writers = [] if any(issubclass(kind, CheckpointIO) for kind in kinds) else [AtomicCheckpointIO()]
-        first: dict[str, list[Any]] = {"callbacks": [*callbacks, RandomState()], "plugins": writers}
-        for key, ours in first.items():
-            given = config[key] or []
-            config[key] = [*ours, *(given if isinstance(given, list) else [given])]
+        has_writer = any(isinstance(plugin, CheckpointIO) for plugin in listed["plugins"])
+        config["callbacks"] = [*callbacks, RandomState(), *listed["callbacks"]]
+        config["plugins"] = [*([] if has_writer else [AtomicCheckpointIO()]), *listed["plugins"]]
         return super()._instantiate_trainer(config, [])
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
         """Build the optimizer in `configure_optimizers`, where the rotations exist.
 
-        The stock method builds it here, over `model.parameters()` without a rotation, and trains nothing: exit code 0 and
-        every generator zero (Lightning-AI/pytorch-lightning#19110).
+        The stock method builds it here, over `model.parameters()` without a rotation, and trains nothing: exit code 0
+        and every generator zero (Lightning-AI/pytorch-lightning#19110).
         """
         optimizer, scheduler = self._get(self.config_init, "optimizer"), self._get(self.config_init, "lr_scheduler")
         if optimizer:
             given = {"optimizer": optimizer.as_dict(), "lr_scheduler": scheduler and scheduler.as_dict()}
-            # A partial of a module-level function: it pickles for ddp_spawn, and a deep copy of the model takes it along.
-            self.model.configure_optimizers = partial(_configure_optimizers, self.model, **given)
+            # A partial of a module-level function pickles for ddp_spawn, and a deep copy of the model takes it along.
+            self.model.configure_optimizers = partial(_optimizers, self.model, **given)
 
     def before_fit(self) -> None:
         """Score the model before the fit."""
         if self._get(self.config_init, "test_before_and_after"):
-            self.scores_before = quiet_test(self.trainer, self.model, self.datamodule)
+            self.scores_before = self._scores()
 
     def after_fit(self) -> None:
         """Score the model after the fit, and say where the results are and how to load them."""
         if self.scores_before:
-            after = quiet_test(self.trainer, self.model, self.datamodule)
-            self._say(score_table(self.scores_before, after))
+            self._say(score_table(self.scores_before, self._scores()))
         if export_dir := self._get(self.config, "oft").get("export_dir"):
-            self._say(*how_to_load(Path(export_dir)))
+            merged, adapter = Path(export_dir, "merged"), Path(export_dir, "adapter")
+            if (adapter / "adapter_config.json").is_file():
+                self._say(f'load the adapter with       PeftModel.from_pretrained(base_model, "{adapter}")')
+            if merged.is_dir() and (loader := loader_of(merged)):
+                self._say(f'load the merged model with  {loader}.from_pretrained("{merged}")')
+
+    def _scores(self) -> dict[str, float]:
+        """Every metric of a test without its table and progress bar."""
+        bar = self.trainer.progress_bar_callback
+        if bar:
+            bar.disable()
+        scores = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        if bar:
+            bar.enable()
+        return {name: float(value) for loader in scores for name, value in loader.items()}
 
     def after_predict(self) -> None:
         """Say that the predictions are lost where no callback writes them."""
-        if not any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, BasePredictionWriter) for callback in callbacks):
             self._say("predict: nothing was written; a BasePredictionWriter in trainer.callbacks gets the predictions")
 
-    def _say(self, *lines: str) -> None:
+    def _say(self, text: str) -> None:
         if self.trainer.is_global_zero:
-            print(*lines, sep="\n", flush=True)
+            print(text, flush=True)
 
 
-def _configure_optimizers(
-    module: LightningModule, optimizer: dict[str, Any], lr_scheduler: dict[str, Any] | None
-) -> Any:
+def score_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """Two rows, `before` and `after`, a column for each test set's accuracy; for each metric where there is none.
+
+    `test/new/accuracy` is headed `new/accuracy`, `test/accuracy/dataloader_idx_1` is `accuracy 1`.
+    """
+    names = [name for name in before if name in after]
+    names = [name for name in names if "acc" in name] or names
+    columns = [["      ", "before", "after "]]
+    for name in names:
+        title = name.removeprefix("test/").removeprefix("test_").replace("/dataloader_idx_", " ")
+        cells = [title, f"{before[name]:.4f}", f"{after[name]:.4f}"]
+        columns.append([cell.rjust(max(map(len, cells))) for cell in cells])
+    return "\n".join("  ".join(row) for row in zip(*columns, strict=True))
+
+
+def _optimizers(module: LightningModule, optimizer: dict[str, Any], lr_scheduler: dict[str, Any] | None) -> Any:
     """The optimizer and schedule of the configuration over the trainable parameters; rotations without weight decay."""
 
     def make(groups: Iterable[Any]) -> Optimizer:
@@ -170,18 +178,11 @@ def _configure_optimizers(
     return configure(module, make, schedule)
 
 
-def _import_named(text: str) -> None:
-    """Import those of our tasks and data that `text` names: jsonargparse finds a bare name among imported classes only."""
-    for home in (tasks, data):
-        for name in home.__all__:
-            if name in text:
-                getattr(home, name)
-
-
 _WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning about torch
     r"Found \d+ module\(s\) in eval mode at the start",  # a frozen base stays in eval mode, statistics included
     r"You have overridden `on_before_batch_transfer` in `LightningModule`",  # as our tasks do
+    r"LightningCLI's args parameter is intended",  # `main(args)` is our interface, whatever sys.argv holds
     r"\n    ",  # jsonargparse about how Lightning calls it; only its warnings start with a new line
 )
 """Warnings about nothing that a user of the command line can change."""
@@ -196,7 +197,11 @@ def _without_noise(record: logging.LogRecord) -> bool:
 
 def run(arguments: list[str]) -> int:
     """Run one of the four commands."""
-    _import_named(" ".join([*arguments, *config_files.check(arguments)]))
+    text = " ".join([*arguments, *config_files.check(arguments)])
+    for home in (tasks, data):  # jsonargparse finds a bare name among imported classes only
+        for name in home.__all__:
+            if name in text:
+                getattr(home, name)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     if "transformers" in sys.modules:  # its progress bars would stand before an error's one line
         sys.modules["transformers"].utils.logging.disable_progress_bar()

@@ -13,12 +13,11 @@ from lightning_oft.cli.errors import UserError
 
 SIZE_LIMIT = 2**18
 """Bytes of a file; the longest shipped one has some thousand, and a quarter of a MiB takes seconds to parse."""
-VALUE_LIMIT = 100_000
-"""Values of a file with its aliases written out."""
+VALUE_LIMIT = 100_000  # of a file with its aliases written out
 
 
 def check(arguments: Sequence[str]) -> list[str]:
-    """Return the texts of the configuration files among `arguments`. Raises UserError; the parser reports absent files."""
+    """The texts of the configuration files among `arguments`. Raises UserError; the parser reports absent files."""
     texts = []
     for before, argument in pairwise(["", *arguments]):
         option, _, value = argument.partition("=") if argument.startswith("-") else (before, "", argument)
@@ -26,10 +25,9 @@ def check(arguments: Sequence[str]) -> list[str]:
         if (whole or file.suffix in (".yaml", ".yml", ".json")) and file.is_file():
             try:
                 texts.append(_text(file, whole))
-            except (ValueError, yaml.YAMLError) as error:
-                raise UserError(f"{file}: {error}") from None
-            except RecursionError:
-                raise UserError(f"{file}: nested too deeply; a configuration has a handful of levels") from None
+            except (ValueError, yaml.YAMLError, RecursionError) as error:
+                deep = "nested too deeply; a configuration has a handful of levels"
+                raise UserError(f"{file}: {deep if isinstance(error, RecursionError) else error}") from None
     return texts
 
 
@@ -47,7 +45,7 @@ def _text(file: Path, whole: bool) -> str:
     for key, value in tree.value if isinstance(tree, yaml.MappingNode) else ():
         if key.value == "config":
             raise ValueError("config: a file cannot include another; give each of them with --config FILE")
-        # The parser accepts anything in the place of these two blocks, and drops their options, those of an earlier file too.
+        # The parser accepts anything in place of these two blocks, and drops their options, also an earlier file's.
         if key.value in ("oft", "trainer") and not isinstance(value, yaml.MappingNode):
             raise ValueError(f"{key.value}: expected a mapping of options")
     return text

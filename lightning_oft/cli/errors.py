@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Iterable
 from typing import NoReturn
 
+_MISFIT = "Error(s) in loading state_dict"  # torch's, of weights that do not fit a model
+
 
 class UserError(Exception):
     """An error that the user can correct. The message is one line: where, what, and the remedy."""
@@ -14,9 +16,9 @@ class UserError(Exception):
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors are UserErrors that name the nearest valid option."""
 
-    def __init__(self, prog: str, description: str) -> None:
+    def __init__(self, command: str, description: str | None) -> None:
         raw = argparse.RawDescriptionHelpFormatter  # keeps a description's line breaks
-        super().__init__(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
+        super().__init__(f"lightning-oft {command}", None, description, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would have printed below its usage."""
@@ -27,7 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def a_name(text: str) -> str:
-    """An argument that names a file or a directory. Raises ArgumentTypeError for an empty one, which would be the current directory."""
+    """The name of a file or a directory. Raises ArgumentTypeError for an empty one, the current directory."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a name")
     return text
@@ -43,19 +45,14 @@ def suggestion(word: str, candidates: Iterable[str]) -> str:
 def is_user_error(error: BaseException) -> bool:
     """Whether the user can correct `error`, so that one line is enough and a traceback is noise.
 
-    An error that this package, Lightning or jsonargparse raises on purpose is, and so is a file, a hub name or an optional
-    package that is not there. A failure inside somebody's model after hours of training is not: it keeps its traceback.
+    An error that this package, Lightning or jsonargparse raises on purpose is, and so is a file, a hub name or an
+    optional package that is not there. A failure inside somebody's model after hours of training keeps its traceback.
     """
     if isinstance(error, UserError | OSError | ImportError) or type(error).__name__ == "MisconfigurationException":
         return True
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    raised_by = modules[-1].partition(".")[0] if modules else ""
-    on_purpose = raised_by in ("lightning_oft", "lightning", "pytorch_lightning", "jsonargparse")
+    modules = ["", *(frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))]
+    on_purpose = modules[-1].partition(".")[0] in ("lightning_oft", "lightning", "pytorch_lightning", "jsonargparse")
     return str(error).startswith(_MISFIT) or (on_purpose and isinstance(error, ValueError | TypeError | RuntimeError))
-
-
-_MISFIT = "Error(s) in loading state_dict"
-"""Beginning of torch's message about weights that do not fit a model."""
 
 
 def one_line(error: BaseException) -> str:

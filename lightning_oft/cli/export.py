@@ -1,6 +1,8 @@
-"""`lightning-oft export`: an adapter from one file format into another; a reader, and a writer.
+"""Write an adapter in another format: by default the one inside a Lightning checkpoint as a PEFT directory
+(adapter_config.json and adapter_model.safetensors). Neither the model's code nor its base weights are needed.
 
-No model is built: what the files say of an adapter is all that a writer needs.
+example:
+  lightning-oft export --checkpoint runs/vision/best.ckpt --output runs/adapter
 """
 
 from dataclasses import replace
@@ -9,18 +11,10 @@ from pathlib import Path
 from lightning_oft.cli.errors import OneLineParser, UserError, a_name
 from lightning_oft.formats.adapters import FORMATS, read_adapter
 
-DESCRIPTION = """\
-Write an adapter in another format: by default the one inside a Lightning checkpoint as a PEFT directory
-(adapter_config.json and adapter_model.safetensors). Neither the model's code nor its base weights are needed.
-
-example:
-  lightning-oft export --checkpoint runs/vision/best.ckpt --output runs/adapter
-"""
-
 
 def run(arguments: list[str]) -> int:
     """Read the adapter, write it, say what was written."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments[1:])
     state = read_adapter(options.checkpoint, options.adapter_name)
     if options.root is not None:
         try:  # the class at the root is another one, which no file names
@@ -36,14 +30,11 @@ def run(arguments: list[str]) -> int:
 
 def _parser() -> OneLineParser:
     written = [name for name, known in FORMATS.items() if known.write is not None]
-    parser = OneLineParser(prog="lightning-oft export", description=DESCRIPTION)
+    parser = OneLineParser("export", __doc__)
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a .ckpt file, or an adapter directory")
     parser.add_argument("--output", required=True, metavar="DIR", type=a_name, help="where to write")
     parser.add_argument("--format", default="peft", choices=written, help="the format to write (default: peft)")
     parser.add_argument("--adapter-name", metavar="NAME", help="which adapter, where there are several")
-    parser.add_argument(
-        "--root",
-        metavar="PATH",
-        help="the LightningModule's attribute that holds the model, such as `model`; the file says it where not given",
-    )
+    text = "the LightningModule's attribute that holds the model, such as `model`; the file says it where not given"
+    parser.add_argument("--root", metavar="PATH", help=text)
     return parser

@@ -1,57 +1,53 @@
-"""`lightning-oft merge`: a base model and an adapter become a plain model that needs nothing of this library."""
-
-import json
-import sys
-import warnings
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, cast
-
-from torch import Tensor, nn
-
-from lightning_oft.cli.auto import loader_of
-from lightning_oft.cli.errors import OneLineParser, UserError, a_name, one_line
-from lightning_oft.formats.adapters import read_adapter
-from lightning_oft.formats.pretrained import Companions, write_pretrained
-from lightning_oft.model.adapter_state import AdapterState
-from lightning_oft.model.injection import unload
-from lightning_oft.model.loading import put
-from lightning_oft.model.merging import merge
-from lightning_oft.model.placement import AdapterError
-from lightning_oft.model.traversal import oft_layers
-
-DESCRIPTION = """\
-Fold an adapter into its base model and write the result, which transformers loads as it loads any other;
+"""Fold an adapter into its base model and write the result, which transformers loads as it loads any other;
 tokenizer and image processor are copied along.
 
 example:
   lightning-oft merge --base google/vit-base-patch16-224 --adapter runs/adapter --output runs/merged
 """
 
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from lightning_oft.cli.errors import OneLineParser, UserError, a_name, one_line
+from lightning_oft.formats.adapters import read_adapter
+from lightning_oft.formats.pretrained import Companions, loader_of, write_pretrained
+from lightning_oft.model import AdapterError, AdapterState, merge, oft_layers, put, unload
+
 
 def run(arguments: list[str]) -> int:
     """Load both, merge, write, say how to load the result."""
-    options = _parser().parse_args(arguments)
-    _check_apart(options.output, {"--base": options.base, "--adapter": options.adapter})
-    if Path(options.output).exists() and any(Path(options.output).iterdir()) and not options.overwrite:
-        raise UserError(f"merge: {options.output} is there already and not empty; --overwrite replaces it")
+    options = _parser().parse_args(arguments[1:])
+    output = Path(options.output)
+    for option, given in (("--base", options.base), ("--adapter", options.adapter)):
+        place = Path(given).resolve()
+        if place.exists() and output.resolve() in (place, *place.parents):
+            raise UserError(f"merge: --output {output} would replace {option} {given}; give another directory")
+    if output.exists() and any(output.iterdir()) and not options.overwrite:
+        raise UserError(f"merge: {output} is there already and not empty; --overwrite replaces it")
     state = read_adapter(options.adapter, options.adapter_name)
     model = load_base(options.base)
-    labels = _other_labels(model, state.saved)
-    model = model if labels is None else load_base(options.base, num_labels=labels, ignore_mismatched_sizes=True)
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    rows = {name: parameter.shape[:1] for name, parameter in model.named_parameters()}
+    heads = [t.shape[0] for n, t in state.saved.items() if rows.get(n) == (labels,) and t.shape[0] != labels]
+    if heads:  # the adapter's own head was trained for other classes than the base's
+        model = load_base(options.base, num_labels=heads[0], ignore_mismatched_sizes=True)
     _put(model, state, options.adapter, options.any_base)
     layers = len(oft_layers(model))
     merge(model, keep_base="never")
     unload(model)
-    write_pretrained(model, options.output, companions=[Companions(options.base)])
-    loader = loader_of(Path(options.output))
-    print(f"{options.output}: {type(model).__name__} with the rotations of {layers} layers in its weights")
-    print(f'load it with  {loader}.from_pretrained("{options.output}")')
+    write_pretrained(model, output, companions=[Companions(options.base)])
+    print(f"{output}: {type(model).__name__} with the rotations of {layers} layers in its weights")
+    print(f'load it with  {loader_of(output)}.from_pretrained("{output}")')
     return 0
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="lightning-oft merge", description=DESCRIPTION)
+    parser = OneLineParser("merge", __doc__)
     parser.add_argument("--base", required=True, metavar="ID", help="the base model: a hub id or a folder")
     parser.add_argument("--adapter", required=True, metavar="PATH", help="a PEFT adapter directory or a .ckpt file")
     parser.add_argument("--output", required=True, metavar="DIR", type=a_name, help="the directory to write")
@@ -59,14 +55,6 @@ def _parser() -> OneLineParser:
     parser.add_argument("--overwrite", action="store_true", help="replace the model in the output directory")
     parser.add_argument("--any-base", action="store_true", help="merge into another base than the adapter's own")
     return parser
-
-
-def _check_apart(output: str, inputs: dict[str, str]) -> None:
-    """Raise UserError where the output would replace what it is made of."""
-    for option, given in inputs.items():
-        place = Path(given).resolve()
-        if place.exists() and Path(output).resolve() in (place, *place.parents):
-            raise UserError(f"merge: --output {output} would replace {option} {given}; give another directory")
 
 
 def _put(model: nn.Module, state: AdapterState, path: str, any_base: bool) -> None:
@@ -99,15 +87,7 @@ def load_base(base: str, **options: Any) -> nn.Module:
         found = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
         if not found.architectures:
             raise ValueError("its config.json names no architecture")
-        loader = getattr(transformers, found.architectures[0])
-        return cast("nn.Module", loader.from_pretrained(base, dtype="auto", **options))
+        model = getattr(transformers, found.architectures[0]).from_pretrained(base, dtype="auto", **options)
+        return cast("nn.Module", model)
     except Exception as error:  # a damaged file raises whatever its reader does not expect
         raise UserError(f"merge: the base {base!r} cannot be loaded: {one_line(error)}") from error
-
-
-def _other_labels(model: nn.Module, saved: Mapping[str, Tensor]) -> int | None:
-    """How many classes the adapter's own head has, where it was trained for others than the base's."""
-    own = dict(model.named_parameters())
-    labels = getattr(getattr(model, "config", None), "num_labels", None)
-    heads = [t.shape[0] for name, t in saved.items() if name in own and own[name].shape[0] == labels != t.shape[0]]
-    return heads[0] if heads else None

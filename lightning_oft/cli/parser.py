@@ -1,4 +1,4 @@
-"""jsonargparse's parser with an error on one line, and a --help with Lightning's fifty Trainer options on a page of their own."""
+"""jsonargparse's parser with an error on one line, and the Trainer's fifty options on a page of help of their own."""
 
 import argparse
 import re
@@ -34,12 +34,7 @@ HELP = {
     "weights_only": "load tensors and plain values only, which is the default",
 }
 """Help of the options that Lightning and jsonargparse explain to programmers."""
-
-CLASS_NAMES = [
-    *(*tasks.__all__, *data.__all__, *callbacks.__all__, *loggers.__all__),
-    *(*optim.__all__, *optim.lr_scheduler.__all__),
-]
-"""Classes that a configuration names most; a mistyped one is looked for here."""
+_NAMED_MOST = (tasks, data, callbacks, loggers, optim, optim.lr_scheduler)  # whose classes a configuration names
 
 
 class TrainerHelp(argparse._HelpAction):
@@ -60,7 +55,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
         super().__init__(prog, max_help_position=8)  # type: ignore[no-untyped-call]
 
     def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
-        """Called with the options of one group. Not argparse.SUPPRESS: jsonargparse drops such options from config.yaml."""
+        """Called for each group of options. Not argparse.SUPPRESS: jsonargparse drops such options from config.yaml."""
         super().add_arguments(a for a in actions if isinstance(a, TrainerHelp) or not a.dest.startswith("trainer"))
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
@@ -80,10 +75,17 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         commands = self._subcommands_action.choices if self._subcommands_action else {}
         parser = next(iter(commands.values()), self)  # the top-level parser, which has no keys, reports for its command
-        command = parser.prog.split()[-1]
-        keys = [action.dest for action in parser._actions if not action.dest.endswith("help")]
-        hint = _nearest(message, keys) or f"; see lightning-oft {command} --help"
-        raise UserError(f"{command}: {squeezed(message)}{hint}") from ex
+        command, hint = parser.prog.split()[-1], ""
+        if wrong := _WRONG.search(message):  # a key, a class, or an argument of a class that the message names
+            valid = [action.dest for action in parser._actions if not action.dest.endswith("help")]
+            valid += [name for home in _NAMED_MOST for name in home.__all__]
+            scratch = ArgumentParser(exit_on_error=False)
+            for path in set(_CLASS.findall(message)) if wrong[0].startswith("Option") else ():
+                with suppress(Exception):  # a suggestion is no reason to hide the error
+                    arguments = scratch.add_class_arguments(resolve_name(path), path, fail_untyped=False)
+                    valid += [argument.removeprefix(f"{path}.") for argument in arguments]
+            hint = suggestion(wrong[1], valid)
+        raise UserError(f"{command}: {squeezed(message)}{hint or f'; see lightning-oft {command} --help'}") from ex
 
     def tidy(self, command: str) -> None:
         """Give --help the texts above, and leave the Trainer's options to --trainer.help."""
@@ -113,26 +115,11 @@ _CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
 
 
 def squeezed(message: str) -> str:
-    """A message of jsonargparse on one line, without the lines that draw its tree of alternatives, and long values cut."""
-    lines = [line.strip() for line in message.splitlines()]
-    return " ".join(_cut(line) for line in lines if not line.lstrip("- ").startswith(_TREE)).removeprefix("- ")
-
-
-def _cut(line: str) -> str:
-    """Both ends of a long line: a value may be the whole configuration, and the key at fault stand at its end."""
-    start = 100 if line.startswith("Given value") else 180
-    return line if len(line) <= start + 60 else f"{line[:start]} ... {line[-60:]}"
-
-
-def _nearest(message: str, keys: list[str]) -> str:
-    """The suggestion for what `message` says is unknown: a key, a class, or an argument of a class that it names."""
-    if not (wrong := _WRONG.search(message)):
-        return ""
-    valid = [*keys, *CLASS_NAMES]
-    if wrong[0].startswith("Option"):
-        scratch = ArgumentParser(exit_on_error=False)
-        for path in set(_CLASS.findall(message)):
-            with suppress(Exception):  # a suggestion is no reason to hide the error
-                arguments = scratch.add_class_arguments(resolve_name(path), path, fail_untyped=False)
-                valid += [argument.removeprefix(f"{path}.") for argument in arguments]
-    return suggestion(wrong[1], valid)
+    """A message of jsonargparse on one line, without the lines that draw its tree of alternatives. Long lines keep both
+    ends: a value may be the whole configuration, and the key at fault stand at its end."""
+    kept = []
+    for line in map(str.strip, message.splitlines()):
+        if not line.lstrip("- ").startswith(_TREE):
+            start = 100 if line.startswith("Given value") else 180
+            kept.append(f"{line[:start]} ... {line[-60:]}" if len(line) > start + 60 else line)
+    return " ".join(kept).removeprefix("- ")

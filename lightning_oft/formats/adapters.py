@@ -6,13 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from lightning_oft.formats.checkpoint_file import read as read_checkpoint
-from lightning_oft.formats.checkpoint_file import read_states
+from lightning_oft.formats import checkpoint_file
 from lightning_oft.formats.errors import AdapterFileError
 from lightning_oft.formats.peft import read_peft, write_peft
-from lightning_oft.model.adapter_state import AdapterState, take
-from lightning_oft.model.loading import put
-from lightning_oft.model.placement import AdapterError
+from lightning_oft.model import AdapterError, AdapterState, put, take
 from lightning_oft.model.traversal import some
 
 
@@ -31,30 +28,35 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {}
-"""By name, in the order in which they are asked."""
+"""By name. The last one is asked first."""
 
 
 def register_format(file_format: Format) -> None:
     """Add a format, or replace the one of its name. The last one added is asked first."""
-    others = {name: known for name, known in FORMATS.items() if name != file_format.name}
-    FORMATS.clear()
-    FORMATS.update({file_format.name: file_format, **others})
+    FORMATS.pop(file_format.name, None)
+    FORMATS[file_format.name] = file_format
 
 
 register_format(Format("peft", Path.is_dir, lambda path, name: [read_peft(path, name)], write_peft))
-register_format(Format("checkpoint", Path.is_file, lambda path, name: read_states(read_checkpoint(path))))
+register_format(
+    Format("checkpoint", Path.is_file, lambda path, name: checkpoint_file.read_states(checkpoint_file.read(path)))
+)
+
+
+def find_format(path: str | Path) -> Format:
+    """The format of what is at a path. Raises AdapterFileError where there is none."""
+    found = next((known for known in reversed(FORMATS.values()) if known.matches(Path(path))), None)
+    if found is None:
+        what = "is of no known format" if Path(path).exists() else "no such file or directory"
+        raise AdapterFileError(
+            f"{path}: {what}; give an adapter directory or a checkpoint (formats: {', '.join(FORMATS)})"
+        )
+    return found
 
 
 def read_adapters(path: str | Path, adapter_name: str | None = None) -> list[AdapterState]:
     """All adapters at a path, of any known format; of a name, where one is given and the format has names."""
-    place = Path(path)
-    found = next((known for known in FORMATS.values() if known.matches(place)), None)
-    if found is None:
-        what = "no such file or directory" if not place.exists() else "is of no known format"
-        raise AdapterFileError(
-            f"{path}: {what}; give an adapter directory or a checkpoint (formats: {', '.join(FORMATS)})"
-        )
-    return found.read(place, adapter_name)
+    return find_format(path).read(Path(path), adapter_name)
 
 
 def read_adapter(path: str | Path, adapter_name: str | None = None, or_only: bool = False) -> AdapterState:

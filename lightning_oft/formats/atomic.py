@@ -2,18 +2,16 @@
 
 import contextlib
 import ctypes
-import errno
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 _HERE = -100  # AT_FDCWD: relative paths start at the working directory
 _EXCHANGE = 2  # RENAME_EXCHANGE: https://man7.org/linux/man-pages/man2/rename.2.html
-_SCRATCH = ".lightning-oft-"
-"""How the names of unfinished directories begin."""
+_PREFIX = ".lightning-oft-"  # of unfinished directories
 
 
 def write_directory(directory: Path, write: Callable[[Path], None], order: tuple[str, ...] | None = None) -> None:
@@ -24,53 +22,35 @@ def write_directory(directory: Path, write: Callable[[Path], None], order: tuple
     """
     directory = Path(os.path.realpath(directory))
     if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
+        raise NotADirectoryError(f"{directory} is a file")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    there = os.listdir(directory) if order is not None and directory.is_dir() else []
-    others = [name for name in there if name not in (order or ()) and not name.startswith(_SCRATCH)]
-    # Beside other files, within the directory itself: it may be a mount point.
-    within = directory if others else directory.parent
-    try:
-        scratch = _written(within, write)
-    except OSError:
-        if order is None or within == directory or not directory.is_dir():
-            raise
-        scratch = _written(directory, write)
-    try:
-        if directory.is_dir():
-            shutil.copymode(directory, scratch)
-        if not directory.exists():
-            scratch.rename(directory)
-        elif scratch.parent == directory or not _exchanged(scratch, directory):
-            _replace(scratch, directory, order)
-        _sync(directory.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _written(parent: Path, write: Callable[[Path], None]) -> Path:
-    """A new directory with the content, on disk and not only in its cache, readable as the umask says."""
-    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
-    try:
+    within = directory.parent
+    if order is not None and directory.is_dir():
+        others = [name for name in os.listdir(directory) if name not in order and not name.startswith(_PREFIX)]
+        # Beside other files, within the directory itself: it may be a mount point.
+        within = directory if others or not os.access(within, os.W_OK) else within
+    with TemporaryDirectory(prefix=_PREFIX, dir=within, ignore_cleanup_errors=True) as name:
+        scratch = Path(name)
         write(scratch)
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(scratch, 0o777 & ~mask)
-        for file in scratch.rglob("*"):
-            if file.is_file():
-                os.chmod(file, 0o666 & ~mask)  # safetensors makes them readable by their owner alone
-                _sync(file)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    return scratch
+        for file in filter(Path.is_file, scratch.rglob("*")):
+            os.chmod(file, 0o666 & ~mask)  # safetensors makes them readable by their owner alone
+            _sync(file)
+        if directory.is_dir():
+            shutil.copymode(directory, scratch)
+        if not directory.exists():
+            scratch.rename(directory)
+        elif within == directory or not _exchanged(scratch, directory):
+            _replace(scratch, directory, order)
+        _sync(directory.parent)
 
 
 def _exchanged(one: Path, other: Path) -> bool:
     """Whether the two have changed places at once. Only Linux can, and not on every file system."""
-    if sys.platform != "linux":
-        return False
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc has it since 2.28
+    # glibc has renameat2 since 2.28.
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
@@ -81,20 +61,18 @@ def _replace(scratch: Path, directory: Path, order: tuple[str, ...] | None) -> N
     """
     arrivals = [(scratch / name, directory / name) for name in order] if order is not None else [(scratch, directory)]
     places = [place for _, place in arrivals]
-    aside = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=places[0].parent))
-    try:
-        for old in reversed(places):
-            if old.exists():
+    with TemporaryDirectory(prefix=_PREFIX, dir=places[0].parent, ignore_cleanup_errors=True) as name:
+        aside = Path(name)
+        try:
+            for old in filter(Path.exists, reversed(places)):
                 os.replace(old, aside / old.name)
-        for new, place in arrivals:
-            os.replace(new, place)
-    except BaseException:
-        for old in reversed(places):
-            if (aside / old.name).exists():
-                os.replace(aside / old.name, old)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            for new, place in arrivals:
+                os.replace(new, place)
+        except BaseException:
+            for old in reversed(places):
+                if (aside / old.name).exists():
+                    os.replace(aside / old.name, old)
+            raise
 
 
 def _sync(path: Path) -> None:

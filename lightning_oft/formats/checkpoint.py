@@ -17,12 +17,10 @@ from lightning_oft.formats.checkpoint_file import ENTRY as ENTRY
 from lightning_oft.formats.checkpoint_file import VERSION, generator_key, read_states, to_primitives
 from lightning_oft.formats.checkpoint_file import is_rotation_key as is_rotation_key
 from lightning_oft.formats.errors import CheckpointError as CheckpointError
-from lightning_oft.model import saved_modules
+from lightning_oft.model import AdapterError, put, saved_modules
 from lightning_oft.model.activation import activate
-from lightning_oft.model.adapter_state import AdapterState, describe
+from lightning_oft.model.adapter_state import describe
 from lightning_oft.model.fingerprint import other_bases
-from lightning_oft.model.loading import put
-from lightning_oft.model.placement import AdapterError
 from lightning_oft.model.traversal import Modules, adapted, adapter_names, merged_layers, some, walk
 
 Content = Literal["adapter", "full", "plain", "merged"]
@@ -38,6 +36,13 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
     if not states:
         return
     merged = bool(merged_layers(modules))
+    # Values trained whole that the state dict lacks, since another adapter's are in their place.
+    ids = {id(value) for _, _, slot in saved_modules.saved_tensors(modules) for value in slot.waiting.values()}
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for state in states:
+        for name, value in state.rooted("").saved.items():
+            if id(value) in ids:
+                waiting.setdefault(name, {})[state.name] = value
     checkpoint[ENTRY] = {
         **checkpoint.get(ENTRY, {}),
         "version": VERSION,
@@ -45,7 +50,7 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
         "active": list(dict.fromkeys(name for _, _, state in adapted(modules) for name in state.active)),
         "merged": merged,
         "adapter_only": adapter_only and not merged,
-        "waiting": _waiting(modules, states),
+        "waiting": waiting,
         # What another callback has unfrozen.
         "unfrozen": [] if merged else [name for name, p in _base_parameters(model, modules) if p.requires_grad],
     }
@@ -55,24 +60,13 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
             holder[key] = {name: value for name, value in holder[key].items() if name not in dropped}
 
 
-def _waiting(modules: Modules, states: list[AdapterState]) -> dict[str, dict[str, Tensor]]:
-    """By name and adapter, the values trained whole that the state dict has not, since another adapter's are live."""
-    ids = {id(value) for _, _, slot in saved_modules.saved_tensors(modules) for value in slot.waiting.values()}
-    found: dict[str, dict[str, Tensor]] = {}
-    for state in states:
-        for name, value in state.rooted("").saved.items():
-            if id(value) in ids:
-                found.setdefault(name, {})[state.name] = value
-    return found
-
-
-def _state_dicts(checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where a checkpoint keeps a model's tensors: the model, the current one beside EMA's average, and SWA's average."""
-    yield from ((checkpoint, key) for key in ("state_dict", "current_model_state") if key in checkpoint)
+def _state_dicts(checkpoint: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Where a checkpoint keeps a model's tensors: the model, the current one beside EMA's average, SWA's average."""
     callbacks = checkpoint.get("callbacks")
-    for state in callbacks.values() if isinstance(callbacks, dict) else ():
-        if isinstance(state, dict) and isinstance(state.get("average_model_state"), dict):
-            yield state, "average_model_state"
+    states = [one for one in callbacks.values() if isinstance(one, dict)] if isinstance(callbacks, dict) else []
+    places = [(checkpoint, "state_dict"), (checkpoint, "current_model_state")]
+    places += [(state, "average_model_state") for state in states]
+    return [(holder, key) for holder, key in places if isinstance(holder.get(key), dict)]
 
 
 def frozen_names(model: nn.Module, modules: Modules, kept: Iterable[Tensor] = ()) -> set[str]:
@@ -107,20 +101,14 @@ def complete(model: nn.Module, checkpoint: dict[str, Any]) -> Content:
     Raises CheckpointError where the base or the adapter is another one.
     """
     content, modules, current = content_of(checkpoint), walk(model), model.state_dict()
-    rotations = {name: value for name, value in current.items() if is_rotation_key(name)}
-    fill: dict[str, Any] = {}
-    if content == "plain":
-        fill = rotations
-    elif content == "merged":
-        fill = {name: torch.zeros_like(value) for name, value in rotations.items()}
+    if content in ("plain", "merged"):
+        rotations = {name: value for name, value in current.items() if is_rotation_key(name)}
+        fill = rotations if content == "plain" else {name: torch.zeros_like(value) for name, value in rotations.items()}
     else:
-        states = read_states(checkpoint)
         if ENTRY in checkpoint:
-            _check_adapters(modules, states)
-        if content == "adapter":
-            _check_base(modules, states)
-            frozen = frozen_names(model, modules)
-            fill = {name: value for name, value in current.items() if name in frozen}
+            _check(modules, checkpoint, with_base=content == "adapter")
+        frozen = frozen_names(model, modules) if content == "adapter" else set()
+        fill = {name: value for name, value in current.items() if name in frozen}
         stored = checkpoint.get(ENTRY, {}).get("waiting", {})
         for name, _, slot in saved_modules.saved_tensors(modules):
             values = {owner: value.clone() for owner, value in stored.get(name, {}).items() if owner in slot.owners}
@@ -135,56 +123,49 @@ def check_loaded(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     entry = checkpoint.get(ENTRY)
     if entry is None or entry["merged"]:
         raise CheckpointError(
-            "this strategy loads checkpoints of adapters only, and the file holds a model without one: load its weights "
-            "in configure_model, before they are sharded"
+            "this strategy loads checkpoints of adapters only, and the file holds a model without one: load its "
+            "weights in configure_model, before they are sharded"
         )
-    modules, states = walk(model), read_states(checkpoint)
-    _check_adapters(modules, states)
-    _check_base(modules, states)
+    _check(walk(model), checkpoint, with_base=True)
 
 
-def _check_adapters(modules: Modules, states: list[AdapterState]) -> None:
-    """Raise CheckpointError where a model's adapters are not those of a checkpoint."""
-    mine = [describe(modules, name) for name in adapter_names(modules)]
-    if difference := _difference(_block_sizes(mine), _block_sizes(states)):
+def _check(modules: Modules, checkpoint: Mapping[str, Any], with_base: bool) -> None:
+    """Raise CheckpointError where the adapters of a checkpoint, or the base of these, are others than the model's."""
+    states = read_states(checkpoint)
+    mine, theirs = (
+        {  # size of the blocks, and whether one is shared
+            generator_key(layer, state.name, part): (size, state.config.block_share)
+            for state in found
+            for layer, one in state.rooted("").layers.items()
+            for part, size in one.block_sizes.items()
+        }
+        for found in ([describe(modules, name) for name in adapter_names(modules)], states)
+    )
+    if difference := _difference(mine, theirs):
         raise CheckpointError(
-            f"the checkpoint's adapter is another one: it {difference}; use the checkpoint's own target_modules, block size "
-            "and adapter name (lightning-oft info prints them)"
+            f"the checkpoint's adapter is another one: it {difference}; use the checkpoint's own target_modules, block "
+            "size and adapter name (lightning-oft info prints them)"
         )
-
-
-def _block_sizes(states: list[AdapterState]) -> dict[str, tuple[int, bool]]:
-    """Size of the blocks, and whether one is shared, by a generator's name in a state dict."""
-    return {
-        generator_key(layer, state.name, part): (size, state.config.block_share)
-        for state in states
-        for layer, one in state.rooted("").layers.items()
-        for part, size in one.block_sizes.items()
-    }
-
-
-def _check_base(modules: Modules, states: list[AdapterState]) -> None:
-    """Raise CheckpointError where an adapter was trained on another base than the model has."""
     layers = {name for name, _, _ in adapted(modules)}
-    for state in states:
-        theirs = {name: value for name, value in state.rooted("").fingerprints.items() if name in layers}
-        if different := other_bases(modules, theirs):
+    for state in states if with_base else ():
+        prints = {name: value for name, value in state.rooted("").fingerprints.items() if name in layers}
+        if different := other_bases(modules, prints):
             raise CheckpointError(
-                f"the checkpoint was trained on another base: {some(different)} differ; load the base it was trained on, "
-                "or use load_adapter to put its rotations on this one"
+                f"the checkpoint was trained on another base: {some(different)} differ; load the base it was trained "
+                "on, or use load_adapter to put its rotations on this one"
             )
 
 
 def put_adapters(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Put the adapters of a checkpoint into a model, active as they were. Raises CheckpointError where they do not fit."""
-    for state in read_states(checkpoint):
-        try:
-            with warnings.catch_warnings():
-                for decided_below in ("adapter .* is not active on", ".* was trained on another base"):
-                    warnings.filterwarnings("ignore", message=decided_below)
+    """Put a checkpoint's adapters into a model, active as they were. Raises CheckpointError where they do not fit."""
+    states = read_states(checkpoint)
+    try:
+        with warnings.catch_warnings():  # about what is decided below
+            warnings.filterwarnings("ignore", message="adapter .* is not active on|.* was trained on another base")
+            for state in states:
                 put(model, state)
-        except AdapterError as error:
-            raise CheckpointError(f"the checkpoint does not fit the model: {error}") from None
+    except AdapterError as error:
+        raise CheckpointError(f"the checkpoint does not fit the model: {error}") from None
     modules = walk(model)
     active = [name for name in checkpoint[ENTRY].get("active", ()) if name in adapter_names(modules)]
     activate(modules, active, active)

@@ -1,4 +1,4 @@
-"""What a checkpoint file says of adapters. Anybody may have written it: nothing in it runs, and all of it is checked."""
+"""What a checkpoint file says of adapters. Anybody may have written it: nothing in it runs, and it is checked."""
 
 import zipfile
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_oft.config import OFTConfig
-from lightning_oft.formats.errors import AdapterFileError, first_line, refusing
 from lightning_oft.formats.errors import CheckpointError as CheckpointError
+from lightning_oft.formats.errors import refusing
 from lightning_oft.formats.peft_tensors import IMPLIED_TYPES, check_generator, strip_wrappers
 from lightning_oft.functional import generator_size
 from lightning_oft.model.adapter_state import AdapterState, Base, LayerRotations, copied, modules_trained_whole
@@ -31,37 +31,27 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         CheckpointError: it is no checkpoint, is damaged, or holds more than tensors and primitives.
     """
-    if not Path(path).is_file():
-        what = "is a directory, not a checkpoint file" if Path(path).is_dir() else "no such checkpoint file"
-        raise FileNotFoundError(f"{path}: {what}; give one that ModelCheckpoint wrote")
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint file; give one that ModelCheckpoint wrote")
     what = "is no checkpoint, is damaged, or holds more than tensors and plain values, such as objects of your own"
-    with refusing(path, what, CheckpointError):
-        _check_unpacked_size(Path(path))
+    with refusing(what, path, CheckpointError):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked, size = sum(item.file_size for item in archive.infolist()), path.stat().st_size
+            if unpacked > size:  # torch.save compresses nothing; a file that does could grow a thousandfold in memory
+                raise ValueError(f"declares {unpacked} bytes in a file of {size}")
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
             raise CheckpointError("has no state_dict; give a file that Lightning's ModelCheckpoint wrote")
         read_states(checkpoint)
-        maker = _hyper_parameters(checkpoint).get("_instantiator")
+        maker = (checkpoint.get("hyper_parameters") or {}).get("_instantiator")
         if maker not in _MAKERS:
             raise CheckpointError(
-                f"asks for {str(maker)[:100]!r} to be called, which is not Lightning's own; load it where you trust it, "
-                "and save it again without"
+                f"asks for {str(maker)[:100]!r} to be called, which is not Lightning's own; load it where you trust "
+                "it, and save it again without"
             )
     return checkpoint
-
-
-def _check_unpacked_size(path: Path) -> None:
-    """torch.save compresses nothing; a file that does could grow a thousandfold in memory."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked, size = sum(item.file_size for item in archive.infolist()), path.stat().st_size
-        if unpacked > size:
-            raise ValueError(f"declares {unpacked} bytes in a file of {size}")
-
-
-def _hyper_parameters(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = checkpoint.get("hyper_parameters")
-    return found if isinstance(found, Mapping) else {}
 
 
 def is_rotation_key(name: str) -> bool:
@@ -93,10 +83,9 @@ def to_primitives(state: AdapterState) -> dict[str, Any]:
 
 
 def read_states(checkpoint: Mapping[str, Any]) -> list[AdapterState]:
-    """The adapters in a checkpoint; a merged one has no generators any more. Raises CheckpointError where they are
-    damaged."""
-    entry = checkpoint.get(ENTRY, {})
-    try:
+    """The adapters in a checkpoint; a merged one has no generators. Raises CheckpointError for damaged ones."""
+    with refusing("its adapters are damaged", error_class=CheckpointError):
+        entry = checkpoint.get(ENTRY, {})
         if entry.get("version", VERSION) > VERSION:
             raise CheckpointError("written by a newer lightning_oft; upgrade it to read this checkpoint")
         if not isinstance(entry.get("active", []), list):
@@ -105,7 +94,7 @@ def read_states(checkpoint: Mapping[str, Any]) -> list[AdapterState]:
         state_dict = checkpoint.get("state_dict", {}).items()
         tensors = {strip_wrappers(name): v for name, v in state_dict if not (merged and is_rotation_key(name))}
         # Checkpoints of earlier versions do not name the base; the shipped tasks keep it where they were given it.
-        path = _hyper_parameters(checkpoint).get("pretrained")
+        path = (checkpoint.get("hyper_parameters") or {}).get("pretrained")
         base = Base("", "", path if isinstance(path, str) else None)
         adapters = entry.get("adapters", {}).items()
         states = [_read_state(name, content, tensors, entry.get("waiting", {}), base) for name, content in adapters]
@@ -115,10 +104,6 @@ def read_states(checkpoint: Mapping[str, Any]) -> list[AdapterState]:
                     f"lacks generators of {some(lacking)}, which adapter {state.name!r} turns; copy it again"
                 )
         return states
-    except AdapterFileError as error:
-        raise CheckpointError(str(error)) from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"its adapters are damaged ({first_line(error)}); copy it again") from None
 
 
 def _read_state(
@@ -127,8 +112,13 @@ def _read_state(
     config, kinds, known = OFTConfig(**content["config"]), content.get("kinds", {}), content.get("known_to_peft")
     layers = {}
     for layer, sizes in content["layers"].items():
-        keys = {part: generator_key(layer, name, part) for part in sizes}
-        generators = {part: _generator(key, tensors[key], sizes[part]) for part, key in keys.items() if key in tensors}
+        generators = {}
+        for part, size in sizes.items():
+            if (key := generator_key(layer, name, part)) in tensors:
+                check_generator(key, tensors[key])
+                if tensors[key].shape[1] != generator_size(size):
+                    raise ValueError(f"{key} holds no blocks of {size}")
+                generators[part] = tensors[key]
         # Files that do not say it may hold convolutions, of which PEFT computes some otherwise.
         is_known = layer in known if known is not None else kinds.get(layer) in IMPLIED_TYPES
         layers[layer] = LayerRotations(kinds.get(layer, ""), is_known, dict(sizes), generators)
@@ -148,11 +138,3 @@ def _read_state(
         base=Base(*content["base"]) if content.get("base") else base,
         has_unique_names=bool(content.get("has_unique_names", True)),
     ).rooted(str(content.get("root", "")))
-
-
-def _generator(key: str, tensor: Tensor, block_size: int) -> Tensor:
-    """A generator, checked."""
-    check_generator(key, tensor)
-    if tensor.shape[1] != generator_size(block_size):
-        raise ValueError(f"{key} holds no blocks of {block_size}")
-    return tensor

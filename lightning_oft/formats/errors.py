@@ -32,14 +32,18 @@ class CheckpointError(AdapterFileError):
 
 
 @contextlib.contextmanager
-def refusing(file: str | Path, what: str, error_class: type[AdapterFileError] = AdapterFileError) -> Iterator[None]:
-    """Within this context an error of ours gets the file's name in front, and whatever else a reader raises over
-    damaged bytes becomes one: `what` is wrong with the file."""
+def refusing(
+    what: str,
+    file: str | Path | None = None,
+    error_class: type[AdapterFileError] = AdapterFileError,
+    remedy: str = "copy it again",
+) -> Iterator[None]:
+    """Within this context whatever is raised is one line after the file's name: an AdapterFileError's own, or what is
+    wrong, what the reader of damaged bytes says of it, and the remedy."""
     try:
         yield
-    except AdapterFileError as error:
-        raise type(error)(f"{file}: {error}") from None
     except (ImportError, MemoryError):
         raise
     except Exception as error:
-        raise error_class(f"{file}: {what} ({first_line(error)}); copy it again") from None
+        said = str(error) if isinstance(error, AdapterFileError) else f"{what} ({first_line(error)}); {remedy}"
+        raise error_class(said if file is None else f"{file}: {said}") from None

@@ -1,31 +1,48 @@
-"""Adapter directories in PEFT's format; what PEFT cannot say stands beside it under our own key."""
+"""Adapter directories in PEFT's format. What PEFT cannot say stands in `adapter_config.json` under our own key."""
 
 import hashlib
+import json
 import re
 import warnings
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_oft import functional
+from lightning_oft import __version__, functional
+from lightning_oft.config import OFTConfig
 from lightning_oft.formats.atomic import write_directory
-from lightning_oft.formats.errors import AdapterFileError, printable, refusing
-from lightning_oft.formats.peft_config import CONFIG_FILE, PeftConfig, read_config, to_json
-from lightning_oft.formats.peft_tensors import TENSOR_FILE, Key, read_tensors, to_tensors
+from lightning_oft.formats.errors import AdapterFileError, first_line, printable, refusing
+from lightning_oft.formats.peft_tensors import IMPLIED_TYPES, TENSOR_FILE, Key, read_tensors, to_tensors
 from lightning_oft.model.adapter_state import AdapterState, Base, LayerRotations
 from lightning_oft.model.traversal import some
 
+CONFIG_FILE = "adapter_config.json"
+OWN_KEY = "lightning_oft"
+OWN_VERSION = 1  # of what stands under our own key; a reader refuses a higher one
+PEFT_VERSION = "0.21.2"  # whose format we write
+UNHALVED_VERSION = "0.17.1"  # the last whose series did not halve its last term
+
+_UNKNOWN_TO_PEFT = ("max_angle", "coft_radius", "neumann_series")
+PEFT_DEFAULTS: dict[str, Any] = {
+    **{field.name: field.default for field in fields(OFTConfig) if field.name not in _UNKNOWN_TO_PEFT},
+    "target_modules": None,
+    "num_cayley_neumann_terms": 5,
+}
+"""Fields of OFTConfig that are PEFT's too, and what PEFT takes where a file lacks them."""
+_SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+OWN_FIELDS = (*_SELECTION, "modules_to_save", "fan_in_fan_out", "coft", "eps", *_UNKNOWN_TO_PEFT)
+"""Fields whose true value stands under our own key: PEFT has none of them, or is told something else."""
+_OWN_TYPES = {"config": dict, "root": str, "fingerprint": dict, "layer_types": dict, "sha256": str, "version": int}
+
+_SIZE_LIMIT = 16 * 2**20
+"""Bytes of a configuration, which take some twenty times as many in memory; fifty thousand layers' names need six."""
+
 
 def write_peft(state: AdapterState, directory: str | Path) -> Path:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, which PEFT reads too.
-
-    What PEFT cannot represent is written with a warning that names the layers. An interrupted or failing write leaves
-    what was there before, or a directory that every reader refuses.
-
-    Raises:
-        AdapterFileError: the directory cannot be written.
-    """
+    """Write an adapter as `save_adapter` does. Raises AdapterFileError where the directory cannot be written."""
     tensors = save(to_tensors(state), metadata={"format": "pt"})
     text = to_json(state, hashlib.sha256(tensors).hexdigest())
 
@@ -33,27 +50,52 @@ def write_peft(state: AdapterState, directory: str | Path) -> Path:
         (place / TENSOR_FILE).write_bytes(tensors)
         (place / CONFIG_FILE).write_text(text, encoding="utf-8")
 
-    try:
+    remedy = "what was there is unchanged: free space there or give another directory"
+    with refusing("the adapter cannot be written", directory, remedy=remedy):
         write_directory(Path(directory), write, order=(TENSOR_FILE, CONFIG_FILE))
-    except OSError as error:
-        raise AdapterFileError(
-            f"{directory}: the adapter cannot be written ({error.strerror or error}); what was there is unchanged: "
-            "free space there or give another directory"
-        ) from None
-    known, notes = set(state.known_to_peft()), []
-    if unknown := [name for name in state.layers if name not in known]:
-        notes.append(
-            f"PEFT cannot represent the rotations of {some(unknown, 20)}: they are in the file for this library, and PEFT "
-            "will load the adapter without them"
+    if unknown := [name for name, one in state.layers.items() if not one.is_known_to_peft]:
+        warnings.warn(
+            f"PEFT cannot represent the rotations of {some(unknown, 20)}: they are in the file for this library, and "
+            "PEFT will load the adapter without them",
+            stacklevel=3,
         )
     if state.config.neumann_series == "unhalved":
-        notes.append(
-            "this adapter uses the series of PEFT before 0.18, kept under our own key; PEFT 0.18 and later halve its last "
-            "term and compute a slightly different rotation"
+        warnings.warn(
+            "this adapter uses the series of PEFT before 0.18, kept under our own key; PEFT 0.18 and later halve its "
+            "last term and compute a slightly different rotation",
+            stacklevel=3,
         )
-    for note in notes:
-        warnings.warn(note, stacklevel=3)
     return Path(directory)
+
+
+def to_json(state: AdapterState, sha256: str) -> str:
+    """The content of `adapter_config.json` beside tensors of this digest; sorted: equal adapters are equal files."""
+    values, known, base = asdict(state.config), sorted(state.known_to_peft()), state.base or Base("", "", None)
+    has_class = base.class_name and not state.config.task_type
+    types = {name: one.layer_type for name, one in state.layers.items() if one.layer_type not in IMPLIED_TYPES}
+    content = {
+        "peft_type": "OFT",
+        "auto_mapping": {"base_model_class": base.class_name, "parent_library": base.library} if has_class else None,
+        "base_model_name_or_path": base.name_or_path,
+        "inference_mode": True,
+        "peft_version": PEFT_VERSION if state.config.neumann_series == "halved" else UNHALVED_VERSION,
+        **{field: values[field] for field in PEFT_DEFAULTS},
+        "target_modules": known if state.has_unique_names else "|".join(map(re.escape, known)),
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "revision")),
+        "modules_to_save": sorted(state.modules_to_save) or None,
+        "fan_in_fan_out": False,
+        "coft": False,  # the projection is in the tensors; PEFT would project again, into a smaller ball
+        OWN_KEY: {
+            "version": OWN_VERSION,
+            "written_by": __version__,
+            "root": state.root or "",
+            "config": {field: values[field] for field in OWN_FIELDS},
+            "fingerprint": dict(state.fingerprints),
+            **({"layer_types": types} if types else {}),
+            "sha256": sha256,
+        },
+    }
+    return json.dumps(content, indent=2, allow_nan=False, sort_keys=True) + "\n"
 
 
 def read_peft(directory: str | Path, adapter_name: str | None = None) -> AdapterState:
@@ -65,63 +107,60 @@ def read_peft(directory: str | Path, adapter_name: str | None = None) -> Adapter
         AdapterFileError: not an adapter, damaged, or of a format that cannot be read; names the file and the remedy.
     """
     place = _locate(Path(directory), adapter_name)
-    file, found = place / TENSOR_FILE, read_config(place / CONFIG_FILE)
-    with refusing(file, "cannot be read"):
+    file, (config, raw) = place / TENSOR_FILE, read_config(place / CONFIG_FILE)
+    own = raw.get(OWN_KEY, {})
+    with refusing("cannot be read", file):
         if not file.is_file():
             pickled = "adapter_model.bin is a pickle, which may run code: convert it to safetensors with PEFT"
             there = (place / "adapter_model.bin").is_file()
             raise AdapterFileError(f"no such file; {pickled if there else 'copy it from where the adapter was saved'}")
-        if "sha256" in found.own and _digest(file) != found.own["sha256"]:
-            raise AdapterFileError(
-                f"is not the file that {CONFIG_FILE} was written with: an interrupted write, or damaged since; save or "
-                "copy the adapter again"
-            )
-    tensors = read_tensors(file, found.own.get("layer_types", {}), found.config)
-    mapping, path = found.extra.get("auto_mapping"), found.extra.get("base_model_name_or_path")
-    mapping = mapping if isinstance(mapping, dict) else {}
-    class_name, library = (str(mapping.get(key, "")) for key in ("base_model_class", "parent_library"))
+        if "sha256" in own:
+            digest = hashlib.sha256()
+            with file.open("rb") as stream:
+                while chunk := stream.read(2**20):
+                    digest.update(chunk)
+            if digest.hexdigest() != own["sha256"]:
+                raise AdapterFileError(
+                    f"is not the file that {CONFIG_FILE} was written with: an interrupted write, or damaged since; "
+                    "save or copy the adapter again"
+                )
+    tensors = read_tensors(file, own.get("layer_types", {}), config)
+    base, path = raw.get("auto_mapping"), raw.get("base_model_name_or_path")
+    base = base if isinstance(base, dict) else {}
+    class_name, library = str(base.get("base_model_class", "")), str(base.get("parent_library", ""))
     return AdapterState(
         name=adapter_name or "default",
-        config=found.config,
-        layers=_layers(file, found, {key: value for key, value in tensors.items() if key.layer_type is not None}),
-        root=found.own.get("root"),
+        config=config,
+        layers=_layers(file, raw, {key: value for key, value in tensors.items() if key.layer_type is not None}),
+        root=own.get("root"),
         saved={key.name: value for key, value in tensors.items() if key.layer_type is None},
-        modules_to_save=found.modules_to_save,
-        fingerprints=found.own.get("fingerprint", {}),
+        modules_to_save=raw.get("modules_to_save") or [],
+        fingerprints=own.get("fingerprint", {}),
         base=Base(class_name, library, path if isinstance(path, str) else None),
-        has_unique_names=not isinstance(found.target_modules, str),
+        has_unique_names=not isinstance(raw.get("target_modules") or [], str),
         source=printable(str(place)),
-        extra=found.extra,
+        extra={key: value for key, value in raw.items() if key not in PEFT_DEFAULTS and key != OWN_KEY},
     )
 
 
-def _layers(file: Path, found: PeftConfig, generators: dict[Key, Tensor]) -> dict[str, LayerRotations]:
-    """The rotations by layer. PEFT rotates all layers of a file of its own; of ours, the target_modules written for it."""
-    targets, types = found.target_modules, found.own.get("layer_types", {})
+def _layers(file: Path, raw: dict[str, Any], generators: dict[Key, Tensor]) -> dict[str, LayerRotations]:
+    """The rotations by layer. PEFT rotates all layers of a file of its own; of ours, the target_modules of the file."""
+    own, targets = raw.get(OWN_KEY, {}), raw.get("target_modules") or []
     known = set(re.split(r"(?<!\\)\|", targets) if isinstance(targets, str) else map(re.escape, targets))
     layers: dict[str, LayerRotations] = {}
     for (name, part, implied), generator in generators.items():
         if generator.shape[1]:
-            is_known = not found.own or re.escape(name) in known
-            one = layers.setdefault(name, LayerRotations(types.get(name) or str(implied), is_known, {}, {}))
+            layer_type = own.get("layer_types", {}).get(name) or str(implied)
+            is_known = not own or re.escape(name) in known
+            one = layers.setdefault(name, LayerRotations(layer_type, is_known, {}, {}))
             one.block_sizes[part] = functional.block_size_of(generator.shape[1])
             one.generators[part] = generator
-    dead = [key.name for key in generators if key.name not in layers]
     if not layers:
-        raise AdapterFileError(
-            f"{file}: all its blocks are of size 1, which rotate nothing; train with a larger block size"
-        )
-    if dead:
+        what = "all its blocks are of size 1, which rotate nothing; train with a larger block size"
+        raise AdapterFileError(f"{file}: {what}")
+    if dead := [key.name for key in generators if key.name not in layers]:
         warnings.warn(printable(f"{file}: {some(dead)} have blocks of size 1, which rotate nothing; left out"))
     return layers
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _locate(directory: Path, adapter_name: str | None) -> Path:
@@ -131,7 +170,57 @@ def _locate(directory: Path, adapter_name: str | None) -> Path:
     below = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
     if adapter_name in below:
         return directory / str(adapter_name)
-    hint = "give the one that holds it"
-    if below:
-        hint = f"there are adapters in {some(below)}: give one of these directories"
+    there = f"there are adapters in {some(below)}: give one of these directories"
+    hint = there if below else "give the one that holds it"
     raise AdapterFileError(f"{directory / CONFIG_FILE}: no such file, so this is no adapter directory; {hint}")
+
+
+def read_config(file: Path) -> tuple[OFTConfig, dict[str, Any]]:
+    """The configuration that a file stands for, and its checked fields. Raises AdapterFileError."""
+    with refusing("not a readable JSON file", file):
+        if file.stat().st_size > _SIZE_LIMIT:
+            raise ValueError(f"larger than {_SIZE_LIMIT} bytes")
+        raw = json.loads(file.read_bytes().decode("utf-8"))
+        if problem := _problem(raw):
+            raise AdapterFileError(problem)
+    values = {field: raw.get(field, default) for field, default in PEFT_DEFAULTS.items()}
+    values |= {field: None for field in _SELECTION if values[field] in ("", [])}
+    if isinstance(values["target_modules"], str):
+        values["layers_to_transform"] = values["layers_pattern"] = None  # PEFT ignores them beside a pattern
+    # PEFT records its version since 0.18, which changed the series.
+    is_old = [int(number) for number in re.findall(r"\d{1,6}", raw.get("peft_version") or "0.0")[:2]] < [0, 18]
+    values["neumann_series"] = "unhalved" if is_old and raw.get("use_cayley_neumann") is True else "halved"
+    values["coft_radius"] = "peft" if values["coft"] else "paper"
+    own = raw.get(OWN_KEY, {}).get("config", {})
+    try:
+        config = replace(OFTConfig(**values), **{key: value for key, value in own.items() if key in OWN_FIELDS})
+    except (ValueError, TypeError) as error:
+        raise AdapterFileError(f"{file}: {first_line(error)}") from None
+    return config, raw
+
+
+def _problem(raw: Any) -> str:
+    """Why a file's content is no configuration that can be read, with the remedy; empty where it is one."""
+    if not isinstance(raw, dict):
+        return f"holds a {type(raw).__name__} where an object is expected; copy the file again"
+    own = raw.get(OWN_KEY, {})
+    is_own = isinstance(own, dict) and all(isinstance(own[key], _OWN_TYPES.get(key, object)) for key in own)
+    prints, types = (own.get(key, {}).values() if is_own else () for key in ("fingerprint", "layer_types"))
+    is_text = all(isinstance(one, str) for one in (*prints, *types)) and all(":" in one for one in prints)
+    if not is_own or not is_text:
+        return f"{OWN_KEY} has a field of a wrong type; copy the file again"
+    if own.get("version", OWN_VERSION) > OWN_VERSION:
+        return "written by a newer lightning_oft; upgrade it to read this adapter"
+    if raw.get("peft_type") != "OFT":
+        return f"peft_type is {raw.get('peft_type')!r}, not 'OFT'; only OFT adapters are read"
+    if "oft_block_size" not in raw:
+        return "no oft_block_size, so it was written before PEFT 0.14; train the adapter again"
+    if not raw["oft_block_size"] and not raw.get("r"):
+        return "neither r nor oft_block_size is given; write the one it was trained with"
+    version = raw.get("peft_version") or "0.0"
+    if not isinstance(version, str) or re.match(r"\d{1,6}\.\d{1,6}", version) is None:
+        return f"peft_version={version!r} is no version; write that of the PEFT it was saved with"
+    lost = [field for field in PEFT_DEFAULTS if OWN_KEY in raw and field not in raw]
+    if lost:  # PEFT's default in its place would be another adapter
+        return f"lacks {', '.join(lost)}, which this library writes; copy the file again"
+    return ""

@@ -1,12 +1,11 @@
 """`adapter_model.safetensors`: the keys and the convention of PEFT.
 
-Keys are `base_model.model.<layer>.oft_R.weight`, `.oft_embedding_R.weight` for embeddings, `.oft_R.<part>.weight` (ours)
-for the parts of a layer that has several, and plain names for what was trained whole.
+Keys are `base_model.model.<layer>.oft_R.weight`, `.oft_embedding_R.weight` for embeddings, `.oft_R.<part>.weight`
+(ours) for the parts of a layer that has several, and plain names for what was trained whole.
 """
 
-import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,15 +21,12 @@ from lightning_oft.model.adapter_state import AdapterState
 TENSOR_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _IMPLIED = {"oft_R": "linear", "oft_embedding_R": "embedding"}
-IMPLIED_TYPES = tuple(_IMPLIED.values())
-"""The layer types that a key stands for where the configuration does not say another."""
-_PARTS = ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")
-"""Parts that files from before `layer_types` have."""
+IMPLIED_TYPES = tuple(_IMPLIED.values())  # what a key stands for where the configuration does not say another
+_PARTS = ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")  # in files from before `layer_types`
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _ROTATION = re.compile(r"(?:(?P<layer>.+)\.)?(?P<kind>oft_R|oft_embedding_R)(?:\.(?P<inner>.+))?\.weight")
-_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_KEY_LIMIT = 4096
-"""Characters of a tensor's name; matching one takes time quadratic in them."""
+_DTYPES = {"F16", "BF16", "F32", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+_KEY_LIMIT = 4096  # characters of a tensor's name; matching one takes time quadratic in them
 
 
 class Key(NamedTuple):
@@ -46,8 +42,7 @@ def to_tensors(state: AdapterState) -> dict[str, Tensor]:
     sign = 1 if state.config.use_cayley_neumann else -1  # PEFT's exact map is the transpose of ours
     tensors, known = {}, set(state.known_to_peft())
     for name, found in state.layers.items():
-        layer_type = layer_type_named(found.layer_type)
-        kind = layer_type.peft_key if layer_type is not None else "oft_R"
+        kind = getattr(layer_type_named(found.layer_type), "peft_key", "oft_R")
         for part, generator in found.generators.items():
             key = ".".join(piece for piece in (name, kind, part, "weight") if piece)
             tensors[_PREFIX + key] = (sign * generator.float()).contiguous()
@@ -66,9 +61,8 @@ def parse_key(key: str, layer_types: Collection[str] = ()) -> Key | None:
     whose type the configuration says, `layer_types`, may have parts.
     """
     name = strip_wrappers(key.removeprefix(_PREFIX))
-    match = _ROTATION.fullmatch(name)
-    if match is None:
-        if any(mark in f".{name}" for mark in (".original_module.", ".modules_to_save.")):
+    if (match := _ROTATION.fullmatch(name)) is None:
+        if ".original_module." in f".{name}" or ".modules_to_save." in f".{name}":
             return None
         return Key(name.replace(".base_layer.", ".").removeprefix("base_layer."))
     layer, last = match["layer"] or "", (match["inner"] or "").rsplit(".", 1)[-1]
@@ -81,70 +75,56 @@ def strip_wrappers(name: str) -> str:
 
 
 def read_tensors(file: Path, layer_types: Collection[str], config: OFTConfig) -> dict[Key, Tensor]:
-    """The tensors by what their keys mean; generators in this library's convention.
+    """The tensors by what their keys mean; generators in this library's convention and float32.
 
-    The header is checked before memory is taken. Raises AdapterFileError.
+    PEFT's exact map is (I - Q)(I + Q)^-1, the transpose of what its series approximates and of our exact map. It
+    projects at each forward, so a file written after an optimizer step is not projected yet. The header is checked
+    before memory is taken. Raises AdapterFileError.
     """
-    with refusing(file, "not a whole safetensors file"), safe_open(file, framework="pt") as opened:
-        slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - no dictionary
-        header = {key: (str(s.get_dtype()), tuple(s.get_shape())) for key, s in slices.items()}
-        for key, (dtype, shape) in header.items():
-            _check_tensor(key, dtype, shape, file.stat().st_size)
-        keys = _parse(header, layer_types)
+    with refusing("not a whole safetensors file", file), safe_open(file, framework="pt") as opened:
+        dtypes = {key: str(opened.get_slice(key).get_dtype()) for key in opened.keys()}  # noqa: SIM118 - no dictionary
+        keys = _parse(dtypes, layer_types)
         tensors = {meaning: opened.get_tensor(key).clone() for key, meaning in keys.items()}
         for key, meaning in keys.items():
             if meaning.layer_type is not None:
                 check_generator(key, tensors[meaning])
-                tensors[meaning] = _ours(tensors[meaning], config)
+                generator = tensors[meaning].float() if config.use_cayley_neumann else -tensors[meaning].float()
+                if config.coft and config.coft_radius == "peft":
+                    functional.project(generator, functional.eps_radius(config.eps, 1, generator.shape[0]))
+                tensors[meaning] = generator
     return tensors
 
 
-def check_generator(key: str, tensor: Tensor) -> None:
-    """Raise AdapterFileError where a tensor is no generator. An expanded one is large without memory; its copy is not."""
-    is_matrix = tensor.is_floating_point() and tensor.dim() == 2 and len(tensor) > 0
-    try:
-        functional.block_size_of(tensor.shape[1] if is_matrix else -1)
-    except ValueError:
-        is_matrix = False
-    if not is_matrix or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        what = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-        raise AdapterFileError(f"{key} is {what}, no generators of shape (blocks, b(b-1)/2); train the adapter again")
-    if not bool(tensor.float().isfinite().all()):
-        raise AdapterFileError(f"{key} is NaN or infinite; use an earlier state of the adapter, or train it again")
-
-
-def _check_tensor(key: str, dtype: str, shape: tuple[int, ...], file_size: int) -> None:
-    """Raise where a header declares what cannot be. safetensors itself checks that its offsets agree with the file."""
-    if len(key) > _KEY_LIMIT:
-        raise AdapterFileError(f"{key[:40]}... is no name of a tensor ({len(key)} characters); copy the file again")
-    if dtype not in _BYTES:
-        raise AdapterFileError(f"{key} is of dtype {dtype}, which is not read; save it as float32")
-    if _BYTES[dtype] * math.prod(shape) > file_size:
-        raise AdapterFileError(f"{key} declares a shape of {shape}, more than the file holds; copy it again")
-    if ".oft_r." in f".{key}.":
-        raise AdapterFileError("holds oft_r keys, so it was written by PEFT 0.15 or before; train it again")
-
-
-def _parse(keys: Collection[str], layer_types: Collection[str]) -> dict[str, Key]:
-    """What each key means; those that say nothing new are left out."""
-    parsed = {key: meaning for key in keys if (meaning := parse_key(key, layer_types)) is not None}
+def _parse(dtypes: Mapping[str, str], layer_types: Collection[str]) -> dict[str, Key]:
+    """What each key means; those that say nothing new are left out. Raises AdapterFileError for other keys."""
+    parsed: dict[str, Key] = {}
     seen: dict[tuple[str, str, bool], str] = {}
-    for key, (name, part, layer_type) in parsed.items():
-        other = seen.setdefault((name, part, layer_type is None), key)
-        if other != key:
-            raise AdapterFileError(f"{key} and {other} mean the same; save one adapter a file")
+    for key, dtype in dtypes.items():
+        if len(key) > _KEY_LIMIT:
+            raise AdapterFileError(f"{key[:40]}... is no name of a tensor ({len(key)} characters); copy the file again")
+        if dtype not in _DTYPES:
+            raise AdapterFileError(f"{key} is of dtype {dtype}, which is not read; save it as float32")
+        if ".oft_r." in f".{key}.":
+            raise AdapterFileError("holds oft_r keys, so it was written by PEFT 0.15 or before; train it again")
+        if (meaning := parse_key(key, layer_types)) is not None:
+            other = seen.setdefault((meaning.name, meaning.part, meaning.layer_type is None), key)
+            if other != key:
+                raise AdapterFileError(f"{key} and {other} mean the same; save one adapter a file")
+            parsed[key] = meaning
     if all(meaning.layer_type is None for meaning in parsed.values()):
         raise AdapterFileError("holds no rotation (no key with oft_R); was it saved with another method?")
     return parsed
 
 
-def _ours(generator: Tensor, config: OFTConfig) -> Tensor:
-    """A generator as it is stored, in our convention and float32.
-
-    PEFT's exact map is (I - Q)(I + Q)^-1, the transpose of what its series approximates and of our exact map. It
-    projects at each forward, so a file written after an optimizer step is not projected yet.
-    """
-    generator = generator.float() if config.use_cayley_neumann else -generator.float()
-    if config.coft and config.coft_radius == "peft":
-        functional.project(generator, functional.eps_radius(config.eps, 1, generator.shape[0]))
-    return generator
+def check_generator(key: str, tensor: Tensor) -> None:
+    """Raise AdapterFileError where a tensor is no generator, or an expanded one: a copy of that would take memory."""
+    try:
+        functional.block_size_of(tensor.shape[1])
+        is_fit = tensor.is_floating_point() and tensor.dim() == 2 and len(tensor) > 0
+    except (IndexError, ValueError):  # a tensor of one dimension; entries of no block size
+        is_fit = False
+    if not is_fit or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        what = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        raise AdapterFileError(f"{key} is {what}, no generators of shape (blocks, b(b-1)/2); train the adapter again")
+    if not bool(tensor.float().isfinite().all()):
+        raise AdapterFileError(f"{key} is NaN or infinite; use an earlier state of the adapter, or train it again")

@@ -1,16 +1,19 @@
 """Merged models on disk, as plain transformers, diffusers or torch load them; nothing of OFT is in them."""
 
+import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from lightning_oft.formats.atomic import write_directory
+from lightning_oft.formats.errors import first_line
 from lightning_oft.model.saved_modules import saved_tensors
 from lightning_oft.model.traversal import LIBRARY_MODELS, adapted, class_names, library_root, walk
 
@@ -52,43 +55,29 @@ def write_pretrained(
     try:
         write_directory(target, write)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise OSError(
-            f"{directory}: the merged model cannot be written ({reason}); what was there is unchanged: free space there "
-            "or give another directory"
+            f"{directory}: the merged model cannot be written ({first_line(error)}); what was there is unchanged: free "
+            "space there or give another directory"
         ) from None
     return target
 
 
 def check_replaceable(directory: str | Path) -> None:
     """Raise FileExistsError where something is there that is no model: a merged model replaces its directory whole."""
-    target = Path(directory)
-    if target.is_dir() and any(target.iterdir()) and not any((target / name).is_file() for name in _OF_A_MODEL):
-        raise FileExistsError(
-            f"{directory}: holds something else than a model, which would be lost: give another directory"
-        )
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{directory}: is a file where a directory is wanted: give another directory")
+    target, what = Path(directory), None
+    of_a_model = ("config.json", "model_index.json", "model.safetensors")
+    if target.is_dir() and any(target.iterdir()) and not any((target / name).is_file() for name in of_a_model):
+        what = "holds something else than a model, which would be lost"
+    elif target.exists() and not target.is_dir():
+        what = "is a file where a directory is wanted"
+    if what is not None:
+        raise FileExistsError(f"{directory}: {what}: give another directory")
 
 
-_OF_A_MODEL = ("config.json", "model_index.json", "model.safetensors")
-
-
-class Companions:
+class Companions(NamedTuple):
     """The tokenizer and image processor files beside a base model, a folder or a hub id; copied as they are."""
 
-    PATTERNS = [
-        "*token*",
-        "vocab*",
-        "merges.txt",
-        "*.model",
-        "*processor_config.json",
-        "chat_template*",
-        "generation_config.json",
-    ]
-
-    def __init__(self, base: str) -> None:
-        self.base = base
+    base: str
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Copy them, from the folder or from the hub's cache; what is there already stays. A hub that does not answer
@@ -98,7 +87,7 @@ class Companions:
             try:
                 from huggingface_hub import snapshot_download
 
-                folder = Path(snapshot_download(self.base, allow_patterns=self.PATTERNS))
+                folder = Path(snapshot_download(self.base, allow_patterns=_COMPANIONS))
             except Exception as error:
                 warnings.warn(
                     f"{self.base}: its tokenizer and image processor were not copied to {directory} "
@@ -106,6 +95,37 @@ class Companions:
                     stacklevel=2,
                 )
                 return
-        for file in {file for pattern in self.PATTERNS for file in folder.glob(pattern) if file.is_file()}:
+        for file in {file for pattern in _COMPANIONS for file in folder.glob(pattern) if file.is_file()}:
             if not (Path(directory) / file.name).exists():
                 shutil.copyfile(file, Path(directory) / file.name)
+
+
+_COMPANIONS = [
+    *("*token*", "vocab*", "merges.txt", "*.model"),
+    *("*processor_config.json", "chat_template*", "generation_config.json"),
+]
+
+
+def loader_of(directory: Path) -> str:
+    """The name of the class whose `from_pretrained` loads `directory`; an empty string where config.json names none.
+
+    For transformers it is the Auto class that covers the architecture, since that is what people type.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        return "DiffusionPipeline" if (directory / "model_index.json").is_file() else ""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    architecture = next(iter(config.get("architectures") or []), "")
+    return auto_class(architecture) if architecture else str(config.get("_class_name", ""))
+
+
+def auto_class(architecture: str) -> str:
+    """`AutoModelForImageClassification` for `ViTForImageClassification`; the architecture where no class has it."""
+    from transformers.models.auto import modeling_auto  # 3 s, and only those who export pay it
+
+    for auto in (name for name in dir(modeling_auto) if re.fullmatch(r"AutoModel(For(?!PreTraining)\w+)?", name)):
+        mapping = getattr(getattr(modeling_auto, auto), "_model_mapping", None)
+        names = getattr(mapping, "_model_mapping", {}).values()
+        if any(architecture == n or (isinstance(n, tuple | list) and architecture in n) for n in names):
+            return auto
+    return architecture

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from lightning_oft import OFTConfig, OFTFinetuning, inject, oft_layers
 from lightning_oft.cli import COMMANDS, main
-from lightning_oft.cli.application import Application
-from lightning_oft.cli.auto import auto_class, loader_of
-from lightning_oft.cli.report import score_table
+from lightning_oft.cli.application import Application, score_table
+from lightning_oft.formats.pretrained import auto_class, loader_of
 
 Write = Callable[..., str]
 

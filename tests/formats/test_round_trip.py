@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel
 
 from lightning_oft import OFTConfig, inject, load_adapter, merge, oft_layers, save_adapter, set_adapter, unload, unmerge
 from lightning_oft.formats import AdapterFileError, read_adapter
-from lightning_oft.formats.peft_config import to_json
+from lightning_oft.formats.peft import to_json
 from lightning_oft.model.adapter_state import take
 from lightning_oft.model.fingerprint import other_bases
 from lightning_oft.model.traversal import walk
