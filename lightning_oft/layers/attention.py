@@ -19,9 +19,8 @@ class _RotatedAttention(SwappedClass):
         """
         base = self._oft_base
         rotated = {
-            part.parameter: _as_trainable(self, part.parameter, rotated_weight(self, ATTENTION, name, weight))
+            part.parameter: _weight_in_use(self, name, part.parameter)
             for name, part in ATTENTION.rotated_weights(self).items()
-            for weight in (self.get_parameter(part.parameter),)
         }
         projection = _view(self.out_proj, type(self.out_proj), {"weight": rotated.pop("out_proj.weight")})
         view = _view(self, base, rotated)
@@ -29,9 +28,10 @@ class _RotatedAttention(SwappedClass):
         return base.forward(view, *args, **kwargs)
 
 
-def _as_trainable(layer: nn.Module, parameter: str, weight: Tensor) -> Tensor:
-    """Where no gradient is recorded, the weight as the base had it before it was frozen: torch folds a batched product
-    or not by `requires_grad` of its operands, and the identity at injection would be exact to 1e-7 only."""
+def _weight_in_use(layer: nn.Module, part: str, parameter: str) -> Tensor:
+    """The weight, rotated. Where no gradient is recorded it is as trainable as before the base was frozen: torch folds a
+    batched product or not by `requires_grad` of its operands, and the identity would be exact to 1e-7 only."""
+    weight = rotated_weight(layer, ATTENTION, part, layer.get_parameter(parameter))
     owner, _, key = parameter.rpartition(".")
     record = record_of(layer.get_submodule(owner))
     if torch.is_grad_enabled() or weight.requires_grad or record is None or key not in record.frozen:

@@ -6,7 +6,7 @@ Shapes: o fan-out, i fan-in; every weight is folded as a matrix (rows, fan) whos
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -71,24 +71,22 @@ class LayerType(ABC):
         """A matrix of to_matrix in the shape and memory format of the weight."""
         return in_format_of(matrix.view(weight.shape), weight)
 
-    def fold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: Sequence[Tensor]) -> Tensor:
+    def fold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: list[Tensor]) -> Tensor:
         """The weight that does alone what it did with the rotations. Any floating dtype, computed in float32."""
-        return self._turned(layer, weight, functional.rotate_weight, _factors(part, rotations))
+        return self._turned(layer, part, weight, rotations, undo=False)
 
-    def unfold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: Sequence[Tensor]) -> Tensor:
+    def unfold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: list[Tensor]) -> Tensor:
         """The inverse of fold, by solving."""
-        return self._turned(layer, weight, functional.unrotate_weight, reversed(_factors(part, rotations)))
+        return self._turned(layer, part, weight, rotations, undo=True)
 
-    def _turned(self, layer: nn.Module, weight: Tensor, turn: Callable[..., Tensor], by: Iterable[Tensor]) -> Tensor:
+    def _turned(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, by: list[Tensor], undo: bool) -> Tensor:
         matrix = self.to_matrix(layer, weight).to(torch.promote_types(weight.dtype, torch.float32))
-        for rotation in by:
+        # y = base(x . Ra . Rb): a weight that is turned by its input meets the last rotation first.
+        factors = [rotation.mT for rotation in by] if part.side == "output" else by[::-1]
+        turn = functional.unrotate_weight if undo else functional.rotate_weight
+        for rotation in factors[::-1] if undo else factors:
             matrix = turn(matrix, rotation.to(matrix.dtype))
         return self.from_matrix(layer, matrix.to(weight.dtype), weight)
-
-
-def _factors(part: RotatedWeight, rotations: Sequence[Tensor]) -> list[Tensor]:
-    """Rotations in the order and orientation in which `rotate_weight` applies them: y = base(x . Ra . Rb)."""
-    return [rotation.mT for rotation in rotations] if part.side == "output" else list(reversed(rotations))
 
 
 _registered: OrderedDict[int, tuple[type | None, LayerType]] = OrderedDict()
@@ -137,6 +135,12 @@ def layer_type_of(module: nn.Module) -> LayerType | None:
     return next((one for _, one in _registered.values() if one.matches(module, False)), None)
 
 
+def rotated_weights_of(module: nn.Module) -> dict[str, RotatedWeight]:
+    """The weights of a module that can be rotated, by part name; none where its arithmetic is not known."""
+    layer_type = layer_type_of(module)
+    return layer_type.rotated_weights(module) if layer_type is not None else {}
+
+
 def layer_types() -> dict[str, LayerType]:
     """The registered types by name, as files have it."""
     return {layer_type.name: layer_type for _, layer_type in _registered.values()}
@@ -153,8 +157,7 @@ def refusal(module: nn.Module) -> str | None:
         return "its shape is not known yet: run one batch through the model first to materialise it"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
-    layer_type = layer_type_of(module)
-    for part in (layer_type.rotated_weights(module) if layer_type else {}).values():
+    for part in rotated_weights_of(module).values():
         owner = part.parameter.rpartition(".")[0]
         if owner and (reason := refusal(module.get_submodule(owner))) is not None:
             return f"of its {owner}, {reason}"

@@ -40,12 +40,11 @@ class Conv(LayerType):
 class _RotatedConvTranspose(SwappedClass):
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         dims = self.weight.dim() - 2
-        output_padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
-        )
+        sizes = (self.stride, self.padding, self.kernel_size, dims, self.dilation)
+        padding = self._output_padding(input, output_size, *sizes)
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
         weight = rotated_weight(self, CONV_TRANSPOSE, "", self.weight)
-        return convolve(input, weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
+        return convolve(input, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
 
 
 class ConvTranspose(LayerType):

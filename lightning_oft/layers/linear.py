@@ -70,9 +70,7 @@ class TransposedLinear(LinearLike):
     @override
     def matches(self, module: nn.Module, is_registered: bool) -> bool:
         """Known by name, so that nobody who has no transformers model pays for its import."""
-        return is_registered or (
-            any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")
-        )
+        return is_registered or ("Conv1D" in {cls.__name__ for cls in type(module).__mro__} and hasattr(module, "nf"))
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,7 @@ from typing_extensions import override
 
 from lightning_oft import functional
 from lightning_oft.config import OFTConfig
-from lightning_oft.layers import tensor_parallel
-from lightning_oft.layers.tensor_parallel import Cut
-
-
-class _Cached(NamedTuple):
-    """A rotation computed without gradient and what it was computed from."""
-
-    key: tuple[Any, ...]
-    generator: Tensor | None
-    rotation: Tensor
+from lightning_oft.layers.tensor_parallel import Cut, rotate_spread
 
 
 @functools.cache
@@ -78,9 +69,14 @@ class Rotation(nn.Module):
         self.halve_last = config.neumann_series == "halved"
         self.identity_init = config.init_weights
         shape = (1 if config.block_share else self.blocks, functional.generator_size(block_size))
-        self.radius = _radius(config, block_size, shape[0])
+        self.radius: float | None = None
+        if config.max_angle is not None:
+            self.radius = functional.angle_radius(config.max_angle)
+        elif config.coft:
+            size = block_size if config.coft_radius == "paper" else 1
+            self.radius = functional.eps_radius(config.eps, size, shape[0])
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
-        self._cache: _Cached | None = None
+        self._cache: tuple[tuple[Any, ...], Tensor | None, Tensor] | None = None  # what it is made from, and R
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -111,15 +107,14 @@ class Rotation(nn.Module):
             return functional.cayley_neumann(q_nbb, self.terms, self.halve_last)
 
     def forward(self, x: Tensor, transpose: bool = False) -> Tensor:
-        """x . blockdiag(R), or with R^T where `transpose`. (..., n*b) -> (..., n*b), dtype and device of x; a DTensor
-        stays spread as it is."""
+        """x . blockdiag(R), or R^T where `transpose`. (..., n*b) -> the same, dtype and device of x; a DTensor stays spread."""
 
         def rotated(local: Tensor, cut: Cut | None = None) -> Tensor:
             r_nbb = self._matrix_in(x.dtype, cut)
             return functional.rotate(local, r_nbb.mT if transpose else r_nbb)
 
         if hasattr(x, "to_local"):
-            return tensor_parallel.rotate(x, self.fan_in, self.block_size, rotated)
+            return rotate_spread(x, self.fan_in, self.block_size, rotated)
         return rotated(x)
 
     def _matrix_in(self, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
@@ -147,13 +142,15 @@ class Rotation(nn.Module):
         if not compares:
             version = 0 if weight.is_inference() else weight._version
             key = (*key, id(self.weight), weight.data_ptr(), version, *_steps())
-        cache = self._cache
-        # A tensor made in inference mode cannot be used where gradients are recorded later.
-        usable = cache and (torch.is_inference_mode_enabled() or not cache.rotation.is_inference())
-        if cache and usable and cache.key == key and (cache.generator is None or torch.equal(cache.generator, weight)):
-            return cache.rotation
+        cache = self._cache  # once: another thread may put its own there
+        if cache is not None:
+            made_with, generator, rotation = cache
+            # A tensor made in inference mode cannot be used where gradients are recorded later.
+            usable = made_with == key and (torch.is_inference_mode_enabled() or not rotation.is_inference())
+            if usable and (generator is None or torch.equal(generator, weight)):
+                return rotation
         rotation = self.matrix().to(dtype)
-        self._cache = _Cached(key, weight.clone() if compares else None, rotation)
+        self._cache = (key, weight.clone() if compares else None, rotation)
         return rotation
 
     @override
@@ -180,10 +177,8 @@ class Rotation(nn.Module):
 
     def project(self) -> None:
         """Pull every block back into the constraint's ball, in place; nothing where there is none."""
-        if self.radius is None:
-            return
         weight = _local(self.weight)  # blocks are rows: each shard has its own
-        if weight.numel():
+        if self.radius is not None and weight.numel():
             functional.project(weight, self.radius)
 
     def error_bound(self) -> float:
@@ -215,11 +210,3 @@ def _local(weight: Tensor) -> Tensor:
 def _is_on_host(tensor: Tensor) -> bool:
     """Whether comparing the tensor waits for no device."""
     return tensor.device.type == "cpu"
-
-
-def _radius(config: OFTConfig, block_size: int, stored: int) -> float | None:
-    if config.max_angle is not None:
-        return functional.angle_radius(config.max_angle)
-    if not config.coft:
-        return None
-    return functional.eps_radius(config.eps, block_size if config.coft_radius == "paper" else 1, stored)

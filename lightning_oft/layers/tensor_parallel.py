@@ -24,8 +24,7 @@ class Cut(NamedTuple):
 
     def generators(self, generator: Tensor) -> Tensor:
         """The generators of this process's blocks, whose gradients are those of all processes."""
-        shared: Tensor = _SumGradients.apply(generator, self.mesh, self.adds)  # type: ignore[no-untyped-call]
-        return self.of(shared)
+        return self.of(_SumGradients.apply(generator, self.mesh, self.adds))  # type: ignore[no-untyped-call]
 
 
 class _SumGradients(torch.autograd.Function):
@@ -44,7 +43,7 @@ class _SumGradients(torch.autograd.Function):
         return total, None, None
 
 
-def rotate(x: Any, fan_in: int, block_size: int, rotate_local: Callable[[Tensor, Cut], Tensor]) -> Tensor:
+def rotate_spread(x: Any, fan_in: int, block_size: int, rotate_local: Callable[[Tensor, Cut], Tensor]) -> Tensor:
     """The rotation of a DTensor, (..., n*b), spread as it was; `rotate_local` rotates what this process holds of it.
 
     Partial sums are added up first. Raises ValueError where the last dimension is cut inside a block.

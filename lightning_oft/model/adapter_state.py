@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_oft.codecs import whole
 from lightning_oft.config import OFTConfig
-from lightning_oft.layers.state import LayerState, rotations_of, state_of
+from lightning_oft.layers.state import rotations_of, state_of
 from lightning_oft.model import saved_modules, traversal
 from lightning_oft.model.targets import matches, saved_names
 from lightning_oft.model.traversal import Modules, adapted, is_inside, joined, own_tensors
@@ -97,13 +97,12 @@ class AdapterState:
         Raises:
             ValueError: a layer or tensor is not below that module.
         """
-        cut = len(root) + 1 if root else 0
 
         def moved(name: str) -> str:
             full = joined(self.root or "", name)
             if not is_inside(full, root):
                 raise ValueError(f"{full} is not below {root}")
-            return full[cut:]
+            return full.removeprefix(root).removeprefix(".")
 
         tables = ("layers", "saved", "carried", "fingerprints")
         named: Any = {table: {moved(name): v for name, v in getattr(self, table).items()} for table in tables}
@@ -125,10 +124,8 @@ def take(model: nn.Module, adapter_name: str = "default") -> AdapterState:
     state = describe(modules, adapter_name, copied)
     broken = [name for name, generator in state.generators().items() if not bool(generator.isfinite().all())]
     if broken:
-        raise ValueError(
-            f"generators of {traversal.some(broken)} are NaN or infinite; nothing was written: load an earlier state of "
-            "the adapter"
-        )
+        what = f"generators of {traversal.some(broken)} are NaN or infinite; nothing was written"
+        raise ValueError(f"{what}: load an earlier state of the adapter")
     return state
 
 
@@ -143,38 +140,36 @@ def describe(modules: Modules, adapter_name: str, value_of: Any = torch.Tensor.d
     layers = {name: (layer, state) for name, layer, state in adapted(modules) if adapter_name in state.configs}
     saved = _saved(modules, adapter_name)
     root_name = traversal.library_root(modules, [*layers, *saved])
-    root, cut = modules[root_name], len(root_name) + 1 if root_name else 0
+    root, config = modules[root_name], next(iter(layers.values()))[1].configs[adapter_name]
     log.info("adapter %r: names start at %s (%s)", adapter_name, root_name or "the model", type(root).__name__)
-    config = next(iter(layers.values()))[1].configs[adapter_name]
-    heads = [
-        name[cut:] for name in modules_trained_whole(saved, config)
-    ]  # by full names, as the configuration has them
-    saved = {name[cut:]: tensor for name, tensor in saved.items()}
-    inside = {name[cut:]: module for name, module in modules.items() if is_inside(name, root_name)}
-    fingerprints = {name[cut:]: state.fingerprint for name, (_, state) in layers.items()}
-    rotations = {name[cut:]: _rotations(*found, adapter_name, value_of) for name, found in layers.items()}
-    carried = _carried(inside, (*heads, *saved_names(config)[1]), saved, rotations)
-    return AdapterState(
+    found = {}
+    for name, (layer, state) in layers.items():
+        parts, is_known = rotations_of(layer, adapter_name), state.layer_type.is_known_to_peft(layer)
+        sizes = {part: rotation.block_size for part, rotation in parts.items()}
+        generators = {part: value_of(rotation.weight) for part, rotation in parts.items()}
+        found[name] = LayerRotations(state.layer_type.name, is_known, sizes, generators)
+    own = getattr(root, "config", None)
+    path = own.get("_name_or_path") if isinstance(own, Mapping) else getattr(own, "_name_or_path", None)
+    described = AdapterState(
         name=adapter_name,
         config=config,
-        layers=rotations,
-        root=root_name,
-        saved={name: value_of(tensor) for name, tensor in saved.items()},
-        modules_to_save=heads,
-        carried={name: value_of(tensor) for name, tensor in carried.items()},
-        fingerprints={name: value for name, value in fingerprints.items() if value is not None},
-        base=Base(type(root).__name__, type(root).__module__, _name_or_path(root)),
-        has_unique_names=not _is_ambiguous(inside, {name for name, one in rotations.items() if one.is_known_to_peft}),
-    )
-
-
-def _rotations(layer: nn.Module, state: LayerState, adapter_name: str, value_of: Any) -> LayerRotations:
-    rotations = rotations_of(layer, adapter_name)
-    return LayerRotations(
-        state.layer_type.name,
-        state.layer_type.is_known_to_peft(layer),
-        {part: rotation.block_size for part, rotation in rotations.items()},
-        {part: value_of(rotation.weight) for part, rotation in rotations.items()},
+        layers=found,
+        root="",
+        saved=saved,
+        modules_to_save=modules_trained_whole(saved, config),  # by full names, as the configuration has them
+        fingerprints={name: state.fingerprint for name, (_, state) in layers.items() if state.fingerprint is not None},
+        base=Base(type(root).__name__, type(root).__module__, path if isinstance(path, str) and path else None),
+    ).rooted(root_name)
+    inside = {
+        name.removeprefix(root_name).removeprefix("."): module
+        for name, module in modules.items()
+        if is_inside(name, root_name)
+    }
+    return replace(
+        described,
+        saved={name: value_of(tensor) for name, tensor in described.saved.items()},
+        carried={name: value_of(tensor) for name, tensor in _carried(inside, described).items()},
+        has_unique_names=not _is_ambiguous(inside, set(described.known_to_peft())),
     )
 
 
@@ -198,25 +193,23 @@ def modules_trained_whole(saved: Iterable[str], config: OFTConfig) -> list[str]:
     for name in saved:
         owner, _, key = name.rpartition(".")
         above = accumulate(owner.split("."), joined)
-        head = next((module for module in above if matches(module, items)), "" if "bias" in key else owner)
-        if head:
-            found[head] = None
+        found[next((module for module in above if matches(module, items)), "" if "bias" in key else owner)] = None
+    found.pop("", None)
     return [name for name in found if not any(is_inside(name, other) for other in found if other != name)]
 
 
-def _carried(
-    inside: Mapping[str, nn.Module], endings: tuple[str, ...], saved: Mapping[str, Tensor], layers: Iterable[str]
-) -> dict[str, Tensor]:
+def _carried(inside: Mapping[str, nn.Module], state: AdapterState) -> dict[str, Tensor]:
     """Base values of what PEFT will take for a module to save: it asks for names *ending* in `classifier`, so that
     `pre_classifier` is one too, and refuses a file without its tensors."""
+    endings = (*state.modules_to_save, *saved_names(state.config)[1])
     swept = [name for name in inside if endings and name.endswith(endings)]
-    tops = [name for name in swept if not any(is_inside(layer, name) for layer in layers)]
+    tops = [name for name in swept if not any(is_inside(layer, name) for layer in state.layers)]
     return {
         joined(name, key): saved_modules.base_value(module, key)
         for name, module in inside.items()
         if any(is_inside(name, top) for top in tops)
         for key in own_tensors(module)
-        if joined(name, key) not in saved
+        if joined(name, key) not in state.saved
     }
 
 
@@ -225,9 +218,3 @@ def _is_ambiguous(inside: Mapping[str, nn.Module], names: set[str]) -> bool:
     endings = {name.rpartition(".")[2] for name in names}  # a quick look that leaves few to compare
     others = (name for name in inside if name not in names and name.rpartition(".")[2] in endings)
     return any(other.endswith(f".{name}") for other in others for name in names)
-
-
-def _name_or_path(root: nn.Module) -> str | None:
-    config = getattr(root, "config", None)
-    name = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
-    return name if isinstance(name, str) and name else None

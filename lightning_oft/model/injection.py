@@ -7,13 +7,14 @@ from torch import nn
 
 from lightning_oft.codecs import parameter_of
 from lightning_oft.config import OFTConfig
+from lightning_oft.layers.base import layer_type_of
 from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import LayerState, drop_empty_record, make_record, state_of
 from lightning_oft.model import saved_modules, traversal
 from lightning_oft.model.activation import activate
 from lightning_oft.model.fingerprint import layer_fingerprint
 from lightning_oft.model.freezing import freeze, layers_changed, unfreeze
-from lightning_oft.model.plan import Plan, PlannedLayer, plan_injection
+from lightning_oft.model.plan import Plan, plan_injection
 from lightning_oft.model.traversal import Modules, adapted, adapter_names, some, walk
 
 
@@ -45,12 +46,12 @@ def inject(model: Any, config: OFTConfig, adapter_name: str = "default") -> list
 
 def carry_out(modules: Modules, plan: Plan) -> list[str]:
     """Inject what a plan says, and freeze the rest. Returns the names of its layers."""
-    states = {name: _adapt(planned, plan) for name, planned in plan.layers.items()}
-    waiting = [name for name, state in states.items() if plan.adapter_name not in state.active]
+    active = {name: _adapt(modules[name], sizes, plan).active for name, sizes in plan.layers.items()}
+    waiting = [name for name, names in active.items() if plan.adapter_name not in names]
     known = {id(tensor): slot for _, tensor, slot in saved_modules.saved_tensors(modules)}
-    active = all(plan.adapter_name in state.active for _, _, state in adapted(modules) if state.active)
+    is_active = all(plan.adapter_name in state.active for _, _, state in adapted(modules) if state.active)
     for module, key in plan.saved:
-        saved_modules.claim(module, key, plan.adapter_name, active, known)
+        saved_modules.claim(module, key, plan.adapter_name, is_active, known)
     freeze(modules)
     layers_changed(modules)
     if waiting:
@@ -62,10 +63,10 @@ def carry_out(modules: Modules, plan: Plan) -> list[str]:
     return list(plan.layers)
 
 
-def _adapt(planned: PlannedLayer, plan: Plan) -> LayerState:
-    layer, layer_type, block_sizes = planned
-    state = state_of(layer)
+def _adapt(layer: nn.Module, block_sizes: dict[str, int], plan: Plan) -> LayerState:
+    state, layer_type = state_of(layer), layer_type_of(layer)
     if state is None:
+        assert layer_type is not None  # a plan has no other layers
         state = LayerState(layer_type, fingerprint=layer_fingerprint(layer))
         layer.oft_R = nn.ModuleDict()
         make_record(layer).layer = state
@@ -74,21 +75,17 @@ def _adapt(planned: PlannedLayer, plan: Plan) -> LayerState:
         return state
     made: dict[str, nn.Module] = {}
     for part, size in block_sizes.items():
-        weight = layer_type.rotated_weights(layer)[part]
-        made[part] = Rotation(weight.fan, size, plan.config, _device_of(layer, weight.parameter)).train(layer.training)
+        weight = state.layer_type.rotated_weights(layer)[part]
+        # A layer may keep no such parameter: then its other tensors say where it is.
+        tensors = [parameter_of(layer, weight.parameter), *layer._parameters.values(), *layer._buffers.values()]
+        device = next((tensor.device for tensor in tensors if tensor is not None), None)
+        made[part] = Rotation(weight.fan, size, plan.config, device).train(layer.training)
     adapters: Any = layer.oft_R
     adapters[plan.adapter_name] = made[""] if "" in made else nn.ModuleDict(made)
     state.configs[plan.adapter_name] = plan.config
     state.active = state.active or [plan.adapter_name]
     adapters[plan.adapter_name].requires_grad_(plan.adapter_name in state.active)
     return state
-
-
-def _device_of(layer: nn.Module, parameter: str) -> Any:
-    """Where a rotated weight is; of a layer that keeps no such parameter, where its other tensors are."""
-    weight = parameter_of(layer, parameter)
-    tensors = [weight, *layer._parameters.values(), *layer._buffers.values()]
-    return next((tensor.device for tensor in tensors if tensor is not None), None)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -114,9 +111,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         _unload(modules)
         return
     active = traversal.active_names(modules)
-    trains = [
-        name for name in active if any(r.weight.requires_grad for r in traversal.rotations(modules, name).values())
-    ]
+    found = {name: traversal.rotations(modules, name).values() for name in active}
+    trains = [name for name, own in found.items() if any(rotation.weight.requires_grad for rotation in own)]
     saved_modules.release(modules, [adapter_name])
     for _, layer, state in list(adapted(modules)):
         if state.configs.pop(adapter_name, None) is not None:

@@ -5,15 +5,15 @@ import warnings
 from collections import defaultdict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_oft.codecs import cut_like, local_part
 from lightning_oft.model import traversal
 from lightning_oft.model.adapter_state import AdapterState
 from lightning_oft.model.fingerprint import other_bases
 from lightning_oft.model.injection import carry_out
-from lightning_oft.model.placement import AdapterError, Place, find_place, plan_of
-from lightning_oft.model.plan import check
+from lightning_oft.model.placement import AdapterError, Place, find_place
+from lightning_oft.model.plan import Plan, check
 from lightning_oft.model.saved_modules import saved_tensors
 from lightning_oft.model.traversal import Modules, adapted, is_inside, joined, rotations, some
 
@@ -45,27 +45,23 @@ def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) 
     modules = traversal.walk(model)
     traversal.require_unmerged(modules, "load an adapter")
     place = find_place(modules, state)
-    plan = plan_of(modules, state, place, name)
     present = name in traversal.adapter_names(modules)
     if present and (difference := _difference(modules, state, place, name)):
         raise AdapterError(
             f"the model has another adapter {name!r} already, {difference}; "
             "call unload(model) first, or load it under another adapter_name"
         )
-    _warn_of_another_base(modules, state, place.root)
-    if not present:
-        check(modules, plan)
-        _untie(_torn(modules, place), place)
-        carry_out(modules, plan)
-    _copy(modules, place, name)
-    return list(plan.layers)
-
-
-def _warn_of_another_base(modules: Modules, state: AdapterState, root: str) -> None:
-    changed = other_bases(modules, {joined(root, name): value for name, value in state.fingerprints.items()})
+    changed = other_bases(modules, {joined(place.root, layer): value for layer, value in state.fingerprints.items()})
     if changed:
         what = f"{state.source or 'the adapter'} was trained on another base, {some(changed)} differ"
-        warnings.warn(f"{what}; load the one it was trained on", stacklevel=4)
+        warnings.warn(f"{what}; load the one it was trained on", stacklevel=3)
+    if not present:
+        plan = Plan(name, state.config, place.layers, [(one.module, one.key) for one in place.saved.values()])
+        check(modules, plan)
+        _untie(modules, place)
+        carry_out(modules, plan)
+    _copy(modules, place, name)
+    return list(place.layers)
 
 
 def _torn(modules: Modules, place: Place) -> list[str]:
@@ -85,14 +81,15 @@ def _torn(modules: Modules, place: Place) -> list[str]:
     ]
 
 
-def _untie(names: list[str], place: Place) -> None:
-    """Give tensors memory of their own: what they shared it with keeps its values."""
-    for name in names:
+def _untie(modules: Modules, place: Place) -> None:
+    """Give torn tensors memory of their own: what they shared it with keeps its values."""
+    torn = _torn(modules, place)
+    for name in torn:
         module, key, _ = place.saved[name]
         tensor = module.get_parameter(key)
         module._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
-    if names:
-        log.warning("load: %s shared a weight with another module; it has a copy of its own now", some(names))
+    if torn:
+        log.warning("load: %s shared a weight with another module; it has a copy of its own now", some(torn))
 
 
 def _difference(modules: Modules, state: AdapterState, place: Place, adapter_name: str) -> str:
@@ -121,10 +118,10 @@ def _difference(modules: Modules, state: AdapterState, place: Place, adapter_nam
 @torch.no_grad()
 def _copy(modules: Modules, place: Place, adapter_name: str) -> None:
     present = rotations(modules, adapter_name)
-    for key, generator in place.generators.items():
-        weight = present[key].weight
-        local_part(weight).copy_(cut_like(generator, weight))
     saved = {id(one.tensor): one for one in saved_tensors(modules)}
-    for placed in place.saved.values():
-        mine = saved[id(placed.tensor())].value(adapter_name)
-        local_part(mine).copy_(cut_like(placed.value, mine))
+    values: list[tuple[Tensor, Tensor]] = [
+        (present[key].weight, generator) for key, generator in place.generators.items()
+    ]
+    values += [(saved[id(one.tensor())].value(adapter_name), one.value) for one in place.saved.values()]
+    for mine, theirs in values:
+        local_part(mine).copy_(cut_like(theirs, mine))

@@ -55,13 +55,12 @@ def claim(module: nn.Module, key: str, adapter_name: str, active: bool, known: d
         if tensor.requires_grad and not record.slots[key].owners:  # as `freeze` would note it: `unload` returns to that
             record.frozen.add(key)
     slot = record.slots[key]
-    if adapter_name in slot.owners:
-        return
-    slot.owners.add(adapter_name)
-    slot.waiting[adapter_name] = base_value(module, key).clone()
-    if active and slot.live == BASE:
-        exchange(tensor, slot, adapter_name)
-        _set_trainable(tensor, True)
+    if adapter_name not in slot.owners:
+        slot.owners.add(adapter_name)
+        slot.waiting[adapter_name] = base_value(module, key).clone()
+        if active and slot.live == BASE:
+            exchange(tensor, slot, adapter_name)
+            _set_trainable(tensor, True)
 
 
 def exchange(tensor: Tensor, slot: Slot, owner: str) -> None:
@@ -90,15 +89,6 @@ def _set_trainable(tensor: Tensor, trains: bool) -> None:
         tensor.grad = tensor.grad if trains else None
 
 
-def conflict(modules: Modules, names: list[str]) -> str | None:
-    """A tensor that two of the adapters own, which cannot both be active."""
-    for name, _, slot in saved_tensors(modules):
-        both = [adapter for adapter in names if adapter in slot.owners]
-        if len(both) > 1:
-            return f"{both[0]!r} and {both[1]!r} both train {name}: only one of them can be active"
-    return None
-
-
 def release(modules: Modules, adapter_names: list[str], to_base: bool = True) -> None:
     """Forget adapters' values; where they are live, those of the base return, or stay frozen as they are."""
     for _, tensor, slot in saved_tensors(modules):
@@ -107,8 +97,8 @@ def release(modules: Modules, adapter_names: list[str], to_base: bool = True) ->
                 exchange(tensor, slot, BASE)
             tensor.requires_grad_(False)
         slot.owners.difference_update(adapter_names)
-        for name in slot.waiting.keys() & set(adapter_names):
-            del slot.waiting[name]
+        for name in adapter_names:
+            slot.waiting.pop(name, None)
     for _, module, record in records(modules):
         record.slots = {key: slot for key, slot in record.slots.items() if slot.owners}
         drop_empty_record(module)
