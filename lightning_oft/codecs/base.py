@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 Change = Callable[[Tensor, slice], Tensor]
 """From some rows of a weight, and the columns that they are cut to, to the same rows, changed."""
@@ -68,3 +69,38 @@ def parameter_of(module: nn.Module, parameter: str) -> nn.Parameter | None:
     """The parameter of a dotted name below a module; None where the module keeps no parameter of this name."""
     owner, _, key = parameter.rpartition(".")
     return module.get_submodule(owner)._parameters.get(key)
+
+
+class PlainCodec(Codec):
+    """A floating-point nn.Parameter, also as the view of an FSDP1 unit's flat parameter."""
+
+    @override
+    def matches(self, module: nn.Module, parameter: str) -> bool:
+        weight = parameter_of(module, parameter)
+        return weight is not None and weight.is_floating_point() and type(weight.data) is Tensor
+
+    @override
+    def read(self, module: nn.Module, parameter: str) -> Tensor:
+        return module.get_parameter(parameter).data
+
+    @override
+    def write(self, module: nn.Module, parameter: str, values: Tensor) -> None:
+        """By exchange of `.data`, so that a kept base needs no copy; in place where the memory is a flat parameter's."""
+        weight = module.get_parameter(parameter)
+        if _is_flat(weight):
+            weight.data.copy_(values)
+        else:
+            weight.data = values
+
+    @override
+    def keep(self, module: nn.Module, parameter: str) -> Any:
+        weight = module.get_parameter(parameter)
+        return weight.detach().to("cpu", copy=True) if _is_flat(weight) else weight.data.cpu()
+
+
+def _is_flat(weight: Tensor) -> bool:
+    """Whether the tensor is a view of an FSDP1 unit's flat parameter."""
+    return bool(getattr(weight, "_fsdp_flattened", False))
+
+
+register_codec(PlainCodec())

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_oft.layers.base import LayerType, RotatedWeight, add_hook, drop_hook, register_layer_type
-from lightning_oft.layers.class_swap import SwappedClass, restore_class, swap_class
+from lightning_oft.layers.base import LayerType, RotatedWeight, SwappedClass, register_layer_type
 from lightning_oft.layers.state import record_of, rotated_weight
 
 
@@ -46,15 +45,17 @@ def _view(module: nn.Module, cls: type[nn.Module], parameters: dict[str, Tensor]
     return view
 
 
-def keep_off_fast_path(layer: nn.Module, args: Any) -> None:
+def keep_off_fast_path(layer: nn.Module, args: Any, kwargs: Any) -> None:
     """Does nothing by being there: nn.TransformerEncoderLayer reads raw weights in eval unless a hook is below it."""
 
 
 class Attention(LayerType):
-    """nn.MultiheadAttention: it reads the weights of its projections and never calls them, so the weights rotate."""
+    """nn.MultiheadAttention, packed or with projections of its own for keys and values."""
 
     name = "attention"
     in_all_linear = True
+    mixin = _RotatedAttention
+    input_hook = staticmethod(keep_off_fast_path)
 
     @override
     def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
@@ -65,16 +66,6 @@ class Attention(LayerType):
             sizes: dict[str, Any] = {"q": embed, "k": layer.kdim, "v": layer.vdim}
             projections = {f"{key}_proj": RotatedWeight(f"{key}_proj_weight", size) for key, size in sizes.items()}
         return {**projections, "out_proj": RotatedWeight("out_proj.weight", embed)}
-
-    @override
-    def attach(self, layer: nn.Module) -> None:
-        swap_class(layer, _RotatedAttention)
-        add_hook(layer._forward_pre_hooks, layer.register_forward_pre_hook, keep_off_fast_path)
-
-    @override
-    def detach(self, layer: nn.Module) -> None:
-        restore_class(layer)
-        drop_hook(layer, keep_off_fast_path)
 
 
 ATTENTION = Attention()

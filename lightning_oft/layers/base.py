@@ -4,6 +4,7 @@ Base parameter names and classes never change, so a plain checkpoint still loads
 Shapes: o fan-out, i fan-in; every weight is folded as a matrix (rows, fan) whose last dimension the rotation turns.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,7 +16,43 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from lightning_oft import functional
-from lightning_oft.layers.class_swap import restore_class
+
+
+class SwappedClass:
+    """Mixed into the class of a module that keeps its identity. Prints, pickles and copies as what it was."""
+
+    _oft_base: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if type(self).__dict__.get("_oft_base") is None:  # another library has put a class of its own on top
+            return reduced
+        mixin, base = type(self).__mro__[1], self._oft_base
+        return (_rebuild, (mixin, base), *reduced[2:])
+
+
+@functools.cache
+def _subclass(mixin: type, base: type) -> type[nn.Module]:
+    names = {key: getattr(base, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(base.__name__, (mixin, base), {"_oft_base": base, **names})
+
+
+def _rebuild(mixin: type, base: type[nn.Module]) -> nn.Module:
+    cls = _subclass(mixin, base)  # type: ignore[arg-type]
+    return cls.__new__(cls)
+
+
+def swap_class(module: nn.Module, mixin: type) -> None:
+    """Let the module's methods be looked up in `mixin` first; once, however often it is called."""
+    if not isinstance(module, mixin):
+        module.__class__ = _subclass(mixin, type(module))  # type: ignore[arg-type]
+
+
+def restore_class(module: nn.Module) -> None:
+    """Give the module its own class back. Where another class was put on top, ours stays below and does nothing."""
+    base = type(module).__dict__.get("_oft_base")
+    if base is not None:
+        module.__class__ = base
 
 
 class RotatedWeight(NamedTuple):
@@ -32,7 +69,8 @@ class RotatedWeight(NamedTuple):
 class LayerType(ABC):
     """A kind of arithmetic: which weights are rotated, how the forward rotates and how a weight folds.
 
-    A subclass needs `name`, `rotated_weights` and `attach`; the rest has defaults that fit weights stored as (o, ...).
+    A subclass needs `name`, `rotated_weights` and what rotates: a mixin, a hook, or an `attach` and `detach` of its own.
+    The rest has defaults that fit weights stored as (o, ...).
     """
 
     name = ""
@@ -42,18 +80,35 @@ class LayerType(ABC):
     """Whether `target_modules="all-linear"` selects such layers."""
     peft_key = "oft_R"
     """Under which PEFT's files have the generators of such a layer."""
+    mixin: type | None = None
+    """A SwappedClass whose methods rotate."""
+    input_hook: Callable[..., Any] | None = None
+    """A forward pre-hook, with keyword arguments, that rotates the input; a staticmethod."""
+    output_hook: Callable[..., Any] | None = None
+    """A forward hook that rotates the output; a staticmethod."""
 
     @abstractmethod
     def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
         """The rotated weights by part name; one nameless part where a layer has a single rotation."""
 
-    @abstractmethod
     def attach(self, layer: nn.Module) -> None:
         """Make the layer's forward rotate; once, however often it is called."""
+        if self.mixin is not None:
+            swap_class(layer, self.mixin)
+        if self.input_hook is not None and self.input_hook not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(self.input_hook, with_kwargs=True)
+        if self.output_hook is not None and self.output_hook not in layer._forward_hooks.values():
+            # First of all: a hook that was there before sees the vectors that a merged layer would give it.
+            layer.register_forward_hook(self.output_hook, prepend=True)
 
     def detach(self, layer: nn.Module) -> None:
         """Give the layer its own forward back."""
         restore_class(layer)
+        hooks: Any
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (self.input_hook, self.output_hook)]:
+                del hooks[key]
+                layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
     def matches(self, module: nn.Module, is_registered: bool) -> bool:
         """Whether a module computes this arithmetic: one of a registered class, or one that only resembles it."""
@@ -174,17 +229,3 @@ def in_format_of(tensor: Tensor, model: Tensor) -> Tensor:
         if model.dim() == dims and not model.is_contiguous() and model.is_contiguous(memory_format=memory_format):
             return tensor.contiguous(memory_format=memory_format)
     return tensor.contiguous()
-
-
-def add_hook(hooks: dict[int, Any], add: Callable[..., Any], hook: Callable[..., Any], **options: Any) -> None:
-    """Register a hook, unless it is there."""
-    if hook not in hooks.values():
-        add(hook, **options)
-
-
-def drop_hook(layer: nn.Module, hook: Callable[..., Any]) -> None:
-    """Unregister a hook of a layer."""
-    for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-        for key in [key for key, value in hooks.items() if value is hook]:
-            del hooks[key]
-            layer._forward_pre_hooks_with_kwargs.pop(key, None)

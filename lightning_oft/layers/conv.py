@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_oft.layers.base import LayerType, RotatedWeight, in_format_of, register_layer_type
-from lightning_oft.layers.class_swap import SwappedClass, swap_class
+from lightning_oft.layers.base import LayerType, RotatedWeight, SwappedClass, in_format_of, register_layer_type
 from lightning_oft.layers.state import rotated_weight
 
 
@@ -21,15 +20,12 @@ class Conv(LayerType):
     """nn.Conv1d, Conv2d, Conv3d: the weight is rotated over in/groups . kernel, which is exact for any kernel."""
 
     name = "convolution"
+    mixin = _RotatedConv
 
     @override
     def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
         weight: Any = layer.weight
         return {"": RotatedWeight("weight", weight.shape[1:].numel())}
-
-    @override
-    def attach(self, layer: nn.Module) -> None:
-        swap_class(layer, _RotatedConv)
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:
@@ -52,15 +48,12 @@ class ConvTranspose(LayerType):
 
     name = "transposed convolution"
     row_dim = 1
+    mixin = _RotatedConvTranspose
 
     @override
     def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
         weight: Any = layer.weight
         return {"": RotatedWeight("weight", weight.shape[0] // int(layer.groups) * weight.shape[2:].numel())}  # type: ignore[arg-type]
-
-    @override
-    def attach(self, layer: nn.Module) -> None:
-        swap_class(layer, _RotatedConvTranspose)
 
     @override
     def to_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:

@@ -29,7 +29,6 @@ def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[
     chosen = [names] if isinstance(names, str) else list(names)
     training = chosen if trainable is None else [trainable] if isinstance(trainable, str) else list(trainable)
     traversal.require_adapter(modules, *training)
-    check_choice(modules, chosen)
     if not set(training) <= set(chosen):
         raise ValueError(f"trainable={training}: only active adapters train, and those are {chosen}; name one of them")
     traversal.require_unmerged(modules, "choose adapters")
@@ -37,19 +36,15 @@ def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[
     activate(modules, chosen, training)
 
 
-def check_choice(modules: Modules, names: list[str]) -> None:
-    """Raise ValueError where these adapters cannot be active together."""
-    traversal.require_adapter(modules, *names)
-    if len(set(names)) < len(names):
-        raise ValueError(f"adapters {names}: each can be active once; name it once")
+def activate(modules: Modules, chosen: list[str], training: list[str]) -> None:
+    """`set_adapter` of a walked model, whatever its state. Raises ValueError where the adapters exclude each other."""
+    traversal.require_adapter(modules, *chosen)
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"adapters {chosen}: each can be active once; name it once")
     for tensor, _, slot in saved_modules.saved_tensors(modules):
-        both = [name for name in names if name in slot.owners]
+        both = [name for name in chosen if name in slot.owners]
         if len(both) > 1:
             raise ValueError(f"{both[0]!r} and {both[1]!r} both train {tensor}: only one of them can be active")
-
-
-def activate(modules: Modules, chosen: list[str], training: list[str]) -> None:
-    """`set_adapter` without its checks."""
     for _, layer, state in adapted(modules):
         state.active = [name for name in chosen if name in state.configs]
         for name in state.configs:
@@ -57,7 +52,7 @@ def activate(modules: Modules, chosen: list[str], training: list[str]) -> None:
                 rotation.requires_grad_(name in training)
                 if name not in training:
                     rotation.weight.grad = None
-    saved_modules.switch(modules, chosen, set(training))
+    saved_modules.switch(modules, chosen, training)
     freeze_norms(modules)
 
 

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_oft.codecs import Codec, codec_of, is_sharded, parameter_of
-from lightning_oft.layers.base import RotatedWeight
-from lightning_oft.layers.rotation import Rotation
-from lightning_oft.layers.state import LayerState, rotations_of
+from lightning_oft.layers import LayerState, RotatedWeight, Rotation, rotations_of
 from lightning_oft.model.fingerprint import fingerprint
 
 PIECE = 2**24

@@ -1,10 +1,8 @@
 """What freezing means: no gradient, no drifting statistics, and a way back."""
 
-from collections.abc import Mapping
-
 from torch import nn
 
-from lightning_oft.layers.class_swap import SwappedClass, restore_class, swap_class
+from lightning_oft.layers.base import SwappedClass, restore_class, swap_class
 from lightning_oft.layers.state import drop_empty_record, make_record, record_of
 from lightning_oft.model.saved_modules import BASE, saved_tensors
 from lightning_oft.model.traversal import Modules, adapted, records, reset_compiled_code
@@ -72,36 +70,31 @@ def unfreeze_norms(modules: Modules) -> None:
             module.train(bool(record.norm_mode))
 
 
-def _set_trainable(module: nn.Module, flags: Mapping[str, bool]) -> None:
-    for name, trains in flags.items():
-        parameter = module._parameters.get(name)
-        if parameter is not None:
-            parameter.requires_grad_(trains)
-
-
 def unfreeze_merged(modules: Modules) -> None:
     """Make a merged model as trainable as it was before any adapter; `freeze_unmerged` undoes it."""
     unfreeze_norms(modules)
     for _, module, record in records(modules):
         names = record.frozen | record.slots.keys()
-        now = {name: p.requires_grad for name, p in module._parameters.items() if p is not None and name in names}
-        record.released = record.released or now
-        _set_trainable(module, {name: name in record.frozen for name in now})
+        own = {name: p for name, p in module._parameters.items() if p is not None and name in names}
+        record.released = record.released or {name: parameter.requires_grad for name, parameter in own.items()}
+        for name, parameter in own.items():
+            parameter.requires_grad_(name in record.frozen)
 
 
 def freeze_unmerged(modules: Modules) -> None:
     """Freeze again what `unfreeze_merged` released, and nothing else."""
     freeze_norms(modules)
     for _, module, record in records(modules):
-        _set_trainable(module, record.released)
+        for name, trains in record.released.items():
+            if (parameter := module._parameters.get(name)) is not None:
+                parameter.requires_grad_(trains)
         record.released = {}
 
 
 def unfreeze(modules: Modules) -> None:
-    """Undo freeze."""
-    unfreeze_norms(modules)
+    """Undo freeze, once no adapter trains a tensor whole."""
+    unfreeze_merged(modules)
     for _, module, record in records(modules):
-        _set_trainable(module, dict.fromkeys(record.frozen, True))
         record.frozen, record.released, record.norm_mode = set(), {}, None
         drop_empty_record(module)
 

@@ -7,13 +7,10 @@ from torch import nn
 
 from lightning_oft.codecs import parameter_of
 from lightning_oft.config import OFTConfig
-from lightning_oft.layers.base import layer_type_of
-from lightning_oft.layers.rotation import Rotation
-from lightning_oft.layers.state import LayerState, drop_empty_record, make_record, state_of
-from lightning_oft.model import saved_modules, traversal
-from lightning_oft.model.activation import activate
+from lightning_oft.layers import LayerState, Rotation, layer_type_of, state_of
+from lightning_oft.layers.state import drop_empty_record, make_record
+from lightning_oft.model import activation, freezing, saved_modules, traversal
 from lightning_oft.model.fingerprint import layer_fingerprint
-from lightning_oft.model.freezing import freeze, layers_changed, unfreeze
 from lightning_oft.model.plan import Plan, plan_injection
 from lightning_oft.model.traversal import Modules, adapted, adapter_names, some, walk
 
@@ -52,8 +49,8 @@ def carry_out(modules: Modules, plan: Plan) -> list[str]:
     is_active = all(plan.adapter_name in state.active for _, _, state in adapted(modules) if state.active)
     for module, key in plan.saved:
         saved_modules.claim(module, key, plan.adapter_name, is_active, known)
-    freeze(modules)
-    layers_changed(modules)
+    freezing.freeze(modules)
+    freezing.layers_changed(modules)
     if waiting:
         warnings.warn(
             f"adapter {plan.adapter_name!r} is not active on {some(waiting)}, where another adapter is: "
@@ -122,8 +119,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     if active == [adapter_name]:
         active = trains = left[:1]
         warnings.warn(f"adapter {adapter_name!r} was active and is deleted; {left[0]!r} is active now", stacklevel=2)
-    activate(modules, [name for name in active if name != adapter_name], trains)
-    layers_changed(modules)
+    activation.activate(modules, [name for name in active if name != adapter_name], trains)
+    freezing.layers_changed(modules)
 
 
 def unload(model: nn.Module) -> None:
@@ -145,8 +142,8 @@ def _unload(modules: Modules) -> None:
     for _, layer, state in list(adapted(modules)):
         _strip(layer, state)
     saved_modules.release(modules, names, to_base=not merged)
-    unfreeze(modules)
-    layers_changed(modules)
+    freezing.unfreeze(modules)
+    freezing.layers_changed(modules)
 
 
 def _strip(layer: nn.Module, state: LayerState) -> None:

@@ -45,8 +45,8 @@ def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) 
     modules = traversal.walk(model)
     traversal.require_unmerged(modules, "load an adapter")
     place = find_place(modules, state)
-    present = name in traversal.adapter_names(modules)
-    if present and (difference := _difference(modules, state, place, name)):
+    is_there = name in traversal.adapter_names(modules)
+    if is_there and (difference := _difference(modules, state, place, name)):
         raise AdapterError(
             f"the model has another adapter {name!r} already, {difference}; "
             "call unload(model) first, or load it under another adapter_name"
@@ -55,12 +55,23 @@ def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) 
     if changed:
         what = f"{state.source or 'the adapter'} was trained on another base, {some(changed)} differ"
         warnings.warn(f"{what}; load the one it was trained on", stacklevel=3)
-    if not present:
+    if not is_there:
         plan = Plan(name, state.config, place.layers, [(one.module, one.key) for one in place.saved.values()])
         check(modules, plan)
-        _untie(modules, place)
+        torn = _torn(modules, place)
+        for trained in torn:  # it gets memory of its own: what it shared it with keeps its values
+            module, key, _ = place.saved[trained]
+            tensor = module.get_parameter(key)
+            module._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+        if torn:
+            log.warning("load: %s shared a weight with another module; it has a copy of its own now", some(torn))
         carry_out(modules, plan)
-    _copy(modules, place, name)
+    present, saved = rotations(modules, name), {id(one.tensor): one for one in saved_tensors(modules)}
+    values: list[tuple[Tensor, Tensor]] = [(present[key].weight, value) for key, value in place.generators.items()]
+    values += [(saved[id(one.tensor())].value(name), one.value) for one in place.saved.values()]
+    with torch.no_grad():
+        for mine, theirs in values:
+            local_part(mine).copy_(cut_like(theirs, mine))
     return list(place.layers)
 
 
@@ -79,17 +90,6 @@ def _torn(modules: Modules, place: Place) -> list[str]:
         for name, one in place.saved.items()
         if any(value is None or not torch.equal(value, one.value) for value in sharing[id(one.tensor())])
     ]
-
-
-def _untie(modules: Modules, place: Place) -> None:
-    """Give torn tensors memory of their own: what they shared it with keeps its values."""
-    torn = _torn(modules, place)
-    for name in torn:
-        module, key, _ = place.saved[name]
-        tensor = module.get_parameter(key)
-        module._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
-    if torn:
-        log.warning("load: %s shared a weight with another module; it has a copy of its own now", some(torn))
 
 
 def _difference(modules: Modules, state: AdapterState, place: Place, adapter_name: str) -> str:
@@ -113,15 +113,3 @@ def _difference(modules: Modules, state: AdapterState, place: Place, adapter_nam
             return f"{field} is {getattr(config, field)!r} there and {getattr(state.config, field)!r} in the file"
     resized = [name for name, part in mine if mine[name, part] != theirs[name, part]]
     return f"the blocks of {some(resized)} have another size" if resized else ""
-
-
-@torch.no_grad()
-def _copy(modules: Modules, place: Place, adapter_name: str) -> None:
-    present = rotations(modules, adapter_name)
-    saved = {id(one.tensor): one for one in saved_tensors(modules)}
-    values: list[tuple[Tensor, Tensor]] = [
-        (present[key].weight, generator) for key, generator in place.generators.items()
-    ]
-    values += [(saved[id(one.tensor())].value(adapter_name), one.value) for one in place.saved.values()]
-    for mine, theirs in values:
-        local_part(mine).copy_(cut_like(theirs, mine))

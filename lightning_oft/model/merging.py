@@ -11,11 +11,9 @@ from torch import nn
 
 from lightning_oft.codecs import codec_of, is_sharded, whole
 from lightning_oft.layers.state import LayerState, make_record, rotations_of
-from lightning_oft.model import traversal
-from lightning_oft.model.activation import activate, check_choice, remember_choice
+from lightning_oft.model import activation, freezing, traversal
 from lightning_oft.model.fingerprint import same_base
 from lightning_oft.model.folding import Device, folded_weights
-from lightning_oft.model.freezing import freeze_unmerged, layers_changed, unfreeze_norms
 from lightning_oft.model.traversal import Modules, adapted, merged_layers, some, walk
 
 log = logging.getLogger(__name__)
@@ -76,11 +74,10 @@ def merge_layers(
         raise ValueError("nothing to merge: the model has no adapter; call inject or load_adapter first")
     traversal.require_enabled(modules, "merge")
     with contextlib.ExitStack() as undo:
-        undo.callback(remember_choice(modules))
+        undo.callback(activation.remember_choice(modules))
         if adapter_name is not None:
             names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-            check_choice(modules, names)
-            activate(modules, names, names)
+            activation.activate(modules, names, names)
         _check_mergeable(layers, gathered)
         size = sum(one.read().nbytes for _, layer, state in adapted(layers) for one in folded_weights(layer, state))
         keep = keep_base == "always" or (keep_base == "auto" and size <= KEEP_LIMIT)
@@ -93,8 +90,8 @@ def merge_layers(
         undo.pop_all()
     _untie_configs(modules, layers)
     if len(merged_layers(modules)) == sum(1 for _ in adapted(modules)):
-        unfreeze_norms(modules)
-    layers_changed(modules)
+        freezing.unfreeze_norms(modules)
+    freezing.layers_changed(modules)
     return list(layers)
 
 
@@ -161,8 +158,8 @@ def unmerge(model: nn.Module) -> list[str]:
         if record.tied:
             record.tied = False
             module.config.tie_word_embeddings = True  # type: ignore[union-attr]
-    freeze_unmerged(modules)
-    layers_changed(modules)
+    freezing.freeze_unmerged(modules)
+    freezing.layers_changed(modules)
     return list(layers)
 
 

@@ -39,7 +39,17 @@ def plan_injection(modules: Modules, config: OFTConfig, adapter_name: str, stric
     """
     layers = _block_sizes(find_targets(modules, config, strict), config, adapter_name)
     plan = Plan(adapter_name, config, layers, _saved_tensors(modules, layers, config, strict))
-    _check_not_trained_too(modules, plan)
+    # A rotated weight that is tied to a trained one would train too, and no adapter file could say so.
+    trained = {id(tensor_of(module, key)): module for module, key in plan.saved}
+    for name, sizes in layers.items() if trained else ():
+        weights = rotated_weights_of(modules[name])
+        for owner in (trained.get(id(parameter_of(modules[name], weights[part].parameter))) for part in sizes):
+            if owner is not None:
+                other = next(known for known, module in modules.items() if module is owner)
+                raise ValueError(
+                    f"{some([name])}: its weight is also that of {other} (they are tied), which modules_to_save trains "
+                    "whole; leave one of the two out"
+                )
     check(modules, plan)
     return plan
 
@@ -125,21 +135,6 @@ def _saved_tensors(
             biases = (key for key, parameter in module._parameters.items() if parameter is not None and "bias" in key)
             found += [(module, key) for key in biases]
     return found
-
-
-def _check_not_trained_too(modules: Modules, plan: Plan) -> None:
-    """A rotated weight that is tied to a trained one would train too, and no adapter file could say so."""
-    trained = {id(tensor_of(module, key)): module for module, key in plan.saved}
-    for name, sizes in plan.layers.items() if trained else ():
-        weights = rotated_weights_of(modules[name])
-        for part in sizes:
-            owner = trained.get(id(parameter_of(modules[name], weights[part].parameter)))
-            if owner is not None:
-                other = next(known for known, module in modules.items() if module is owner)
-                raise ValueError(
-                    f"{some([name])}: its weight is also that of {other} (they are tied), which modules_to_save trains "
-                    "whole; leave one of the two out"
-                )
 
 
 def _is_dead(layer: Any) -> bool:

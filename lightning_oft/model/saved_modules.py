@@ -72,7 +72,7 @@ def exchange(tensor: Tensor, slot: Slot, owner: str) -> None:
     slot.live = owner
 
 
-def switch(modules: Modules, names: list[str], trainable: set[str]) -> None:
+def switch(modules: Modules, names: list[str], trainable: list[str]) -> None:
     """Give every slot to the first of the named adapters that owns it, else to the base."""
     for _, tensor, slot in saved_tensors(modules):
         owner = next((name for name in names if name in slot.owners), BASE)

@@ -95,7 +95,13 @@ def matches(name: str, items: list[str]) -> bool:
 def _selected(modules: Modules, owners: dict[str, tuple[str, str]], config: OFTConfig) -> list[str]:
     wanted = _architecture_choice(modules) if config.target_modules is None else config.target_modules
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        names = _all_linear(modules, owners)
+        heads = set()
+        for module in modules.values():
+            if "PreTrainedModel" in class_names(module):
+                with contextlib.suppress(AttributeError, NotImplementedError):
+                    heads.add(id(module.get_output_embeddings()))  # type: ignore[operator]
+        found = {name: layer_type_of(m) for name, m in modules.items() if id(m) not in heads and name not in owners}
+        names = [name for name, layer_type in found.items() if layer_type is not None and layer_type.in_all_linear]
     elif isinstance(wanted, str):
         pattern = _compiled(wanted, "target_modules")
         names = [name for name in modules if name and pattern.fullmatch(name)]
@@ -134,16 +140,6 @@ def _in_layers(name: str, wanted: list[str], config: OFTConfig) -> bool:
         _compiled(pattern, "layers_pattern")
         match = match or re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<index>\d+)\.", name)
     return match is not None and int(match["index"]) in ([chosen] if isinstance(chosen, int) else chosen)
-
-
-def _all_linear(modules: Modules, owners: dict[str, tuple[str, str]]) -> list[str]:
-    heads = set()
-    for module in modules.values():
-        if "PreTrainedModel" in class_names(module):
-            with contextlib.suppress(AttributeError, NotImplementedError):
-                heads.add(id(module.get_output_embeddings()))  # type: ignore[operator]
-    found = {name: layer_type_of(m) for name, m in modules.items() if id(m) not in heads and name not in owners}
-    return [name for name, layer_type in found.items() if layer_type is not None and layer_type.in_all_linear]
 
 
 def owners_of(modules: Modules) -> dict[str, tuple[str, str]]:
