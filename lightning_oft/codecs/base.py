@@ -20,8 +20,7 @@ Change = Callable[[Tensor, slice], Tensor]
 class Codec(ABC):
     """One storage of a weight: a subclass needs `matches`, `read` and `write`."""
 
-    is_exact = True
-    """Whether what is written is read again as it was; of a quantized storage it is not."""
+    is_exact = True  # whether what is written is read again as it was; of a quantized storage it is not
 
     @abstractmethod
     def matches(self, module: nn.Module, parameter: str) -> bool:
@@ -61,7 +60,7 @@ def register_codec(codec: Codec) -> RemovableHandle:
 
 
 def codec_of(module: nn.Module, parameter: str) -> Codec | None:
-    """The codec of a module's parameter; None where its storage is not known, as of packed weights of other packages."""
+    """The codec of a module's parameter; None where its storage is not known, such as that of packed weights."""
     return next((codec for codec in reversed(_codecs.values()) if codec.matches(module, parameter)), None)
 
 
@@ -85,9 +84,9 @@ class PlainCodec(Codec):
 
     @override
     def write(self, module: nn.Module, parameter: str, values: Tensor) -> None:
-        """By exchange of `.data`, so that a kept base needs no copy; in place where the memory is a flat parameter's."""
+        """By exchange of `.data`, so that a kept base needs no copy; in place in the memory of a flat parameter."""
         weight = module.get_parameter(parameter)
-        if _is_flat(weight):
+        if hasattr(weight, "_fsdp_flattened"):
             weight.data.copy_(values)
         else:
             weight.data = values
@@ -95,12 +94,7 @@ class PlainCodec(Codec):
     @override
     def keep(self, module: nn.Module, parameter: str) -> Any:
         weight = module.get_parameter(parameter)
-        return weight.detach().to("cpu", copy=True) if _is_flat(weight) else weight.data.cpu()
-
-
-def _is_flat(weight: Tensor) -> bool:
-    """Whether the tensor is a view of an FSDP1 unit's flat parameter."""
-    return bool(getattr(weight, "_fsdp_flattened", False))
+        return weight.detach().to("cpu", copy=True) if hasattr(weight, "_fsdp_flattened") else weight.data.cpu()
 
 
 register_codec(PlainCodec())

@@ -13,9 +13,7 @@ from lightning_oft.layers.state import record_of, rotated_weight
 class _RotatedAttention(SwappedClass):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the original forward on a view of this module that has the rotated weights in place of its own.
-
-        A view rather than a swap: two threads may call one module, and a forward of any subclass keeps working.
-        """
+        A view rather than a swap: two threads may call one module, and a forward of any subclass keeps working."""
         base = self._oft_base
         rotated = {
             part.parameter: _weight_in_use(self, name, part.parameter)
@@ -28,8 +26,8 @@ class _RotatedAttention(SwappedClass):
 
 
 def _weight_in_use(layer: nn.Module, part: str, parameter: str) -> Tensor:
-    """The weight, rotated. Where no gradient is recorded it is as trainable as before the base was frozen: torch folds a
-    batched product or not by `requires_grad` of its operands, and the identity would be exact to 1e-7 only."""
+    """The weight, rotated. Where no gradient is recorded it is as trainable as before the base was frozen: torch folds
+    a batched product or not by `requires_grad` of its operands, and the identity would be exact to 1e-7 only."""
     weight = rotated_weight(layer, ATTENTION, part, layer.get_parameter(parameter))
     owner, _, key = parameter.rpartition(".")
     record = record_of(layer.get_submodule(owner))
@@ -58,14 +56,12 @@ class Attention(LayerType):
     input_hook = staticmethod(keep_off_fast_path)
 
     @override
-    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
-        embed: Any = layer.embed_dim
+    def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
+        sizes = {"q_proj": layer.embed_dim, "k_proj": layer.kdim, "v_proj": layer.vdim}
         if layer._qkv_same_embed_dim:
-            projections = {"in_proj": RotatedWeight("in_proj_weight", embed)}
-        else:
-            sizes: dict[str, Any] = {"q": embed, "k": layer.kdim, "v": layer.vdim}
-            projections = {f"{key}_proj": RotatedWeight(f"{key}_proj_weight", size) for key, size in sizes.items()}
-        return {**projections, "out_proj": RotatedWeight("out_proj.weight", embed)}
+            sizes = {"in_proj": layer.embed_dim}
+        projections = {part: RotatedWeight(f"{part}_weight", size) for part, size in sizes.items()}
+        return {**projections, "out_proj": RotatedWeight("out_proj.weight", layer.embed_dim)}
 
 
 ATTENTION = Attention()

@@ -59,33 +59,25 @@ class RotatedWeight(NamedTuple):
     """One weight of a layer that a rotation turns: by its input, W' = W . blockdiag(R)^T, or by its output,
     W' = blockdiag(R)^T . W."""
 
-    parameter: str
-    """Name of the parameter, `weight` or `out_proj.weight`."""
-    fan: int
-    """Size of the dimension that is rotated."""
+    parameter: str  # name of the parameter, `weight` or `out_proj.weight`
+    fan: int  # size of the dimension that is rotated
     side: Literal["input", "output"] = "input"
 
 
 class LayerType(ABC):
     """A kind of arithmetic: which weights are rotated, how the forward rotates and how a weight folds.
 
-    A subclass needs `name`, `rotated_weights` and what rotates: a mixin, a hook, or an `attach` and `detach` of its own.
+    A subclass needs `name`, `rotated_weights` and what rotates: a mixin, a hook or its own `attach` and `detach`.
     The rest has defaults that fit weights stored as (o, ...).
     """
 
     name = ""
-    row_dim = 0
-    """Dimension of the weight whose entries are rotated each by itself."""
-    in_all_linear = False
-    """Whether `target_modules="all-linear"` selects such layers."""
-    peft_key = "oft_R"
-    """Under which PEFT's files have the generators of such a layer."""
-    mixin: type | None = None
-    """A SwappedClass whose methods rotate."""
-    input_hook: Callable[..., Any] | None = None
-    """A forward pre-hook, with keyword arguments, that rotates the input; a staticmethod."""
-    output_hook: Callable[..., Any] | None = None
-    """A forward hook that rotates the output; a staticmethod."""
+    row_dim = 0  # dimension of the weight whose entries are rotated each by itself
+    in_all_linear = False  # whether `target_modules="all-linear"` selects such layers
+    peft_key = "oft_R"  # under which PEFT's files have the generators of such a layer
+    mixin: type | None = None  # a SwappedClass whose methods rotate
+    input_hook: Callable[..., Any] | None = None  # a forward pre-hook with keyword arguments, as a staticmethod
+    output_hook: Callable[..., Any] | None = None  # a forward hook, as a staticmethod
 
     @abstractmethod
     def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
@@ -151,15 +143,12 @@ _registered: OrderedDict[int, tuple[type | None, LayerType]] = OrderedDict()
 def register_layer_type(
     module_class: type[nn.Module] | None, like: type[nn.Module] | LayerType = nn.Linear
 ) -> RemovableHandle:
-    """Say how modules of a class, and of its subclasses, are rotated.
+    """Say how modules of a class, and of its subclasses, are rotated. The handle's `remove()` undoes it.
 
     Args:
         module_class: the class to adapt; None for a LayerType that knows its modules by what they resemble.
         like: a class that computes the same arithmetic from its parameters (`nn.Linear` for x @ W.T + b), or a
             LayerType of one's own.
-
-    Returns:
-        A handle whose `remove()` undoes it.
 
     Raises:
         TypeError: `module_class` is no module class.

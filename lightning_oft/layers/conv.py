@@ -23,9 +23,8 @@ class Conv(LayerType):
     mixin = _RotatedConv
 
     @override
-    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
-        weight: Any = layer.weight
-        return {"": RotatedWeight("weight", weight.shape[1:].numel())}
+    def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
+        return {"": RotatedWeight("weight", layer.weight.shape[1:].numel())}
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:
@@ -51,20 +50,18 @@ class ConvTranspose(LayerType):
     mixin = _RotatedConvTranspose
 
     @override
-    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
-        weight: Any = layer.weight
-        return {"": RotatedWeight("weight", weight.shape[0] // int(layer.groups) * weight.shape[2:].numel())}  # type: ignore[arg-type]
+    def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
+        shape = layer.weight.shape
+        return {"": RotatedWeight("weight", shape[0] // layer.groups * shape[2:].numel())}
 
     @override
-    def to_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
-        groups: Any = layer.groups
-        grouped = weight.reshape(groups, -1, *weight.shape[1:]).flatten(3)
+    def to_matrix(self, layer: Any, weight: Tensor) -> Tensor:
+        grouped = weight.reshape(layer.groups, -1, *weight.shape[1:]).flatten(3)
         return grouped.transpose(1, 2).flatten(2).flatten(0, 1)
 
     @override
-    def from_matrix(self, layer: nn.Module, matrix: Tensor, weight: Tensor) -> Tensor:
-        groups: Any = layer.groups
-        grouped = matrix.view(groups, weight.shape[1], weight.shape[0] // groups, -1).transpose(1, 2)
+    def from_matrix(self, layer: Any, matrix: Tensor, weight: Tensor) -> Tensor:
+        grouped = matrix.view(layer.groups, weight.shape[1], weight.shape[0] // layer.groups, -1).transpose(1, 2)
         return in_format_of(grouped.reshape(weight.shape), weight)
 
 

@@ -35,8 +35,8 @@ class LinearLike(LayerType):
     input_hook = staticmethod(_rotate_input)
 
     @override
-    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
-        return {"": RotatedWeight("weight", int(layer.in_features))}  # type: ignore[arg-type]
+    def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
+        return {"": RotatedWeight("weight", int(layer.in_features))}
 
     @override
     def matches(self, module: nn.Module, is_registered: bool) -> bool:
@@ -70,8 +70,8 @@ class TransposedLinear(LinearLike):
         return False
 
     @override
-    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
-        return {"": RotatedWeight("weight", int(layer.weight.shape[0]))}  # type: ignore[index]
+    def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
+        return {"": RotatedWeight("weight", layer.weight.shape[0])}
 
     @override
     def to_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
@@ -96,8 +96,8 @@ class Embedding(LayerType):
     output_hook = staticmethod(_rotate_output)
 
     @override
-    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
-        return {"": RotatedWeight("weight", int(layer.embedding_dim), "output")}  # type: ignore[arg-type]
+    def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
+        return {"": RotatedWeight("weight", int(layer.embedding_dim), "output")}
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:

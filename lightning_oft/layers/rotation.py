@@ -1,9 +1,4 @@
-"""Rotation: the generators of one fan-in as a module, and the rotation they stand for.
-
-Shapes: n blocks of size b, fan-in i = n*b; see `lightning_oft.functional` for the functional.
-"""
-
-from __future__ import annotations
+"""Rotation: the generators of one fan-in as a module. Shapes: n blocks of size b, fan-in i = n*b."""
 
 import contextlib
 import functools
@@ -13,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_oft import functional
 from lightning_oft.config import OFTConfig
@@ -22,8 +17,7 @@ from lightning_oft.layers.tensor_parallel import Cut, rotate_spread
 
 @functools.cache
 def _steps() -> list[int]:
-    """[optimizer steps of this process], counted from the first call on: fused ones change parameters without a new
-    `_version`."""
+    """[optimizer steps of this process] since the first call: fused ones change parameters without a new `_version`."""
     steps = [0]
 
     def count(*_: Any) -> None:
@@ -53,8 +47,7 @@ class Rotation(nn.Module):
     """A learned block-diagonal rotation of a fan-in; the identity until it is trained.
 
     `weight` holds the generators, (n, b(b-1)/2) float32 whatever the precision of the model, or (1, b(b-1)/2) where
-    one block is shared. Calling the module rotates the last dimension of its input, `fan_in`, a multiple of
-    `block_size`, which is at least 2.
+    one block is shared. Calling the module rotates the last dimension of its input, of size `fan_in`.
     """
 
     weight: nn.Parameter
@@ -94,10 +87,9 @@ class Rotation(nn.Module):
         if hasattr(generator, "full_tensor"):  # a DTensor that nobody gathered: called outside its FSDP2 unit
             generator = generator.full_tensor()
         if generator.dtype in (torch.bfloat16, torch.float16):
-            raise RuntimeError(
-                f"the generators of a rotation arrive as {generator.dtype}, rounded by the mixed precision of the FSDP unit "
-                "around it: give every rotation a unit of its own, as OFTFinetuning does where it injects them itself"
-            )
+            rounded = "rounded by the mixed precision of the FSDP unit around it"
+            remedy = "give every rotation a unit of its own, as OFTFinetuning does where it injects them itself"
+            raise RuntimeError(f"the generators of a rotation arrive as {generator.dtype}, {rounded}: {remedy}")
         if cut is not None:
             generator = cut.generators(generator)
         with _full_float32(generator.device):
@@ -107,7 +99,7 @@ class Rotation(nn.Module):
             return functional.cayley_neumann(q_nbb, self.terms, self.halve_last)
 
     def forward(self, x: Tensor, transpose: bool = False) -> Tensor:
-        """x . blockdiag(R), or R^T where `transpose`. (..., n*b) -> the same, dtype and device of x; a DTensor stays spread."""
+        """x . blockdiag(R), or R^T where `transpose`. (..., n*b) -> the same, as x in dtype, device and placements."""
 
         def rotated(local: Tensor, cut: Cut | None = None) -> Tensor:
             r_nbb = self._matrix_in(x.dtype, cut)
@@ -130,9 +122,9 @@ class Rotation(nn.Module):
     def _cached(self, dtype: torch.dtype) -> Tensor:
         """The last rotation if nothing changed since, else a fresh one.
 
-        On a CPU the generator is compared with a copy, which no in-place edit fools; elsewhere that would wait for the
-        device, so identity, address, version and the process's count of optimizer steps stand for it. What is written
-        there past autograd and outside of an optimizer (`weight.data[0] = 1`) counts from the next change of mode on.
+        On a CPU the generator is compared with a copy. Elsewhere that would wait for the device: identity, address,
+        version and the count of optimizer steps stand for it, and `weight.data[0] = 1` counts from the next change of
+        mode on.
         """
         weight = self.weight.detach()
         if hasattr(weight, "to_local"):
@@ -154,12 +146,11 @@ class Rotation(nn.Module):
         return rotation
 
     @override
-    def train(self, mode: bool = True) -> Rotation:
+    def train(self, mode: bool = True) -> Self:
         self._cache = None
-        super().train(mode)
-        return self
+        return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotation:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow a move to a device and never a cast: half-precision generators and moments do not train."""
         self._cache = None
         probe = fn(torch.zeros(1, dtype=torch.float32, device=self.weight.device))

@@ -8,18 +8,14 @@ import torch
 from torch import nn
 
 from lightning_oft.layers.state import every_rotation, rotations_of
-from lightning_oft.model import saved_modules, traversal
-from lightning_oft.model.freezing import freeze_norms, sync_nested_tensors
+from lightning_oft.model import freezing, saved_modules, traversal
 from lightning_oft.model.traversal import Modules, adapted, walk
 
 
 def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[str] | None = None) -> None:
     """Make adapters active, applied in the order given: y = base(x . R_first . R_second). Others fall silent.
 
-    Args:
-        model: a model with adapters.
-        names: one name or several.
-        trainable: those of them that train; all of them by default.
+    Those named by `trainable` train; all of the active ones by default.
 
     Raises:
         ValueError: an unknown or repeated name, or two adapters that train the same bias or module. Nothing changes.
@@ -53,7 +49,7 @@ def activate(modules: Modules, chosen: list[str], training: list[str]) -> None:
                 if name not in training:
                     rotation.weight.grad = None
     saved_modules.switch(modules, chosen, training)
-    freeze_norms(modules)
+    freezing.freeze_norms(modules)
 
 
 def remember_choice(modules: Modules) -> Callable[[], None]:
@@ -70,7 +66,7 @@ def remember_choice(modules: Modules) -> Callable[[], None]:
             saved_modules.exchange(tensor, slot, owner)
         for tensor, trained in trains:
             tensor.requires_grad_(trained)
-        freeze_norms(modules)
+        freezing.freeze_norms(modules)
 
     return restore
 
@@ -95,20 +91,20 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             state.enabled = False
         for _, tensor, slot in saved_modules.saved_tensors(modules):
             saved_modules.exchange(tensor, slot, saved_modules.BASE)
-        freeze_norms(modules)
+        freezing.freeze_norms(modules)
         for layer, layer_type in fused:
             layer_type.detach(layer)
         if fused:
-            sync_nested_tensors(modules)
+            freezing.sync_nested_tensors(modules)
         yield
     finally:
         restore()
         for layer, layer_type in fused:
             layer_type.attach(layer)
         if fused:
-            sync_nested_tensors(modules)
-        if fused and _is_compiled(modules):  # compiled in between, when the hooks were away
-            traversal.reset_compiled_code()
+            freezing.sync_nested_tensors(modules)
+            if _is_compiled(modules):  # in between, when the hooks were away
+                traversal.reset_compiled_code()
 
 
 def _is_compiled(modules: Modules) -> bool:
@@ -123,9 +119,7 @@ def _is_compiled(modules: Modules) -> bool:
 @torch.no_grad()
 def project(model: nn.Module) -> None:
     """Pull every constrained rotation below a module back into its ball (COFT), in place. Idempotent.
-
-    Layers that are merged stay as they are: their rotation is in the weight, and `unmerge` must find the same one.
-    """
+    Layers that are merged stay as they are: their rotation is in the weight, and `unmerge` must find the same one."""
     for _, layer, state in adapted(walk(model)):
         if state.merged is None:
             for rotation in every_rotation(layer):

@@ -1,7 +1,5 @@
 """AdapterState: an adapter off its model. Every file format, checkpoint and export is a function over it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,19 +20,13 @@ log = logging.getLogger(__name__)
 
 
 class LayerRotations(NamedTuple):
-    """The rotations of one layer.
+    """The rotations of one layer; the part's name is empty where a layer has one rotation.
+    Generators are (n, b(b-1)/2) float32 in this library's convention, (1, b(b-1)/2) of a shared block."""
 
-    Attributes:
-        layer_type: the name of the layer's LayerType; empty where a file does not say it.
-        is_known_to_peft: whether PEFT computes the same with them.
-        block_sizes: size b of the blocks by part; the part's name is empty where a layer has one rotation.
-        generators: (n, b(b-1)/2) float32 by part, in this library's convention; (1, b(b-1)/2) of a shared block.
-    """
-
-    layer_type: str
-    is_known_to_peft: bool
-    block_sizes: dict[str, int]
-    generators: dict[str, Tensor]
+    layer_type: str  # the name of the layer's LayerType; empty where a file does not say it
+    is_known_to_peft: bool  # whether PEFT computes the same with them
+    block_sizes: dict[str, int]  # size b of the blocks by part
+    generators: dict[str, Tensor]  # by part
 
 
 class Base(NamedTuple):
@@ -49,21 +41,9 @@ class Base(NamedTuple):
 class AdapterState:
     """An adapter off its model. Names are relative to the module that they are rooted at.
 
-    Attributes:
-        name: the adapter's name in the model.
-        config: its configuration.
-        layers: its rotations by layer.
-        root: name of the module that the names start at, in the model it was taken from; None where a file of
-            another library does not say it.
-        saved: tensors trained whole (modules_to_save and biases) by name, in the dtype they have in the model.
-        modules_to_save: names of the modules trained whole, the outermost of each; of another library's file, what
-            its names end with.
-        carried: base values that PEFT expects in a file beside `saved`.
-        fingerprints: fingerprints of the base weights by layer.
-        base: the model at the root.
-        has_unique_names: whether no other module of the model has a name that ends like that of a layer PEFT knows.
-        source: the path it was read from, for messages.
-        extra: what a file says besides, such as `peft_version`.
+    `root` is that module's name in the model it was taken from; None where a file of another library does not say it.
+    `saved` are the tensors trained whole (modules_to_save and biases), in the dtype they have in the model.
+    `modules_to_save` names the outermost modules trained whole; of another library's file, what their names end with.
     """
 
     name: str
@@ -72,27 +52,24 @@ class AdapterState:
     root: str | None = None
     saved: dict[str, Tensor] = field(default_factory=dict)
     modules_to_save: list[str] = field(default_factory=list)
-    carried: dict[str, Tensor] = field(default_factory=dict)
-    fingerprints: dict[str, str] = field(default_factory=dict)
-    base: Base | None = None
-    has_unique_names: bool = True
-    source: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
+    carried: dict[str, Tensor] = field(default_factory=dict)  # base values that PEFT expects in a file beside `saved`
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of the base weights, by layer
+    base: Base | None = None  # the model at the root
+    has_unique_names: bool = True  # whether no other module has a name that ends like that of a layer PEFT knows
+    source: str = ""  # the path it was read from, for messages
+    extra: dict[str, Any] = field(default_factory=dict)  # what a file says besides, such as `peft_version`
 
     def generators(self) -> dict[str, Tensor]:
         """All generators by layer; those of a layer with parts by `<layer>.<part>`."""
-        return {
-            joined(name, part): generator
-            for name, rotations in self.layers.items()
-            for part, generator in rotations.generators.items()
-        }
+        layers = self.layers.items()
+        return {joined(name, part): values for name, one in layers for part, values in one.generators.items()}
 
     def known_to_peft(self) -> list[str]:
         """Names of the layers with which PEFT computes the same."""
         return [name for name, rotations in self.layers.items() if rotations.is_known_to_peft]
 
-    def rooted(self, root: str) -> AdapterState:
-        """The same adapter with names that start at another module; at '' they are those of the model it was taken from.
+    def rooted(self, root: str) -> "AdapterState":
+        """The same adapter with names that start at another module; at '' they are those of the whole model.
 
         Raises:
             ValueError: a layer or tensor is not below that module.
@@ -111,10 +88,6 @@ class AdapterState:
 
 def take(model: nn.Module, adapter_name: str = "default") -> AdapterState:
     """An adapter of a model, merged or not, as copies on the CPU. Every process must call it where tensors are sharded.
-
-    Args:
-        model: a model with adapters.
-        adapter_name: the adapter to take.
 
     Raises:
         ValueError: there is no such adapter, or a generator is not finite; names it.
@@ -165,11 +138,14 @@ def describe(modules: Modules, adapter_name: str, value_of: Any = torch.Tensor.d
         for name, module in modules.items()
         if is_inside(name, root_name)
     }
+    names = set(described.known_to_peft())
+    endings = {name.rpartition(".")[2] for name in names}  # PEFT compares the ends of names; this leaves few to compare
+    others = [name for name in inside if name not in names and name.rpartition(".")[2] in endings]
     return replace(
         described,
         saved={name: value_of(tensor) for name, tensor in described.saved.items()},
         carried={name: value_of(tensor) for name, tensor in _carried(inside, described).items()},
-        has_unique_names=not _is_ambiguous(inside, set(described.known_to_peft())),
+        has_unique_names=not any(other.endswith(f".{name}") for other in others for name in names),
     )
 
 
@@ -188,7 +164,7 @@ def _saved(modules: Modules, adapter_name: str) -> dict[str, Tensor]:
 def modules_trained_whole(saved: Iterable[str], config: OFTConfig) -> list[str]:
     """The modules that tensors belong to: the outermost that modules_to_save names, else the owner of a tensor that is
     no bias, such as an embedding tied to a head."""
-    items = [item for items in saved_names(config) for item in items]
+    items = saved_names(config)
     found: dict[str, None] = {}
     for name in saved:
         owner, _, key = name.rpartition(".")
@@ -201,7 +177,7 @@ def modules_trained_whole(saved: Iterable[str], config: OFTConfig) -> list[str]:
 def _carried(inside: Mapping[str, nn.Module], state: AdapterState) -> dict[str, Tensor]:
     """Base values of what PEFT will take for a module to save: it asks for names *ending* in `classifier`, so that
     `pre_classifier` is one too, and refuses a file without its tensors."""
-    endings = (*state.modules_to_save, *saved_names(state.config)[1])
+    endings = (*state.modules_to_save, *(name for name, must in saved_names(state.config).items() if not must))
     swept = [name for name in inside if endings and name.endswith(endings)]
     tops = [name for name in swept if not any(is_inside(layer, name) for layer in state.layers)]
     return {
@@ -211,10 +187,3 @@ def _carried(inside: Mapping[str, nn.Module], state: AdapterState) -> dict[str, 
         for key in own_tensors(module)
         if joined(name, key) not in state.saved
     }
-
-
-def _is_ambiguous(inside: Mapping[str, nn.Module], names: set[str]) -> bool:
-    """Whether PEFT, which also compares the ends of names, would find more layers than these."""
-    endings = {name.rpartition(".")[2] for name in names}  # a quick look that leaves few to compare
-    others = (name for name in inside if name not in names and name.rpartition(".")[2] in endings)
-    return any(other.endswith(f".{name}") for other in others for name in names)

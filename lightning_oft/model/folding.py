@@ -45,7 +45,10 @@ class FoldedWeight(NamedTuple):
         fold = layer_type.unfold if undo else layer_type.fold
 
         def change(rows: Tensor, columns: slice) -> Tensor:
-            own = [_within(matrix, columns) for matrix in matrices]
+            own = matrices
+            if columns != slice(None):  # the blocks of these columns; a shared block turns all of them
+                cuts = [slice(columns.start // m.shape[-1], columns.stop // m.shape[-1]) for m in matrices]
+                own = [m if m.shape[0] == 1 else m[cut] for m, cut in zip(matrices, cuts, strict=True)]
             count = max(1, PIECE * rows.shape[layer_type.row_dim] // max(1, rows.numel()))
             pieces = rows.split(count, layer_type.row_dim)  # type: ignore[no-untyped-call]
             results = [fold(self.layer, self.part, piece.to(where), own).to(home) for piece in pieces]
@@ -54,23 +57,22 @@ class FoldedWeight(NamedTuple):
         step = math.lcm(*(matrix.shape[-1] for matrix in matrices))
         return self.codec.changed(self.layer, self.part.parameter, layer_type.row_dim, step, change)
 
-    def merge(self, keep: bool, device: Device, holders: Counter[int]) -> None:
-        """Fold the rotations in. A parameter that other modules share is left to them, and this layer gets its own."""
+    def merge(self, keep: bool, device: Device, holders: Counter[int]) -> str | None:
+        """Fold the rotations in, and return the fingerprint. A parameter that other modules share is left to them."""
         name, folded = self.part.parameter, self.folded(device)
         parameter = parameter_of(self.layer, name)
         # Not of a sharded weight: one process that raised would leave the others waiting.
         is_whole = parameter is None or not is_sharded(parameter)
         if is_whole and not bool(folded.isfinite().all()) and bool(self.read().isfinite().all()):
-            raise ValueError(
-                f"cannot merge: the merged {name} overflows {folded.dtype}; nothing was changed: "
-                "load an earlier state of the adapter, or merge in float32"
-            )
+            what = f"cannot merge: the merged {name} overflows {folded.dtype}; nothing was changed"
+            raise ValueError(f"{what}: load an earlier state of the adapter, or merge in float32")
         if parameter is not None and holders[id(parameter)] > 1:
             self.state.base[name] = parameter
             self._set_parameter(nn.Parameter(folded, requires_grad=False))
         else:
             self.state.base[name] = self.codec.keep(self.layer, name) if keep else None
             self.codec.write(self.layer, name, folded)
+        return self.fingerprint()
 
     def unmerge(self) -> None:
         """Give the layer its base weight back, if `merge` got as far as this one."""
@@ -99,10 +101,3 @@ def folded_weights(layer: nn.Module, state: LayerState) -> Iterator[FoldedWeight
         codec = codec_of(layer, part.parameter)
         if rotations and codec is not None:
             yield FoldedWeight(layer, state, part, codec, rotations)
-
-
-def _within(matrix: Tensor, columns: slice) -> Tensor:
-    """The blocks of a rotation, (n or 1, b, b), that turn these columns."""
-    if columns == slice(None) or matrix.shape[0] == 1:
-        return matrix
-    return matrix[columns.start // matrix.shape[-1] : columns.stop // matrix.shape[-1]]

@@ -34,9 +34,7 @@ def only_norms_rest(modules: Modules) -> bool:
 
 def freeze(modules: Modules) -> None:
     """Freeze everything but adapters: parameters lose their gradient, batch and spectral norms keep their statistics.
-
-    Idempotent; whatever was trainable is remembered for `unload`.
-    """
+    Idempotent; whatever was trainable is remembered for `unload`."""
     # By the tensor, not by its place: a head that an adapter trains may be tied to an embedding that none does.
     trains = {id(saved.tensor) for saved in saved_tensors(modules) if saved.slot.live != BASE}
     for module in modules.values():
@@ -89,14 +87,6 @@ def freeze_unmerged(modules: Modules) -> None:
             if (parameter := module._parameters.get(name)) is not None:
                 parameter.requires_grad_(trains)
         record.released = {}
-
-
-def unfreeze(modules: Modules) -> None:
-    """Undo freeze, once no adapter trains a tensor whole."""
-    unfreeze_merged(modules)
-    for _, module, record in records(modules):
-        record.frozen, record.released, record.norm_mode = set(), {}, None
-        drop_empty_record(module)
 
 
 def sync_nested_tensors(modules: Modules) -> None:

@@ -9,8 +9,7 @@ from lightning_oft.codecs import parameter_of
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers import LayerState, Rotation, layer_type_of, state_of
 from lightning_oft.layers.state import drop_empty_record, make_record
-from lightning_oft.model import activation, freezing, saved_modules, traversal
-from lightning_oft.model.fingerprint import layer_fingerprint
+from lightning_oft.model import activation, fingerprint, freezing, saved_modules, traversal
 from lightning_oft.model.plan import Plan, plan_injection
 from lightning_oft.model.traversal import Modules, adapted, adapter_names, some, walk
 
@@ -19,15 +18,8 @@ def inject(model: Any, config: OFTConfig, adapter_name: str = "default") -> list
     """Put an adapter into a model, in place, and freeze the rest; the model computes what it did before.
 
     The adapter is active and trainable on every layer that has no other active adapter; where one has, `set_adapter`
-    chooses. Layers that already have this adapter are left as they are, so calling it again is harmless.
-
-    Args:
-        model: any module; the names in `config` are relative to it.
-        config: what to adapt and how.
-        adapter_name: a name for this set of rotations, without dots.
-
-    Returns:
-        The names of the layers adapted, relative to `model`, in the order of the model.
+    chooses. Layers that already have this adapter are left as they are, so calling it again is harmless. The names in
+    `config` and those returned, of the layers adapted, are relative to `model`; `adapter_name` has no dots.
 
     Raises:
         TypeError: `model` is no module or `config` no OFTConfig.
@@ -52,11 +44,8 @@ def carry_out(modules: Modules, plan: Plan) -> list[str]:
     freezing.freeze(modules)
     freezing.layers_changed(modules)
     if waiting:
-        warnings.warn(
-            f"adapter {plan.adapter_name!r} is not active on {some(waiting)}, where another adapter is: "
-            "call set_adapter(model, names) to choose",
-            stacklevel=3,
-        )
+        what = f"adapter {plan.adapter_name!r} is not active on {some(waiting)}, where another adapter is"
+        warnings.warn(f"{what}: call set_adapter(model, names) to choose", stacklevel=3)
     return list(plan.layers)
 
 
@@ -64,7 +53,7 @@ def _adapt(layer: nn.Module, block_sizes: dict[str, int], plan: Plan) -> LayerSt
     state, layer_type = state_of(layer), layer_type_of(layer)
     if state is None:
         assert layer_type is not None  # a plan has no other layers
-        state = LayerState(layer_type, fingerprint=layer_fingerprint(layer))
+        state = LayerState(layer_type, fingerprint=fingerprint.layer_fingerprint(layer))
         layer.oft_R = nn.ModuleDict()
         make_record(layer).layer = state
         layer_type.attach(layer)
@@ -90,10 +79,6 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
     Other adapters stay, active and trainable as they were. Where the deleted one alone was active, the first that is
     left becomes active, and a warning says so; with the last adapter every trace of OFT leaves, as by `unload`.
-
-    Args:
-        model: a model with adapters, unmerged.
-        adapter_name: the adapter to delete.
 
     Raises:
         ValueError: there is no such adapter.
@@ -142,7 +127,10 @@ def _unload(modules: Modules) -> None:
     for _, layer, state in list(adapted(modules)):
         _strip(layer, state)
     saved_modules.release(modules, names, to_base=not merged)
-    freezing.unfreeze(modules)
+    freezing.unfreeze_merged(modules)
+    for _, module, record in traversal.records(modules):
+        record.frozen, record.released, record.norm_mode = set(), {}, None
+        drop_empty_record(module)
     freezing.layers_changed(modules)
 
 
@@ -150,7 +138,6 @@ def _strip(layer: nn.Module, state: LayerState) -> None:
     """Take the rotations off a layer, merged or not."""
     if state.merged is None:
         state.layer_type.detach(layer)
-    layer._modules.pop("oft_R", None)
-    layer.__dict__.pop("oft_R", None)
+    del layer.oft_R
     make_record(layer).layer = None
     drop_empty_record(layer)

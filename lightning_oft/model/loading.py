@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_oft.codecs import cut_like, local_part
-from lightning_oft.model import traversal
+from lightning_oft.model import fingerprint, injection, traversal
 from lightning_oft.model.adapter_state import AdapterState
-from lightning_oft.model.fingerprint import other_bases
-from lightning_oft.model.injection import carry_out
 from lightning_oft.model.placement import AdapterError, Place, find_place
 from lightning_oft.model.plan import Plan, check
 from lightning_oft.model.saved_modules import saved_tensors
@@ -26,16 +24,8 @@ def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) 
     """Put an adapter into a model, in place, and freeze the rest.
 
     The state decides which layers are adapted and how; its names may start at the model or at any module below. The
-    adapter becomes active where no other is. An adapter of this name and structure that is there already takes over
-    the state's values.
-
-    Args:
-        model: any module, unmerged.
-        state: the adapter.
-        adapter_name: the name it gets in the model; its own by default.
-
-    Returns:
-        The names of the layers adapted, relative to `model`, in the order of the model.
+    adapter becomes active where no other is. An adapter of this name (`adapter_name`, else the state's own) and of this
+    structure that is there already takes over the state's values. Returns the names of the layers adapted.
 
     Raises:
         AdapterError: it does not fit the model, which is untouched.
@@ -47,11 +37,11 @@ def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) 
     place = find_place(modules, state)
     is_there = name in traversal.adapter_names(modules)
     if is_there and (difference := _difference(modules, state, place, name)):
-        raise AdapterError(
-            f"the model has another adapter {name!r} already, {difference}; "
-            "call unload(model) first, or load it under another adapter_name"
-        )
-    changed = other_bases(modules, {joined(place.root, layer): value for layer, value in state.fingerprints.items()})
+        what = f"the model has another adapter {name!r} already, {difference}"
+        raise AdapterError(f"{what}; call unload(model) first, or load it under another adapter_name")
+    changed = fingerprint.other_bases(
+        modules, {joined(place.root, layer): value for layer, value in state.fingerprints.items()}
+    )
     if changed:
         what = f"{state.source or 'the adapter'} was trained on another base, {some(changed)} differ"
         warnings.warn(f"{what}; load the one it was trained on", stacklevel=3)
@@ -65,7 +55,7 @@ def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) 
             module._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
         if torn:
             log.warning("load: %s shared a weight with another module; it has a copy of its own now", some(torn))
-        carry_out(modules, plan)
+        injection.carry_out(modules, plan)
     present, saved = rotations(modules, name), {id(one.tensor): one for one in saved_tensors(modules)}
     values: list[tuple[Tensor, Tensor]] = [(present[key].weight, value) for key, value in place.generators.items()]
     values += [(saved[id(one.tensor())].value(name), one.value) for one in place.saved.values()]
@@ -77,9 +67,7 @@ def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) 
 
 def _torn(modules: Modules, place: Place) -> list[str]:
     """Names of trained tensors that share their memory in the model with one that the state has other values for.
-
-    PEFT trains a copy of such a head, so that the embedding it is tied to stays what it was.
-    """
+    PEFT trains a copy of such a head, so that the embedding it is tied to stays what it was."""
     theirs = {(id(one.module), one.key): one.value for one in place.saved.values()}
     sharing = defaultdict(list)
     for module in modules.values() if place.saved else ():

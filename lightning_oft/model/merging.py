@@ -11,8 +11,7 @@ from torch import nn
 
 from lightning_oft.codecs import codec_of, is_sharded, whole
 from lightning_oft.layers.state import LayerState, make_record, rotations_of
-from lightning_oft.model import activation, freezing, traversal
-from lightning_oft.model.fingerprint import same_base
+from lightning_oft.model import activation, fingerprint, freezing, traversal
 from lightning_oft.model.folding import Device, folded_weights
 from lightning_oft.model.traversal import Modules, adapted, merged_layers, some, walk
 
@@ -36,7 +35,7 @@ def merge(
 
     Names, classes and state-dict keys are those of the base afterwards. Each layer keeps its rotations out of the
     module tree, so that `unmerge` can undo it. Either every layer is merged, or an error leaves the model as it was
-    (where keep_base is off and some layers were merged already, as `unmerge` would).
+    (where keep_base is off and some layers were merged already, as `unmerge` would). Returns the names of the layers.
 
     Args:
         model: a model with adapters.
@@ -44,9 +43,6 @@ def merge(
         keep_base: whether to keep a CPU copy of the adapted weights, which `unmerge` returns to the bit: "auto" keeps
             them up to 8 GiB a process, "always", or "never" (unmerge then solves, to 1e-6 in float32).
         device: where to compute, layer by layer; where each weight is by default.
-
-    Returns:
-        The names of the layers merged.
 
     Raises:
         ValueError: no adapter, or a generator is not finite; names the layer.
@@ -62,7 +58,7 @@ def merge_layers(
     modules: Modules,
     adapter_name: str | list[str] | None = None,
     keep_base: KeepBase = "auto",
-    device: torch.device | str | None = None,
+    device: Device = None,
     gathered: Gathered = contextlib.nullcontext,
     only: Collection[str] | None = None,
 ) -> list[str]:
@@ -86,7 +82,11 @@ def merge_layers(
         for _, layer, state in adapted(layers):
             undo.callback(_unmerge_layer, layer, state, gathered)
             with gathered(layer):
-                _merge_layer(layer, state, keep, device, holders)
+                state.merged, state.base = {}, {}
+                for weight in folded_weights(layer, state):
+                    state.merged[weight.part.parameter] = weight.merge(keep, device, holders)
+                state.layer_type.detach(layer)
+                layer.__dict__["oft_R"] = layer._modules.pop("oft_R")  # out of the module tree; `layer.oft_R` answers
         undo.pop_all()
     _untie_configs(modules, layers)
     if len(merged_layers(modules)) == sum(1 for _ in adapted(modules)):
@@ -106,22 +106,12 @@ def _check_mergeable(layers: dict[str, nn.Module], gathered: Gathered) -> None:
         codecs = [codec_of(layer, part.parameter) for part in state.layer_type.rotated_weights(layer).values()]
         if not all(codec is not None and codec.is_exact for codec in codecs):
             packed.append(name)
-    for names, problem, remedy in (
-        (broken, "generators of {} are NaN or infinite", "load an earlier state of the adapter"),
-        (packed, "the weights of {} are quantized or packed", "load the base without quantization to merge"),
-    ):
-        if names:
-            raise ValueError(f"cannot merge: {problem.format(some(names))}; nothing was changed: {remedy}")
-
-
-def _merge_layer(layer: nn.Module, state: LayerState, keep: bool, device: Device, holders: Counter[int]) -> None:
-    state.merged, state.base = {}, {}
-    for weight in folded_weights(layer, state):
-        weight.merge(keep, device, holders)
-        state.merged[weight.part.parameter] = weight.fingerprint()
-    state.layer_type.detach(layer)
-    # Out of the module tree; `layer.oft_R` still answers.
-    layer.__dict__["oft_R"] = layer._modules.pop("oft_R")
+    if broken:
+        what = f"cannot merge: generators of {some(broken)} are NaN or infinite; nothing was changed"
+        raise ValueError(f"{what}: load an earlier state of the adapter")
+    if packed:
+        what = f"cannot merge: the weights of {some(packed)} are quantized or packed; nothing was changed"
+        raise ValueError(f"{what}: load the base without quantization to merge")
 
 
 @torch.no_grad()
@@ -129,10 +119,7 @@ def unmerge(model: nn.Module) -> list[str]:
     """Undo `merge`, in place: the base weights return, and the adapters are active beside them again.
 
     To the bit where `merge` kept the base, else by solving with the rotations (1e-6 relative in float32; lower
-    precisions round).
-
-    Returns:
-        The names of the layers unmerged.
+    precisions round). Returns the names of the layers.
 
     Raises:
         RuntimeError: the model is not merged, or a merged weight has been changed since.
@@ -145,13 +132,13 @@ def unmerge(model: nn.Module) -> list[str]:
         name: None
         for name, layer, state in adapted(layers)
         for weight in folded_weights(layer, state)
-        if not same_base(weight.fingerprint(), (state.merged or {}).get(weight.part.parameter))
+        if not fingerprint.same_base(weight.fingerprint(), (state.merged or {}).get(weight.part.parameter))
     }
     if changed:  # going back to the base would lose the change
-        raise RuntimeError(
-            f"cannot unmerge {some(changed)}: the weights were changed after the merge (another checkpoint was loaded?); "
-            "call unload(model) to keep them as the new base"
+        what = (
+            f"cannot unmerge {some(changed)}: the weights were changed after the merge (another checkpoint was loaded?)"
         )
+        raise RuntimeError(f"{what}; call unload(model) to keep them as the new base")
     for _, layer, state in adapted(layers):
         _unmerge_layer(layer, state)
     for _, module, record in traversal.records(modules):

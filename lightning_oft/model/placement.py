@@ -1,5 +1,6 @@
 """Where the names and shapes of an AdapterState are in a model. Everything that does not fit is refused here."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,12 +11,9 @@ from lightning_oft.functional import block_size_of
 from lightning_oft.layers.base import layer_type_named, layer_type_of, refusal, rotated_weights_of
 from lightning_oft.model import traversal
 from lightning_oft.model.adapter_state import AdapterState, LayerRotations
-from lightning_oft.model.plan import BlockSizes
 from lightning_oft.model.saved_modules import base_value
 from lightning_oft.model.targets import matches, owners_of
 from lightning_oft.model.traversal import Modules, is_inside, joined, some
-
-Owners = dict[str, tuple[str, str]]
 
 
 class AdapterError(ValueError):
@@ -38,19 +36,20 @@ class Place(NamedTuple):
     """Where a state goes in a model: its layers and generators by the model's names, `saved` by the state's names."""
 
     root: str
-    layers: BlockSizes
+    layers: dict[str, dict[str, int]]  # block sizes by part
     generators: dict[tuple[str, str], Tensor]
     saved: dict[str, PlacedTensor]
 
 
 def find_place(modules: Modules, state: AdapterState) -> Place:
     """Find the module that the state's names start at, and check every name and shape against the model."""
-    owners = owners_of(modules)
+    owners = owners_of(modules)  # where another layer reads a layer's weight, the rotation is a part of that one's
     root = _find_root(modules, owners, state)
     generators = {}
     for name, found in state.layers.items():
         for part, generator in found.generators.items():
-            key = _owner(owners, joined(root, name), part)
+            full = joined(root, name)
+            key = owners.get(full, (full, "")) if not part else (full, part)
             _check_rotation(modules, key, name, found, generator, state.config.block_share)
             generators[key] = generator
     sizes = {key: block_size_of(generator.shape[1]) for key, generator in generators.items()}
@@ -61,11 +60,6 @@ def find_place(modules: Modules, state: AdapterState) -> Place:
         if name in names
     }
     return Place(root, layers, generators, _place_tensors(modules, state, root))
-
-
-def _owner(owners: Owners, name: str, part: str) -> tuple[str, str]:
-    """(layer, part) that a name means: where another layer reads this one's weight, the part of that one."""
-    return (name, part) if part or name not in owners else owners[name]
 
 
 def _tensor_place(modules: Modules, name: str) -> tuple[nn.Module, str] | None:
@@ -79,11 +73,12 @@ def _tensor_place(modules: Modules, name: str) -> tuple[nn.Module, str] | None:
     return (module, key) if isinstance(getattr(module, key, None), Tensor) else None
 
 
-def _find_root(modules: Modules, owners: Owners, state: AdapterState) -> str:
+def _find_root(modules: Modules, owners: Mapping[str, tuple[str, str]], state: AdapterState) -> str:
     """The module below which every name exists: where it was, the model, a model inside it, any module."""
 
     def missing(root: str) -> list[str]:
-        lost = [name for name in state.layers if _owner(owners, joined(root, name), "")[0] not in modules]
+        layers = {name: joined(root, name) for name in state.layers}
+        lost = [name for name, full in layers.items() if owners.get(full, (full, ""))[0] not in modules]
         return lost + [name for name in state.saved if _tensor_place(modules, joined(root, name)) is None]
 
     inner = [name for name, module in modules.items() if traversal.class_names(module) & traversal.LIBRARY_MODELS]
@@ -93,10 +88,8 @@ def _find_root(modules: Modules, owners: Owners, state: AdapterState) -> str:
         if len(found) == 1:
             return found[0]
         if found:
-            raise AdapterError(
-                f"its names fit {some(found)} alike; load it into the one that you mean, "
-                f"load_adapter(model.{found[0]}, ...)"
-            )
+            what = f"its names fit {some(found)} alike"
+            raise AdapterError(f"{what}; load it into the one that you mean, load_adapter(model.{found[0]}, ...)")
     best = min([*stored, "", *inner], key=lambda root: len(missing(root)))
     where = best or "the model"
     raise AdapterError(f"{where} has no {some(missing(best))}; load the adapter into the model it was trained on")
@@ -135,10 +128,9 @@ def _place_tensors(modules: Modules, state: AdapterState, root: str) -> dict[str
         assert spot is not None  # else the root would be another
         tensor, base = traversal.tensor_of(*spot), base_value(*spot)
         if value.shape != tensor.shape:
-            raise AdapterError(
-                f"{name} has shape {tuple(tensor.shape)} in the model and {tuple(value.shape)} in the file; build the "
-                "model with the sizes it was trained with (number of classes, resized vocabulary)"
-            )
+            what = f"{name} has shape {tuple(tensor.shape)} in the model and {tuple(value.shape)} in the file"
+            sizes = "the sizes it was trained with (number of classes, resized vocabulary)"
+            raise AdapterError(f"{what}; build the model with {sizes}")
         if value.is_floating_point() != tensor.is_floating_point():
             raise AdapterError(f"{name} is {value.dtype}, {tensor.dtype} in the model; save it again")
         if name not in expected and not is_sharded(base) and torch.equal(value.to(base), base):

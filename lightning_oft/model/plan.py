@@ -46,10 +46,8 @@ def plan_injection(modules: Modules, config: OFTConfig, adapter_name: str, stric
         for owner in (trained.get(id(parameter_of(modules[name], weights[part].parameter))) for part in sizes):
             if owner is not None:
                 other = next(known for known, module in modules.items() if module is owner)
-                raise ValueError(
-                    f"{some([name])}: its weight is also that of {other} (they are tied), which modules_to_save trains "
-                    "whole; leave one of the two out"
-                )
+                what = f"{some([name])}: its weight is also that of {other} (they are tied)"
+                raise ValueError(f"{what}, which modules_to_save trains whole; leave one of the two out")
     check(modules, plan)
     return plan
 
@@ -58,9 +56,8 @@ def check(modules: Modules, plan: Plan) -> None:
     """Raise where a plan cannot be carried out, wherever it comes from."""
     name: Any = plan.adapter_name
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise ValueError(
-            f"adapter_name={name!r}: must be a non-empty string without dots and no name of nn.ModuleDict's own"
-        )
+        must = "must be a non-empty string without dots and no name of nn.ModuleDict's own"
+        raise ValueError(f"adapter_name={name!r}: {must}")
     require_unmerged(modules, "inject an adapter")
     require_enabled(modules, "inject an adapter")
     states = {layer: state_of(modules[layer]) for layer in plan.layers}
@@ -69,10 +66,11 @@ def check(modules: Modules, plan: Plan) -> None:
         theirs = asdict(state.configs.get(name, plan.config)) if state is not None else mine
         changed = [f"{key}={theirs[key]!r}, now {mine[key]!r}" for key in mine if mine[key] != theirs[key]]
         if changed:
-            raise ValueError(
-                f"{some([layer])}: adapter {name!r} is already there with another configuration ({'; '.join(changed)}): "
-                "unload(model) to start anew, keep its configuration to train it further, or choose another adapter_name"
+            what = (
+                f"{some([layer])}: adapter {name!r} is already there with another configuration ({'; '.join(changed)})"
             )
+            remedy = "unload(model) to start anew, keep its configuration to train it further"
+            raise ValueError(f"{what}: {remedy}, or choose another adapter_name")
     dead = [layer for layer, state in states.items() if state is None and _is_dead(modules[layer])]
     if dead:
         raise ValueError(
@@ -103,11 +101,9 @@ def _block_sizes(targets: Mapping[str, Target], config: OFTConfig, adapter_name:
             given = nearest_divisor(fan, wanted)
             size = found[name][part] = fan // given if config.r else given
             if size < 2:
-                raise ValueError(
-                    f"{some([name])}: fan-in {fan} with {'r' if config.r else 'oft_block_size'}={wanted} leaves blocks of "
-                    "size 1, that is no parameter at all; add it to exclude_modules, or use a block size near a divisor "
-                    f"of {fan}"
-                )
+                what = f"{some([name])}: fan-in {fan} with {'r' if config.r else 'oft_block_size'}={wanted}"
+                remedy = f"add it to exclude_modules, or use a block size near a divisor of {fan}"
+                raise ValueError(f"{what} leaves blocks of size 1, that is no parameter at all; {remedy}")
             if given != wanted and (state is None or adapter_name not in state.configs):
                 note = f"{'r=' if config.r else 'block size '}{given} instead of {wanted} for fan-in {fan}"
                 adjusted.setdefault(note, []).append(name)
@@ -121,24 +117,23 @@ def _saved_tensors(
     modules: Modules, layers: BlockSizes, config: OFTConfig, strict: bool
 ) -> list[tuple[nn.Module, str]]:
     """What modules_to_save and `bias` train whole. Raises ValueError for a name that matches nothing."""
-    required, implied = saved_names(config)
-    missing = [item for item in required if not any(name and matches(name, [item]) for name in modules)]
+    wanted = saved_names(config)
+    missing = [one for one, must in wanted.items() if must and not any(n and matches(n, [one]) for n in modules)]
     if missing and strict:
         children = some(dict.fromkeys(name.partition(".")[0] for name in modules if name))
         raise ValueError(f"modules_to_save: {some(missing)} matches no module; the model's own are {children}")
-    saved = [name for name in modules if name and matches(name, [*required, *implied])]
+    saved = [name for name in modules if name and matches(name, wanted)]
     below = set(map(id, modules.below(*saved).values()))
     found = [(module, key) for module in modules.values() if id(module) in below for key in own_tensors(module)]
     owners = {id(module) for name in layers for module in modules[name].modules()}
     for module in modules.values() if config.bias != "none" else ():
         if id(module) not in below and (config.bias == "all" or id(module) in owners):
-            biases = (key for key, parameter in module._parameters.items() if parameter is not None and "bias" in key)
-            found += [(module, key) for key in biases]
+            found += [(module, key) for key, p in module._parameters.items() if p is not None and "bias" in key]
     return found
 
 
 def _is_dead(layer: Any) -> bool:
-    """Whether a linear layer passes no gradient to its input, which would leave its rotation untrained without a word."""
+    """Whether a linear layer passes no gradient to its input, which would leave its rotation untrained."""
     weight = getattr(layer, "weight", None)
     is_plain = type(layer) is nn.Linear and isinstance(weight, Tensor) and type(local_part(weight.data)) is Tensor
     if is_plain or not hasattr(layer, "in_features"):

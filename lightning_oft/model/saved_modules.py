@@ -1,8 +1,8 @@
 """Tensors of the base that an adapter trains whole: modules_to_save and biases.
 
-The values of the active adapter live in the module itself, under the names they always had; those of the base and of
-other adapters wait beside it. Switching exchanges `.data` and never copies into it, so that a backward in flight finds
-its values again after `disable_adapters`; after a lasting switch it raises.
+The values of the active adapter are in the module itself; those of the base and of other adapters wait beside it.
+Switching exchanges `.data` and never copies into it, so that a backward in flight finds its values again after
+`disable_adapters`; after a lasting switch it raises.
 """
 
 from collections.abc import Iterator
@@ -46,9 +46,7 @@ def base_value(module: nn.Module, key: str) -> Tensor:
 
 def claim(module: nn.Module, key: str, adapter_name: str, active: bool, known: dict[int, Slot]) -> None:
     """Let an adapter own a tensor from now on; its values start as the base's.
-
-    `known` are the slots by id of their tensor: one that two modules hold (tied embeddings) has a single slot.
-    """
+    `known` are the slots by id of their tensor: one that two modules hold (tied embeddings) has a single slot."""
     tensor, record = tensor_of(module, key), make_record(module)
     if key not in record.slots:
         record.slots[key] = known.setdefault(id(tensor), Slot(live=BASE))

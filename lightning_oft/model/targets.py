@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -80,14 +81,13 @@ def find_targets(modules: Modules, config: OFTConfig, strict: bool = True) -> di
     return found
 
 
-def saved_names(config: OFTConfig) -> tuple[list[str], list[str]]:
-    """Names in modules_to_save that must exist, and those that the task type adds where they do."""
-    required = list(config.modules_to_save or [])
-    implied = ["classifier", "score"] if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else []
-    return required, [name for name in implied if name not in required]
+def saved_names(config: OFTConfig) -> dict[str, bool]:
+    """Names of the modules to save, and whether they must exist: those that the task type adds need not."""
+    implied = ("classifier", "score") if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
+    return dict.fromkeys(implied, False) | dict.fromkeys(config.modules_to_save or (), True)
 
 
-def matches(name: str, items: list[str]) -> bool:
+def matches(name: str, items: Iterable[str]) -> bool:
     """Whether a module name is one of the items or ends with one: `proj` matches `a.proj`, not `q_proj`."""
     return any(name == item or name.endswith(f".{item}") for item in items)
 
@@ -114,19 +114,17 @@ def _compiled(pattern: str, field: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(
-            f"{field}={pattern!r} is not a regular expression: {error}; mend it, or give a list of names"
-        ) from None
+        what = f"{field}={pattern!r} is not a regular expression: {error}"
+        raise ValueError(f"{what}; mend it, or give a list of names") from None
 
 
 def _excluded(config: OFTConfig, name: str) -> bool:
-    exclude = config.exclude_modules or []
-    if isinstance(exclude, str) and _compiled(exclude, "exclude_modules").fullmatch(name) is not None:
+    exclude, saved = config.exclude_modules or [], saved_names(config)
+    if any(matches(above, saved) for above in accumulate(name.split("."), joined)):
         return True
-    # Of a module that is saved whole, what is below it too.
-    above = accumulate(name.split("."), joined)
-    saved = [item for items in saved_names(config) for item in items]
-    return (not isinstance(exclude, str) and matches(name, exclude)) or any(matches(one, saved) for one in above)
+    if isinstance(exclude, str):
+        return _compiled(exclude, "exclude_modules").fullmatch(name) is not None
+    return matches(name, exclude)
 
 
 def _in_layers(name: str, wanted: list[str], config: OFTConfig) -> bool:
@@ -143,8 +141,8 @@ def _in_layers(name: str, wanted: list[str], config: OFTConfig) -> bool:
 
 
 def owners_of(modules: Modules) -> dict[str, tuple[str, str]]:
-    """By the name of a module whose weight another one reads and never calls, such as an attention's out_proj: the other
-    one's name, and the part of it."""
+    """By the name of a module that another one reads and never calls, such as an attention's out_proj: that one's name,
+    and the part of it."""
     return {
         joined(name, child): (name, part)
         for name, module in modules.items()

@@ -26,17 +26,12 @@ LIBRARY_MODELS = {"PreTrainedModel", "ModelMixin"}
 
 
 class Modules(dict[str, nn.Module]):
-    """A model that has been walked: every module once, by its first name; the model itself is ''.
-
-    Attributes:
-        aliases: further names of modules that have several, with the first one.
-        compiled: ids of the modules that torch.compile wraps themselves.
-    """
+    """A model that has been walked: every module once, by its first name; the model itself is ''."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.aliases: dict[str, str] = {}
-        self.compiled: set[int] = set()
+        self.aliases: dict[str, str] = {}  # further names of modules that have several, with the first one
+        self.compiled: set[int] = set()  # ids of the modules that torch.compile wraps themselves
 
     def below(self, *tops: str) -> dict[str, nn.Module]:
         """Modules and everything inside them, by first names, wherever those are."""
@@ -51,11 +46,8 @@ class Modules(dict[str, nn.Module]):
 
 
 def walk(model: nn.Module) -> Modules:
-    """Every module of the model once, by its first name, without wrappers' names and without adapters.
-
-    `named_modules` would do but for the wrappers: `net._orig_mod.head` is `net.head` here. A public call walks once
-    and hands the result on.
-    """
+    """Every module of the model once, by its first name, without adapters and without wrappers' names:
+    `net._orig_mod.head` is `net.head` here. A public call walks once and hands the result on."""
     found, seen = Modules(), dict[int, str]()
 
     def visit(module: nn.Module, name: str) -> None:
