@@ -176,14 +176,12 @@ def rotate_weight(weight: Tensor, rotation: Tensor) -> Tensor:
 def unrotate_weight(weight: Tensor, rotation: Tensor) -> Tensor:
     """Undo rotate_weight for any invertible R by solving, W = W' . blockdiag(R)^-T. (o, i) -> (o, i).
     A truncated series is not exactly orthogonal, so R^T would not do. Solved in float64, returned in W's dtype."""
-    inverse_t: Tensor = torch.linalg.inv(rotation.double().mT)
-    return rotate(weight.double(), inverse_t).to(weight.dtype)
+    return rotate(weight.double(), torch.linalg.inv(rotation.double().mT)).to(weight.dtype)
 
 
 def frobenius_norm(generator: Tensor) -> Tensor:
     """||Q_i||_F of each block from its generator: sqrt(2) ||generator_i||. (n, m) -> (n,)."""
-    norm: Tensor = torch.linalg.vector_norm(generator, dim=-1)
-    return math.sqrt(2) * norm
+    return torch.mul(torch.linalg.vector_norm(generator, dim=-1), math.sqrt(2))
 
 
 def eps_radius(eps: float, block_size: int, blocks: int) -> float:
@@ -223,5 +221,4 @@ def orthogonality_error(rotation: Tensor) -> Tensor:
 
 def rotation_angle(rotation: Tensor) -> Tensor:
     """Largest angle in degrees by which each block turns a plane. R: (n, b, b) -> (n,), each in [0, 180]."""
-    angles: Tensor = torch.linalg.eigvals(rotation).angle().abs().amax(-1)
-    return torch.rad2deg(angles)
+    return torch.rad2deg(torch.linalg.eigvals(rotation).angle().abs().amax(-1))

@@ -1,8 +1,8 @@
 """Tensors of which a process holds a part (DTensor: FSDP2 and tensor parallel), worked on part by part.
 
-A rotation turns each row of a weight by itself, so a process folds the rows that it owns. Of a weight that is cut along
-the fan-in a process folds the blocks that it owns, and where the cut goes through a block the weight is cut along its
-rows first. No process holds a whole weight for it, where the backend has an all-to-all (gloo on CPUs has none).
+A change works row by row, so a process changes the rows that it owns; of a weight that is cut along its columns, the
+blocks that it owns, and where the cut goes through a block the weight is cut along its rows first. No process holds a
+whole weight for it, where the backend has an all-to-all (gloo on CPUs has none).
 """
 
 from typing import Any

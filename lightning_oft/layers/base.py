@@ -56,8 +56,7 @@ def restore_class(module: nn.Module) -> None:
 
 
 class RotatedWeight(NamedTuple):
-    """One weight of a layer that a rotation turns: by its input, W' = W . blockdiag(R)^T, or by its output,
-    W' = blockdiag(R)^T . W."""
+    """One weight that a rotation turns: by its input, W' = W . blockdiag(R)^T, or output, W' = blockdiag(R)^T . W."""
 
     parameter: str  # name of the parameter, `weight` or `out_proj.weight`
     fan: int  # size of the dimension that is rotated
@@ -96,10 +95,9 @@ class LayerType(ABC):
     def detach(self, layer: nn.Module) -> None:
         """Give the layer its own forward back."""
         restore_class(layer)
-        hooks: Any
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in (self.input_hook, self.output_hook)]:
-                del hooks[key]
+                hooks.pop(key)
                 layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
     def matches(self, module: nn.Module, is_registered: bool) -> bool:

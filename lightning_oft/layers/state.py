@@ -15,18 +15,14 @@ _ATTRIBUTE = "_oft"
 
 @dataclass
 class LayerState:
-    """The adapters of one layer. `oft_R` of the layer maps their names to rotations.
-
-    A merged layer keeps its rotations out of the module tree, in `merged` the fingerprints of its weights as the merge
-    left them, and in `base` the weights to return to, by parameter name.
-    """
+    """The adapters of one layer. Its `oft_R`, when merged out of the module tree, maps their names to rotations."""
 
     layer_type: LayerType
     configs: dict[str, OFTConfig] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)  # those that are applied, in order
     enabled: bool = True
-    merged: dict[str, str | None] | None = None
-    base: dict[str, Any] = field(default_factory=dict)
+    merged: dict[str, str | None] | None = None  # fingerprints of the weights as the merge left them, by parameter
+    base: dict[str, Any] = field(default_factory=dict)  # weights that an unmerge returns to, by parameter
     fingerprint: str | None = None
 
 

@@ -13,9 +13,8 @@ from lightning_oft.model.traversal import Modules, adapted, walk
 
 
 def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[str] | None = None) -> None:
-    """Make adapters active, applied in the order given: y = base(x . R_first . R_second). Others fall silent.
-
-    Those named by `trainable` train; all of the active ones by default.
+    """Make adapters active, applied in the order given: y = base(x . R_first . R_second). Those named by `trainable`
+    train, all of the active ones by default; other adapters do nothing.
 
     Raises:
         ValueError: an unknown or repeated name, or two adapters that train the same bias or module. Nothing changes.
@@ -25,6 +24,7 @@ def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[
     chosen = [names] if isinstance(names, str) else list(names)
     training = chosen if trainable is None else [trainable] if isinstance(trainable, str) else list(trainable)
     traversal.require_adapter(modules, *training)
+    check_choice(modules, chosen)
     if not set(training) <= set(chosen):
         raise ValueError(f"trainable={training}: only active adapters train, and those are {chosen}; name one of them")
     traversal.require_unmerged(modules, "choose adapters")
@@ -32,8 +32,8 @@ def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[
     activate(modules, chosen, training)
 
 
-def activate(modules: Modules, chosen: list[str], training: list[str]) -> None:
-    """`set_adapter` of a walked model, whatever its state. Raises ValueError where the adapters exclude each other."""
+def check_choice(modules: Modules, chosen: list[str]) -> None:
+    """Raise ValueError where these adapters cannot be active together."""
     traversal.require_adapter(modules, *chosen)
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"adapters {chosen}: each can be active once; name it once")
@@ -41,6 +41,10 @@ def activate(modules: Modules, chosen: list[str], training: list[str]) -> None:
         both = [name for name in chosen if name in slot.owners]
         if len(both) > 1:
             raise ValueError(f"{both[0]!r} and {both[1]!r} both train {tensor}: only one of them can be active")
+
+
+def activate(modules: Modules, chosen: list[str], training: list[str]) -> None:
+    """`set_adapter` without its checks: where adapters share a tensor, the first one has it."""
     for _, layer, state in adapted(modules):
         state.active = [name for name in chosen if name in state.configs]
         for name in state.configs:

@@ -69,11 +69,8 @@ class AdapterState:
         return [name for name, rotations in self.layers.items() if rotations.is_known_to_peft]
 
     def rooted(self, root: str) -> "AdapterState":
-        """The same adapter with names that start at another module; at '' they are those of the whole model.
-
-        Raises:
-            ValueError: a layer or tensor is not below that module.
-        """
+        """The same adapter with names that start at another module; at '' they are those of the whole model. Raises
+        ValueError where a layer or tensor is not below that module."""
 
         def moved(name: str) -> str:
             full = joined(self.root or "", name)

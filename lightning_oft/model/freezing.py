@@ -42,11 +42,10 @@ def freeze(modules: Modules) -> None:
             if parameter is not None and parameter.requires_grad and id(parameter) not in trains:
                 parameter.requires_grad_(False)
                 make_record(module).frozen.add(name)
-        if isinstance(module, _FrozenNorm):
-            continue
         old = any(type(hook).__name__ == "SpectralNorm" for hook in module._forward_pre_hooks.values())
         is_batch_norm = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-        if is_batch_norm or old or type(module).__name__ == "_SpectralNorm":
+        has_statistics = is_batch_norm or old or type(module).__name__ == "_SpectralNorm"
+        if has_statistics and not isinstance(module, _FrozenNorm):
             make_record(module).norm_mode = module.training
     freeze_norms(modules)
 

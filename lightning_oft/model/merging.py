@@ -73,6 +73,7 @@ def merge_layers(
         undo.callback(activation.remember_choice(modules))
         if adapter_name is not None:
             names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+            activation.check_choice(modules, names)
             activation.activate(modules, names, names)
         _check_mergeable(layers, gathered)
         size = sum(one.read().nbytes for _, layer, state in adapted(layers) for one in folded_weights(layer, state))

@@ -91,8 +91,8 @@ def _find_root(modules: Modules, owners: Mapping[str, tuple[str, str]], state: A
             what = f"its names fit {some(found)} alike"
             raise AdapterError(f"{what}; load it into the one that you mean, load_adapter(model.{found[0]}, ...)")
     best = min([*stored, "", *inner], key=lambda root: len(missing(root)))
-    where = best or "the model"
-    raise AdapterError(f"{where} has no {some(missing(best))}; load the adapter into the model it was trained on")
+    lacks = f"{best or 'the model'} has no {some(missing(best))}"
+    raise AdapterError(f"{lacks}; load the adapter into the model it was trained on")
 
 
 def _check_rotation(

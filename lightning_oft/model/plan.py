@@ -1,7 +1,7 @@
 """Plan: the resolved answer to what inject will do to a model. Everything that can be refused is refused here."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,9 +15,6 @@ from lightning_oft.layers.state import state_of
 from lightning_oft.model.targets import Target, find_targets, matches, saved_names
 from lightning_oft.model.traversal import Modules, own_tensors, require_enabled, require_unmerged, some, tensor_of
 
-BlockSizes = dict[str, dict[str, int]]
-"""Size of the blocks by layer and by each of its parts that gets a rotation."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -26,17 +23,13 @@ class Plan:
 
     adapter_name: str
     config: OFTConfig
-    layers: BlockSizes
+    layers: dict[str, dict[str, int]]  # size of the blocks by layer, and by each of its parts that gets a rotation
     saved: list[tuple[nn.Module, str]] = field(default_factory=list)
 
 
 def plan_injection(modules: Modules, config: OFTConfig, adapter_name: str, strict: bool = True) -> Plan:
     """Resolve a configuration on a model, which stays untouched; `strict` makes names that match nothing an error.
-
-    Raises:
-        ValueError: nothing matches, or a target cannot be adapted; names it and the remedy.
-        RuntimeError: the model is merged, or inside disable_adapters.
-    """
+    Raises what `inject` raises."""
     layers = _block_sizes(find_targets(modules, config, strict), config, adapter_name)
     plan = Plan(adapter_name, config, layers, _saved_tensors(modules, layers, config, strict))
     # A rotated weight that is tied to a trained one would train too, and no adapter file could say so.
@@ -88,9 +81,9 @@ def nearest_divisor(number: int, wanted: int) -> int:
     return min(divisors, key=lambda d: (abs(d - wanted), d))
 
 
-def _block_sizes(targets: Mapping[str, Target], config: OFTConfig, adapter_name: str) -> BlockSizes:
+def _block_sizes(targets: Mapping[str, Target], config: OFTConfig, adapter_name: str) -> dict[str, dict[str, int]]:
     """The sizes as they can be; one warning names the layers whose size had to be adjusted."""
-    found: BlockSizes = {}
+    found: dict[str, dict[str, int]] = {}
     adjusted: dict[str, list[str]] = {}
     wanted = config.r or config.oft_block_size or 0
     for name, (module, parts) in targets.items():
@@ -114,7 +107,7 @@ def _block_sizes(targets: Mapping[str, Target], config: OFTConfig, adapter_name:
 
 
 def _saved_tensors(
-    modules: Modules, layers: BlockSizes, config: OFTConfig, strict: bool
+    modules: Modules, layers: Iterable[str], config: OFTConfig, strict: bool
 ) -> list[tuple[nn.Module, str]]:
     """What modules_to_save and `bias` train whole. Raises ValueError for a name that matches nothing."""
     wanted = saved_names(config)

@@ -43,11 +43,8 @@ class Target(NamedTuple):
 
 
 def find_targets(modules: Modules, config: OFTConfig, strict: bool = True) -> dict[str, Target]:
-    """The modules that the configuration selects, by name, in the order of the model.
-
-    Raises:
-        ValueError: something is selected that cannot be adapted, or `strict` and nothing is; with names and the remedy.
-    """
+    """The modules that the configuration selects, by name, in the order of the model. Raises ValueError where something
+    is selected that cannot be adapted, or where nothing is and `strict`."""
     owners = owners_of(modules)
     found: dict[str, Target] = {}
     refused: dict[str, str] = {}
