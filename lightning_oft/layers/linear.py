@@ -9,7 +9,8 @@ from lightning_oft.layers.base import LayerType, RotatedWeight, register_layer_t
 from lightning_oft.layers.state import applied_rotations
 
 _INPUT_NAMES = ("input", "x", "hidden_states")
-_KNOWN_TO_PEFT = "bitsandbytes hqq torchao aqlm awq gptqmodel auto_gptq eetq neural_compressor".split()
+_KNOWN_TO_PEFT = ("bitsandbytes", "hqq", "torchao", "aqlm", "awq", "gptqmodel", "auto_gptq", "eetq",
+                  "neural_compressor")  # fmt: skip
 """Packages whose linear layers PEFT adapts without their being an nn.Linear."""
 
 

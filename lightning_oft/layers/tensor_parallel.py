@@ -60,7 +60,6 @@ def divides(block_size: int, parts: int, fan_in: int) -> bool:
 
 def cut_inside(fan_in: int, parts: int, block_size: int) -> str:
     """The message for a cut that goes through a block."""
-    what = (
-        f"tensor parallelism cuts the fan-in of {fan_in} into {parts} parts, which blocks of {block_size} do not divide"
-    )
-    return f"{what}: take an oft_block_size that divides {fan_in // parts}, or leave the layer out with exclude_modules"
+    cut = f"tensor parallelism cuts the fan-in of {fan_in} into {parts} parts"
+    remedy = f"take an oft_block_size that divides {fan_in // parts}, or leave the layer out with exclude_modules"
+    return f"{cut}, which blocks of {block_size} do not divide: {remedy}"

@@ -59,11 +59,9 @@ def check(modules: Modules, plan: Plan) -> None:
         theirs = asdict(state.configs.get(name, plan.config)) if state is not None else mine
         changed = [f"{key}={theirs[key]!r}, now {mine[key]!r}" for key in mine if mine[key] != theirs[key]]
         if changed:
-            what = (
-                f"{some([layer])}: adapter {name!r} is already there with another configuration ({'; '.join(changed)})"
-            )
+            what = f"adapter {name!r} is already there with another configuration ({'; '.join(changed)})"
             remedy = "unload(model) to start anew, keep its configuration to train it further"
-            raise ValueError(f"{what}: {remedy}, or choose another adapter_name")
+            raise ValueError(f"{some([layer])}: {what}: {remedy}, or choose another adapter_name")
     dead = [layer for layer, state in states.items() if state is None and _is_dead(modules[layer])]
     if dead:
         raise ValueError(
