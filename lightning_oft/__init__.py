@@ -21,28 +21,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "AdapterState": "model.adapter_state",
-    "OFTConfig": "config",
-    "OFTFinetuning": "callback.oft",
-    "delete_adapter": "model.injection",
-    "disable_adapters": "model.activation",
-    "inject": "model.injection",
-    "load_adapter": "formats",
-    "load_from_checkpoint": "callback.loading",
-    "merge": "model.merging",
-    "oft_layers": "model.traversal",
-    "project": "model.activation",
-    "register_layer_type": "layers",
-    "save_adapter": "formats",
-    "set_adapter": "model.activation",
-    "unload": "model.injection",
-    "unmerge": "model.merging",
-}
-
 __all__ = ["AdapterState", "OFTConfig", "OFTFinetuning", "__version__", "delete_adapter", "disable_adapters", "inject",
            "load_adapter", "load_from_checkpoint", "merge", "oft_layers", "project", "register_layer_type",
            "save_adapter", "set_adapter", "unload", "unmerge"]  # fmt: skip
+
+_HOME = {name: "model" for name in __all__ if name != "__version__"} | {
+    "OFTConfig": "config",
+    "OFTFinetuning": "callback.oft",
+    "load_adapter": "formats",
+    "load_from_checkpoint": "callback.loading",
+    "register_layer_type": "layers",
+    "save_adapter": "formats",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -64,20 +64,18 @@ class OFTConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         if self.r and self.oft_block_size:
-            raise ValueError(
-                f"r={self.r} and oft_block_size={self.oft_block_size} exclude each other: give one of them"
-            )
+            both = f"r={self.r} and oft_block_size={self.oft_block_size}"
+            raise ValueError(f"{both} exclude each other: give one of them")
         if self.oft_block_size is None:
             object.__setattr__(self, "oft_block_size", 0 if self.r else 32)
         if self.r == 0 and self.oft_block_size == 0:
             raise ValueError("r=0 and oft_block_size=0: give one of them a positive value")
-        size, terms, task_types = self.oft_block_size or 0, self.num_cayley_neumann_terms, ", ".join(TASK_TYPES)
+        size, terms, angle = self.oft_block_size or 0, self.num_cayley_neumann_terms, self.max_angle
         self._refuse(self.r < 0, "r", "must be positive, or 0 to use oft_block_size")
         self._refuse(size < 0, "oft_block_size", "must be at least 2")
         self._refuse(size == 1, "oft_block_size", "a block of size 1 cannot rotate; use at least 2")
         self._refuse(not 0 <= self.module_dropout < 1, "module_dropout", "must be in [0, 1)")
         self._refuse(not 0 < self.eps < 1e30, "eps", "must be a positive number")
-        angle = self.max_angle
         self._refuse(angle is not None and not 0 < angle < 180, "max_angle", "must be in degrees between 0 and 180")
         too_few = "fewer than 2 terms never leave the identity; use an even number such as 6"
         self._refuse(self.use_cayley_neumann and terms < 2, "num_cayley_neumann_terms", too_few)
@@ -86,13 +84,11 @@ class OFTConfig:
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
         if self.layers_to_transform is not None and not isinstance(self.target_modules, list):
-            raise ValueError(
-                f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names, got "
-                f"{self.target_modules!r}: list the names, or put the indices into the regular expression"
-            )
-        self._refuse(
-            self.task_type not in (None, *TASK_TYPES), "task_type", f"must be one of PEFT's, {task_types}, or null"
-        )
+            needs = f"needs target_modules as a list of names, got {self.target_modules!r}"
+            remedy = "list the names, or put the indices into the regular expression"
+            raise ValueError(f"layers_to_transform={self.layers_to_transform!r} {needs}: {remedy}")
+        known = f"must be one of PEFT's, {', '.join(TASK_TYPES)}, or null"
+        self._refuse(self.task_type not in (None, *TASK_TYPES), "task_type", known)
         if self.target_modules in ("", []):
             raise ValueError("target_modules is empty: name the layers, or use 'all-linear'")
 

@@ -156,9 +156,7 @@ class _Rotate(torch.autograd.Function):
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate the last dimension, x . blockdiag(R). x: (..., n*b), R: (n, b, b) or (1, b, b) shared -> (..., n*b).
-
-    Both of one floating dtype. Raises ValueError where the last dimension is not n*b.
-    """
+    Both of one floating dtype. Raises ValueError where the last dimension is not n*b."""
     n, b, _ = rotation.shape
     fan_in = x.shape[-1] if x.dim() else 0
     if (fan_in != n * b) if n > 1 else (fan_in == 0 or fan_in % b != 0):
@@ -177,17 +175,13 @@ def rotate_weight(weight: Tensor, rotation: Tensor) -> Tensor:
 
 def unrotate_weight(weight: Tensor, rotation: Tensor) -> Tensor:
     """Undo rotate_weight for any invertible R by solving, W = W' . blockdiag(R)^-T. (o, i) -> (o, i).
-
-    A truncated series is not exactly orthogonal, so R^T would not do. Solved in float64, returned in W's dtype.
-    """
-    inverse_t: Tensor = torch.linalg.inv(rotation.double().mT)
-    return rotate(weight.double(), inverse_t).to(weight.dtype)
+    A truncated series is not exactly orthogonal, so R^T would not do. Solved in float64, returned in W's dtype."""
+    return rotate(weight.double(), torch.linalg.inv(rotation.double().mT)).to(weight.dtype)
 
 
 def frobenius_norm(generator: Tensor) -> Tensor:
     """||Q_i||_F of each block from its generator: sqrt(2) ||generator_i||. (n, m) -> (n,)."""
-    norm: Tensor = torch.linalg.vector_norm(generator, dim=-1)
-    return math.sqrt(2) * norm
+    return torch.mul(torch.linalg.vector_norm(generator, dim=-1), math.sqrt(2))
 
 
 def eps_radius(eps: float, block_size: int, blocks: int) -> float:
@@ -197,9 +191,7 @@ def eps_radius(eps: float, block_size: int, blocks: int) -> float:
 
 def angle_radius(max_angle: float) -> float:
     """Radius in ||Q_i||_F inside which no plane turns by more than `max_angle` degrees: sqrt(2) tan(angle / 2).
-
-    ||Q||_2 <= ||Q||_F / sqrt(2) for a skew Q, and a plane of Cayley(Q) turns by 2 atan of its singular value.
-    """
+    ||Q||_2 <= ||Q||_F / sqrt(2) for a skew Q, and a plane of Cayley(Q) turns by 2 atan of its singular value."""
     return math.sqrt(2) * math.tan(math.radians(max_angle) / 2)
 
 
@@ -229,5 +221,4 @@ def orthogonality_error(rotation: Tensor) -> Tensor:
 
 def rotation_angle(rotation: Tensor) -> Tensor:
     """Largest angle in degrees by which each block turns a plane. R: (n, b, b) -> (n,), each in [0, 180]."""
-    angles: Tensor = torch.linalg.eigvals(rotation).angle().abs().amax(-1)
-    return torch.rad2deg(angles)
+    return torch.rad2deg(torch.linalg.eigvals(rotation).angle().abs().amax(-1))

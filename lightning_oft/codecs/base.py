@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 Change = Callable[[Tensor, slice], Tensor]
 """From some rows of a weight, and the columns that they are cut to, to the same rows, changed."""
@@ -19,8 +20,7 @@ Change = Callable[[Tensor, slice], Tensor]
 class Codec(ABC):
     """One storage of a weight: a subclass needs `matches`, `read` and `write`."""
 
-    is_exact = True
-    """Whether what is written is read again as it was; of a quantized storage it is not."""
+    is_exact = True  # whether what is written is read again as it was; of a quantized storage it is not
 
     @abstractmethod
     def matches(self, module: nn.Module, parameter: str) -> bool:
@@ -60,7 +60,7 @@ def register_codec(codec: Codec) -> RemovableHandle:
 
 
 def codec_of(module: nn.Module, parameter: str) -> Codec | None:
-    """The codec of a module's parameter; None where its storage is not known, as of packed weights of other packages."""
+    """The codec of a module's parameter; None where its storage is not known, such as that of packed weights."""
     return next((codec for codec in reversed(_codecs.values()) if codec.matches(module, parameter)), None)
 
 
@@ -68,3 +68,33 @@ def parameter_of(module: nn.Module, parameter: str) -> nn.Parameter | None:
     """The parameter of a dotted name below a module; None where the module keeps no parameter of this name."""
     owner, _, key = parameter.rpartition(".")
     return module.get_submodule(owner)._parameters.get(key)
+
+
+class PlainCodec(Codec):
+    """A floating-point nn.Parameter, also as the view of an FSDP1 unit's flat parameter."""
+
+    @override
+    def matches(self, module: nn.Module, parameter: str) -> bool:
+        weight = parameter_of(module, parameter)
+        return weight is not None and weight.is_floating_point() and type(weight.data) is Tensor
+
+    @override
+    def read(self, module: nn.Module, parameter: str) -> Tensor:
+        return module.get_parameter(parameter).data
+
+    @override
+    def write(self, module: nn.Module, parameter: str, values: Tensor) -> None:
+        """By exchange of `.data`, so that a kept base needs no copy; in place in the memory of a flat parameter."""
+        weight = module.get_parameter(parameter)
+        if hasattr(weight, "_fsdp_flattened"):
+            weight.data.copy_(values)
+        else:
+            weight.data = values
+
+    @override
+    def keep(self, module: nn.Module, parameter: str) -> Any:
+        weight = module.get_parameter(parameter)
+        return weight.detach().to("cpu", copy=True) if hasattr(weight, "_fsdp_flattened") else weight.data.cpu()
+
+
+register_codec(PlainCodec())

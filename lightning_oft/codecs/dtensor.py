@@ -1,8 +1,8 @@
 """Tensors of which a process holds a part (DTensor: FSDP2 and tensor parallel), worked on part by part.
 
-A rotation turns each row of a weight by itself, so a process folds the rows that it owns. Of a weight that is cut along
-the fan-in a process folds the blocks that it owns, and where the cut goes through a block the weight is cut along its
-rows first. No process holds a whole weight for it, where the backend has an all-to-all (gloo on CPUs has none).
+A change works row by row, so a process changes the rows that it owns; of a weight that is cut along its columns, the
+blocks that it owns, and where the cut goes through a block the weight is cut along its rows first. No process holds a
+whole weight for it, where the backend has an all-to-all (gloo on CPUs has none).
 """
 
 from typing import Any
@@ -65,9 +65,15 @@ class DTensorCodec(Codec):
     @override
     def changed(self, module: nn.Module, parameter: str, row_dim: int, step: int, change: Change) -> Tensor:
         weight: Any = module.get_parameter(parameter).detach()
-        mine: Tensor = weight.to_local()
+        mine, mesh = weight.to_local(), weight.device_mesh
         across = [dim for dim, place in enumerate(weight.placements) if getattr(place, "dim", row_dim) != row_dim]
-        columns = slice(None) if not across else _whole_blocks(weight, across, step)
+        columns: slice | None = slice(None)
+        if across:  # whole blocks, where every cut along the fan-in is between blocks of `step`
+            parts, size = mesh.size(across[0]), weight.shape[weight.placements[across[0]].dim]
+            width = -(-size // parts)  # torch cuts into equal parts; the last ones may be smaller or empty
+            first = mesh.get_local_rank(across[0]) * width
+            is_whole = len(across) == 1 and weight.dim() == 2 and width % step == 0
+            columns = slice(first, min(first + width, size)) if is_whole else None
         if columns is not None:
             return change(mine, columns) if mine.numel() else mine
         from torch.distributed.tensor import DTensor, Shard
@@ -76,22 +82,8 @@ class DTensorCodec(Codec):
         rows = weight.redistribute(placements=by_rows)
         local = rows.to_local()
         changed = change(local, slice(None)) if local.numel() else local
-        again = DTensor.from_local(
-            changed, rows.device_mesh, by_rows, run_check=False, shape=rows.shape, stride=rows.stride()
-        )
+        again = DTensor.from_local(changed, mesh, by_rows, run_check=False, shape=rows.shape, stride=rows.stride())
         return again.redistribute(placements=weight.placements).to_local()
-
-
-def _whole_blocks(weight: Any, across: list[int], step: int) -> slice | None:
-    """The columns of this process, where every cut along the fan-in is between blocks of `step`; else None."""
-    if len(across) > 1 or weight.dim() != 2:
-        return None
-    parts, size = weight.device_mesh.size(across[0]), weight.shape[weight.placements[across[0]].dim]
-    width = -(-size // parts)  # torch cuts into equal parts; the last ones may be smaller or empty
-    if width % step:
-        return None
-    first = weight.device_mesh.get_local_rank(across[0]) * width
-    return slice(first, min(first + width, size))
 
 
 register_codec(DTensorCodec())

@@ -6,22 +6,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_oft.layers.base import LayerType, RotatedWeight, add_hook, drop_hook, register_layer_type
-from lightning_oft.layers.class_swap import SwappedClass, restore_class, swap_class
+from lightning_oft.layers.base import LayerType, RotatedWeight, SwappedClass, register_layer_type
 from lightning_oft.layers.state import record_of, rotated_weight
 
 
 class _RotatedAttention(SwappedClass):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the original forward on a view of this module that has the rotated weights in place of its own.
-
-        A view rather than a swap: two threads may call one module, and a forward of any subclass keeps working.
-        """
+        A view rather than a swap: two threads may call one module, and a forward of any subclass keeps working."""
         base = self._oft_base
         rotated = {
-            part.parameter: _as_trainable(self, part.parameter, rotated_weight(self, ATTENTION, name, weight))
+            part.parameter: _weight_in_use(self, name, part.parameter)
             for name, part in ATTENTION.rotated_weights(self).items()
-            for weight in (self.get_parameter(part.parameter),)
         }
         projection = _view(self.out_proj, type(self.out_proj), {"weight": rotated.pop("out_proj.weight")})
         view = _view(self, base, rotated)
@@ -29,9 +25,10 @@ class _RotatedAttention(SwappedClass):
         return base.forward(view, *args, **kwargs)
 
 
-def _as_trainable(layer: nn.Module, parameter: str, weight: Tensor) -> Tensor:
-    """Where no gradient is recorded, the weight as the base had it before it was frozen: torch folds a batched product
-    or not by `requires_grad` of its operands, and the identity at injection would be exact to 1e-7 only."""
+def _weight_in_use(layer: nn.Module, part: str, parameter: str) -> Tensor:
+    """The weight, rotated. Where no gradient is recorded it is as trainable as before the base was frozen: torch folds
+    a batched product or not by `requires_grad` of its operands, and the identity would be exact to 1e-7 only."""
+    weight = rotated_weight(layer, ATTENTION, part, layer.get_parameter(parameter))
     owner, _, key = parameter.rpartition(".")
     record = record_of(layer.get_submodule(owner))
     if torch.is_grad_enabled() or weight.requires_grad or record is None or key not in record.frozen:
@@ -46,35 +43,25 @@ def _view(module: nn.Module, cls: type[nn.Module], parameters: dict[str, Tensor]
     return view
 
 
-def keep_off_fast_path(layer: nn.Module, args: Any) -> None:
+def keep_off_fast_path(layer: nn.Module, args: Any, kwargs: Any) -> None:
     """Does nothing by being there: nn.TransformerEncoderLayer reads raw weights in eval unless a hook is below it."""
 
 
 class Attention(LayerType):
-    """nn.MultiheadAttention: it reads the weights of its projections and never calls them, so the weights rotate."""
+    """nn.MultiheadAttention, packed or with projections of its own for keys and values."""
 
     name = "attention"
     in_all_linear = True
+    mixin = _RotatedAttention
+    input_hook = staticmethod(keep_off_fast_path)
 
     @override
-    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
-        embed: Any = layer.embed_dim
+    def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
+        sizes = {"q_proj": layer.embed_dim, "k_proj": layer.kdim, "v_proj": layer.vdim}
         if layer._qkv_same_embed_dim:
-            projections = {"in_proj": RotatedWeight("in_proj_weight", embed)}
-        else:
-            sizes: dict[str, Any] = {"q": embed, "k": layer.kdim, "v": layer.vdim}
-            projections = {f"{key}_proj": RotatedWeight(f"{key}_proj_weight", size) for key, size in sizes.items()}
-        return {**projections, "out_proj": RotatedWeight("out_proj.weight", embed)}
-
-    @override
-    def attach(self, layer: nn.Module) -> None:
-        swap_class(layer, _RotatedAttention)
-        add_hook(layer._forward_pre_hooks, layer.register_forward_pre_hook, keep_off_fast_path)
-
-    @override
-    def detach(self, layer: nn.Module) -> None:
-        restore_class(layer)
-        drop_hook(layer, keep_off_fast_path)
+            sizes = {"in_proj": layer.embed_dim}
+        projections = {part: RotatedWeight(f"{part}_weight", size) for part, size in sizes.items()}
+        return {**projections, "out_proj": RotatedWeight("out_proj.weight", layer.embed_dim)}
 
 
 ATTENTION = Attention()

@@ -4,9 +4,10 @@ Base parameter names and classes never change, so a plain checkpoint still loads
 Shapes: o fan-out, i fan-in; every weight is folded as a matrix (rows, fan) whose last dimension the rotation turns.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,45 +16,89 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from lightning_oft import functional
-from lightning_oft.layers.class_swap import restore_class
+
+
+class SwappedClass:
+    """Mixed into the class of a module that keeps its identity. Prints, pickles and copies as what it was."""
+
+    _oft_base: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if type(self).__dict__.get("_oft_base") is None:  # another library has put a class of its own on top
+            return reduced
+        mixin, base = type(self).__mro__[1], self._oft_base
+        return (_rebuild, (mixin, base), *reduced[2:])
+
+
+@functools.cache
+def _subclass(mixin: type, base: type) -> type[nn.Module]:
+    names = {key: getattr(base, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(base.__name__, (mixin, base), {"_oft_base": base, **names})
+
+
+def _rebuild(mixin: type, base: type[nn.Module]) -> nn.Module:
+    cls = _subclass(mixin, base)  # type: ignore[arg-type]
+    return cls.__new__(cls)
+
+
+def swap_class(module: nn.Module, mixin: type) -> None:
+    """Let the module's methods be looked up in `mixin` first; once, however often it is called."""
+    if not isinstance(module, mixin):
+        module.__class__ = _subclass(mixin, type(module))  # type: ignore[arg-type]
+
+
+def restore_class(module: nn.Module) -> None:
+    """Give the module its own class back. Where another class was put on top, ours stays below and does nothing."""
+    base = type(module).__dict__.get("_oft_base")
+    if base is not None:
+        module.__class__ = base
 
 
 class RotatedWeight(NamedTuple):
-    """One weight of a layer that a rotation turns: by its input, W' = W . blockdiag(R)^T, or by its output,
-    W' = blockdiag(R)^T . W."""
+    """One weight that a rotation turns: by its input, W' = W . blockdiag(R)^T, or output, W' = blockdiag(R)^T . W."""
 
-    parameter: str
-    """Name of the parameter, `weight` or `out_proj.weight`."""
-    fan: int
-    """Size of the dimension that is rotated."""
+    parameter: str  # name of the parameter, `weight` or `out_proj.weight`
+    fan: int  # size of the dimension that is rotated
     side: Literal["input", "output"] = "input"
 
 
 class LayerType(ABC):
     """A kind of arithmetic: which weights are rotated, how the forward rotates and how a weight folds.
 
-    A subclass needs `name`, `rotated_weights` and `attach`; the rest has defaults that fit weights stored as (o, ...).
+    A subclass needs `name`, `rotated_weights` and what rotates: a mixin, a hook or its own `attach` and `detach`.
+    The rest has defaults that fit weights stored as (o, ...).
     """
 
     name = ""
-    row_dim = 0
-    """Dimension of the weight whose entries are rotated each by itself."""
-    in_all_linear = False
-    """Whether `target_modules="all-linear"` selects such layers."""
-    peft_key = "oft_R"
-    """Under which PEFT's files have the generators of such a layer."""
+    row_dim = 0  # dimension of the weight whose entries are rotated each by itself
+    in_all_linear = False  # whether `target_modules="all-linear"` selects such layers
+    peft_key = "oft_R"  # under which PEFT's files have the generators of such a layer
+    mixin: type | None = None  # a SwappedClass whose methods rotate
+    input_hook: Callable[..., Any] | None = None  # a forward pre-hook with keyword arguments, as a staticmethod
+    output_hook: Callable[..., Any] | None = None  # a forward hook, as a staticmethod
 
     @abstractmethod
     def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
         """The rotated weights by part name; one nameless part where a layer has a single rotation."""
 
-    @abstractmethod
     def attach(self, layer: nn.Module) -> None:
         """Make the layer's forward rotate; once, however often it is called."""
+        if self.mixin is not None:
+            swap_class(layer, self.mixin)
+        if self.input_hook is not None and self.input_hook not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(self.input_hook, with_kwargs=True)
+        if self.output_hook is not None and self.output_hook not in layer._forward_hooks.values():
+            # First of all: a hook that was there before sees the vectors that a merged layer would give it.
+            layer.register_forward_hook(self.output_hook, prepend=True)
 
     def detach(self, layer: nn.Module) -> None:
         """Give the layer its own forward back."""
         restore_class(layer)
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (self.input_hook, self.output_hook)]:
+                hooks.pop(key)
+                layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
     def matches(self, module: nn.Module, is_registered: bool) -> bool:
         """Whether a module computes this arithmetic: one of a registered class, or one that only resembles it."""
@@ -71,24 +116,22 @@ class LayerType(ABC):
         """A matrix of to_matrix in the shape and memory format of the weight."""
         return in_format_of(matrix.view(weight.shape), weight)
 
-    def fold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: Sequence[Tensor]) -> Tensor:
+    def fold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: list[Tensor]) -> Tensor:
         """The weight that does alone what it did with the rotations. Any floating dtype, computed in float32."""
-        return self._turned(layer, weight, functional.rotate_weight, _factors(part, rotations))
+        return self._turned(layer, part, weight, rotations, undo=False)
 
-    def unfold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: Sequence[Tensor]) -> Tensor:
+    def unfold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: list[Tensor]) -> Tensor:
         """The inverse of fold, by solving."""
-        return self._turned(layer, weight, functional.unrotate_weight, reversed(_factors(part, rotations)))
+        return self._turned(layer, part, weight, rotations, undo=True)
 
-    def _turned(self, layer: nn.Module, weight: Tensor, turn: Callable[..., Tensor], by: Iterable[Tensor]) -> Tensor:
+    def _turned(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, by: list[Tensor], undo: bool) -> Tensor:
         matrix = self.to_matrix(layer, weight).to(torch.promote_types(weight.dtype, torch.float32))
-        for rotation in by:
+        # y = base(x . Ra . Rb): a weight that is turned by its input meets the last rotation first.
+        factors = [rotation.mT for rotation in by] if part.side == "output" else by[::-1]
+        turn = functional.unrotate_weight if undo else functional.rotate_weight
+        for rotation in factors[::-1] if undo else factors:
             matrix = turn(matrix, rotation.to(matrix.dtype))
         return self.from_matrix(layer, matrix.to(weight.dtype), weight)
-
-
-def _factors(part: RotatedWeight, rotations: Sequence[Tensor]) -> list[Tensor]:
-    """Rotations in the order and orientation in which `rotate_weight` applies them: y = base(x . Ra . Rb)."""
-    return [rotation.mT for rotation in rotations] if part.side == "output" else list(reversed(rotations))
 
 
 _registered: OrderedDict[int, tuple[type | None, LayerType]] = OrderedDict()
@@ -98,15 +141,12 @@ _registered: OrderedDict[int, tuple[type | None, LayerType]] = OrderedDict()
 def register_layer_type(
     module_class: type[nn.Module] | None, like: type[nn.Module] | LayerType = nn.Linear
 ) -> RemovableHandle:
-    """Say how modules of a class, and of its subclasses, are rotated.
+    """Say how modules of a class, and of its subclasses, are rotated. The handle's `remove()` undoes it.
 
     Args:
         module_class: the class to adapt; None for a LayerType that knows its modules by what they resemble.
         like: a class that computes the same arithmetic from its parameters (`nn.Linear` for x @ W.T + b), or a
             LayerType of one's own.
-
-    Returns:
-        A handle whose `remove()` undoes it.
 
     Raises:
         TypeError: `module_class` is no module class.
@@ -137,6 +177,12 @@ def layer_type_of(module: nn.Module) -> LayerType | None:
     return next((one for _, one in _registered.values() if one.matches(module, False)), None)
 
 
+def rotated_weights_of(module: nn.Module) -> dict[str, RotatedWeight]:
+    """The weights of a module that can be rotated, by part name; none where its arithmetic is not known."""
+    layer_type = layer_type_of(module)
+    return layer_type.rotated_weights(module) if layer_type is not None else {}
+
+
 def layer_types() -> dict[str, LayerType]:
     """The registered types by name, as files have it."""
     return {layer_type.name: layer_type for _, layer_type in _registered.values()}
@@ -153,8 +199,7 @@ def refusal(module: nn.Module) -> str | None:
         return "its shape is not known yet: run one batch through the model first to materialise it"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
-    layer_type = layer_type_of(module)
-    for part in (layer_type.rotated_weights(module) if layer_type else {}).values():
+    for part in rotated_weights_of(module).values():
         owner = part.parameter.rpartition(".")[0]
         if owner and (reason := refusal(module.get_submodule(owner))) is not None:
             return f"of its {owner}, {reason}"
@@ -171,17 +216,3 @@ def in_format_of(tensor: Tensor, model: Tensor) -> Tensor:
         if model.dim() == dims and not model.is_contiguous() and model.is_contiguous(memory_format=memory_format):
             return tensor.contiguous(memory_format=memory_format)
     return tensor.contiguous()
-
-
-def add_hook(hooks: dict[int, Any], add: Callable[..., Any], hook: Callable[..., Any], **options: Any) -> None:
-    """Register a hook, unless it is there."""
-    if hook not in hooks.values():
-        add(hook, **options)
-
-
-def drop_hook(layer: nn.Module, hook: Callable[..., Any]) -> None:
-    """Unregister a hook of a layer."""
-    for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-        for key in [key for key, value in hooks.items() if value is hook]:
-            del hooks[key]
-            layer._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_oft.layers.base import LayerType, RotatedWeight, in_format_of, register_layer_type
-from lightning_oft.layers.class_swap import SwappedClass, swap_class
+from lightning_oft.layers.base import LayerType, RotatedWeight, SwappedClass, in_format_of, register_layer_type
 from lightning_oft.layers.state import rotated_weight
 
 
@@ -21,15 +20,11 @@ class Conv(LayerType):
     """nn.Conv1d, Conv2d, Conv3d: the weight is rotated over in/groups . kernel, which is exact for any kernel."""
 
     name = "convolution"
+    mixin = _RotatedConv
 
     @override
-    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
-        weight: Any = layer.weight
-        return {"": RotatedWeight("weight", weight.shape[1:].numel())}
-
-    @override
-    def attach(self, layer: nn.Module) -> None:
-        swap_class(layer, _RotatedConv)
+    def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
+        return {"": RotatedWeight("weight", layer.weight.shape[1:].numel())}
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:
@@ -40,12 +35,11 @@ class Conv(LayerType):
 class _RotatedConvTranspose(SwappedClass):
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         dims = self.weight.dim() - 2
-        output_padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
-        )
+        sizes = (self.stride, self.padding, self.kernel_size, dims, self.dilation)
+        padding = self._output_padding(input, output_size, *sizes)
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
         weight = rotated_weight(self, CONV_TRANSPOSE, "", self.weight)
-        return convolve(input, weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
+        return convolve(input, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
 
 
 class ConvTranspose(LayerType):
@@ -53,26 +47,21 @@ class ConvTranspose(LayerType):
 
     name = "transposed convolution"
     row_dim = 1
+    mixin = _RotatedConvTranspose
 
     @override
-    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
-        weight: Any = layer.weight
-        return {"": RotatedWeight("weight", weight.shape[0] // int(layer.groups) * weight.shape[2:].numel())}  # type: ignore[arg-type]
+    def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
+        shape = layer.weight.shape
+        return {"": RotatedWeight("weight", shape[0] // layer.groups * shape[2:].numel())}
 
     @override
-    def attach(self, layer: nn.Module) -> None:
-        swap_class(layer, _RotatedConvTranspose)
-
-    @override
-    def to_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
-        groups: Any = layer.groups
-        grouped = weight.reshape(groups, -1, *weight.shape[1:]).flatten(3)
+    def to_matrix(self, layer: Any, weight: Tensor) -> Tensor:
+        grouped = weight.reshape(layer.groups, -1, *weight.shape[1:]).flatten(3)
         return grouped.transpose(1, 2).flatten(2).flatten(0, 1)
 
     @override
-    def from_matrix(self, layer: nn.Module, matrix: Tensor, weight: Tensor) -> Tensor:
-        groups: Any = layer.groups
-        grouped = matrix.view(groups, weight.shape[1], weight.shape[0] // groups, -1).transpose(1, 2)
+    def from_matrix(self, layer: Any, matrix: Tensor, weight: Tensor) -> Tensor:
+        grouped = matrix.view(layer.groups, weight.shape[1], weight.shape[0] // layer.groups, -1).transpose(1, 2)
         return in_format_of(grouped.reshape(weight.shape), weight)
 
 

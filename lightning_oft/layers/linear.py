@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_oft.layers.base import LayerType, RotatedWeight, add_hook, drop_hook, register_layer_type
+from lightning_oft.layers.base import LayerType, RotatedWeight, register_layer_type
 from lightning_oft.layers.state import applied_rotations
 
 _INPUT_NAMES = ("input", "x", "hidden_states")
@@ -32,18 +32,11 @@ class LinearLike(LayerType):
 
     name = "linear"
     in_all_linear = True
+    input_hook = staticmethod(_rotate_input)
 
     @override
-    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
-        return {"": RotatedWeight("weight", int(layer.in_features))}  # type: ignore[arg-type]
-
-    @override
-    def attach(self, layer: nn.Module) -> None:
-        add_hook(layer._forward_pre_hooks, layer.register_forward_pre_hook, _rotate_input, with_kwargs=True)
-
-    @override
-    def detach(self, layer: nn.Module) -> None:
-        drop_hook(layer, _rotate_input)
+    def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
+        return {"": RotatedWeight("weight", int(layer.in_features))}
 
     @override
     def matches(self, module: nn.Module, is_registered: bool) -> bool:
@@ -70,17 +63,15 @@ class TransposedLinear(LinearLike):
     @override
     def matches(self, module: nn.Module, is_registered: bool) -> bool:
         """Known by name, so that nobody who has no transformers model pays for its import."""
-        return is_registered or (
-            any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")
-        )
+        return is_registered or ("Conv1D" in {cls.__name__ for cls in type(module).__mro__} and hasattr(module, "nf"))
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:
         return False
 
     @override
-    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
-        return {"": RotatedWeight("weight", int(layer.weight.shape[0]))}  # type: ignore[index]
+    def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
+        return {"": RotatedWeight("weight", layer.weight.shape[0])}
 
     @override
     def to_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
@@ -102,19 +93,11 @@ class Embedding(LayerType):
 
     name = "embedding"
     peft_key = "oft_embedding_R"
+    output_hook = staticmethod(_rotate_output)
 
     @override
-    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
-        return {"": RotatedWeight("weight", int(layer.embedding_dim), "output")}  # type: ignore[arg-type]
-
-    @override
-    def attach(self, layer: nn.Module) -> None:
-        # First of all: a hook that was there before sees the vectors that a merged layer would give it.
-        add_hook(layer._forward_hooks, layer.register_forward_hook, _rotate_output, prepend=True)
-
-    @override
-    def detach(self, layer: nn.Module) -> None:
-        drop_hook(layer, _rotate_output)
+    def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
+        return {"": RotatedWeight("weight", int(layer.embedding_dim), "output")}
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:

@@ -1,38 +1,23 @@
-"""Rotation: the generators of one fan-in as a module, and the rotation they stand for.
-
-Shapes: n blocks of size b, fan-in i = n*b; see `lightning_oft.functional` for the functional.
-"""
-
-from __future__ import annotations
+"""Rotation: the generators of one fan-in as a module. Shapes: n blocks of size b, fan-in i = n*b."""
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_oft import functional
 from lightning_oft.config import OFTConfig
-from lightning_oft.layers import tensor_parallel
-from lightning_oft.layers.tensor_parallel import Cut
-
-
-class _Cached(NamedTuple):
-    """A rotation computed without gradient and what it was computed from."""
-
-    key: tuple[Any, ...]
-    generator: Tensor | None
-    rotation: Tensor
+from lightning_oft.layers.tensor_parallel import Cut, rotate_spread
 
 
 @functools.cache
 def _steps() -> list[int]:
-    """[optimizer steps of this process], counted from the first call on: fused ones change parameters without a new
-    `_version`."""
+    """[optimizer steps of this process] since the first call: fused ones change parameters without a new `_version`."""
     steps = [0]
 
     def count(*_: Any) -> None:
@@ -62,8 +47,7 @@ class Rotation(nn.Module):
     """A learned block-diagonal rotation of a fan-in; the identity until it is trained.
 
     `weight` holds the generators, (n, b(b-1)/2) float32 whatever the precision of the model, or (1, b(b-1)/2) where
-    one block is shared. Calling the module rotates the last dimension of its input, `fan_in`, a multiple of
-    `block_size`, which is at least 2.
+    one block is shared. Calling the module rotates the last dimension of its input, of size `fan_in`.
     """
 
     weight: nn.Parameter
@@ -78,9 +62,14 @@ class Rotation(nn.Module):
         self.halve_last = config.neumann_series == "halved"
         self.identity_init = config.init_weights
         shape = (1 if config.block_share else self.blocks, functional.generator_size(block_size))
-        self.radius = _radius(config, block_size, shape[0])
+        self.radius: float | None = None
+        if config.max_angle is not None:
+            self.radius = functional.angle_radius(config.max_angle)
+        elif config.coft:
+            size = block_size if config.coft_radius == "paper" else 1
+            self.radius = functional.eps_radius(config.eps, size, shape[0])
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
-        self._cache: _Cached | None = None
+        self._cache: tuple[tuple[Any, ...], Tensor | None, Tensor] | None = None  # what it is made from, and R
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -98,10 +87,9 @@ class Rotation(nn.Module):
         if hasattr(generator, "full_tensor"):  # a DTensor that nobody gathered: called outside its FSDP2 unit
             generator = generator.full_tensor()
         if generator.dtype in (torch.bfloat16, torch.float16):
-            raise RuntimeError(
-                f"the generators of a rotation arrive as {generator.dtype}, rounded by the mixed precision of the FSDP unit "
-                "around it: give every rotation a unit of its own, as OFTFinetuning does where it injects them itself"
-            )
+            rounded = "rounded by the mixed precision of the FSDP unit around it"
+            remedy = "give every rotation a unit of its own, as OFTFinetuning does where it injects them itself"
+            raise RuntimeError(f"the generators of a rotation arrive as {generator.dtype}, {rounded}: {remedy}")
         if cut is not None:
             generator = cut.generators(generator)
         with _full_float32(generator.device):
@@ -111,15 +99,14 @@ class Rotation(nn.Module):
             return functional.cayley_neumann(q_nbb, self.terms, self.halve_last)
 
     def forward(self, x: Tensor, transpose: bool = False) -> Tensor:
-        """x . blockdiag(R), or with R^T where `transpose`. (..., n*b) -> (..., n*b), dtype and device of x; a DTensor
-        stays spread as it is."""
+        """x . blockdiag(R), or R^T where `transpose`. (..., n*b) -> the same, as x in dtype, device and placements."""
 
         def rotated(local: Tensor, cut: Cut | None = None) -> Tensor:
             r_nbb = self._matrix_in(x.dtype, cut)
             return functional.rotate(local, r_nbb.mT if transpose else r_nbb)
 
         if hasattr(x, "to_local"):
-            return tensor_parallel.rotate(x, self.fan_in, self.block_size, rotated)
+            return rotate_spread(x, self.fan_in, self.block_size, rotated)
         return rotated(x)
 
     def _matrix_in(self, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
@@ -135,9 +122,9 @@ class Rotation(nn.Module):
     def _cached(self, dtype: torch.dtype) -> Tensor:
         """The last rotation if nothing changed since, else a fresh one.
 
-        On a CPU the generator is compared with a copy, which no in-place edit fools; elsewhere that would wait for the
-        device, so identity, address, version and the process's count of optimizer steps stand for it. What is written
-        there past autograd and outside of an optimizer (`weight.data[0] = 1`) counts from the next change of mode on.
+        On a CPU the generator is compared with a copy. Elsewhere that would wait for the device: identity, address,
+        version and the count of optimizer steps stand for it, and `weight.data[0] = 1` counts from the next change of
+        mode on.
         """
         weight = self.weight.detach()
         if hasattr(weight, "to_local"):
@@ -147,22 +134,23 @@ class Rotation(nn.Module):
         if not compares:
             version = 0 if weight.is_inference() else weight._version
             key = (*key, id(self.weight), weight.data_ptr(), version, *_steps())
-        cache = self._cache
-        # A tensor made in inference mode cannot be used where gradients are recorded later.
-        usable = cache and (torch.is_inference_mode_enabled() or not cache.rotation.is_inference())
-        if cache and usable and cache.key == key and (cache.generator is None or torch.equal(cache.generator, weight)):
-            return cache.rotation
+        cache = self._cache  # once: another thread may put its own there
+        if cache is not None:
+            made_with, generator, rotation = cache
+            # A tensor made in inference mode cannot be used where gradients are recorded later.
+            usable = made_with == key and (torch.is_inference_mode_enabled() or not rotation.is_inference())
+            if usable and (generator is None or torch.equal(generator, weight)):
+                return rotation
         rotation = self.matrix().to(dtype)
-        self._cache = _Cached(key, weight.clone() if compares else None, rotation)
+        self._cache = (key, weight.clone() if compares else None, rotation)
         return rotation
 
     @override
-    def train(self, mode: bool = True) -> Rotation:
+    def train(self, mode: bool = True) -> Self:
         self._cache = None
-        super().train(mode)
-        return self
+        return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotation:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow a move to a device and never a cast: half-precision generators and moments do not train."""
         self._cache = None
         probe = fn(torch.zeros(1, dtype=torch.float32, device=self.weight.device))
@@ -180,10 +168,8 @@ class Rotation(nn.Module):
 
     def project(self) -> None:
         """Pull every block back into the constraint's ball, in place; nothing where there is none."""
-        if self.radius is None:
-            return
         weight = _local(self.weight)  # blocks are rows: each shard has its own
-        if weight.numel():
+        if self.radius is not None and weight.numel():
             functional.project(weight, self.radius)
 
     def error_bound(self) -> float:
@@ -215,11 +201,3 @@ def _local(weight: Tensor) -> Tensor:
 def _is_on_host(tensor: Tensor) -> bool:
     """Whether comparing the tensor waits for no device."""
     return tensor.device.type == "cpu"
-
-
-def _radius(config: OFTConfig, block_size: int, stored: int) -> float | None:
-    if config.max_angle is not None:
-        return functional.angle_radius(config.max_angle)
-    if not config.coft:
-        return None
-    return functional.eps_radius(config.eps, block_size if config.coft_radius == "paper" else 1, stored)

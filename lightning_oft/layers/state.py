@@ -15,23 +15,15 @@ _ATTRIBUTE = "_oft"
 
 @dataclass
 class LayerState:
-    """The adapters of one layer. `oft_R` of the layer maps their names to rotations.
-
-    A merged layer keeps its rotations out of the module tree, and in `base` the weights to return to, by parameter name.
-    """
+    """The adapters of one layer. Its `oft_R`, when merged out of the module tree, maps their names to rotations."""
 
     layer_type: LayerType
     configs: dict[str, OFTConfig] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)  # those that are applied, in order
     enabled: bool = True
-    merged: tuple[str, ...] | None = None
-    base: dict[str, Any] = field(default_factory=dict)
-    merged_fingerprints: dict[str, str | None] = field(default_factory=dict)
+    merged: dict[str, str | None] | None = None  # fingerprints of the weights as the merge left them, by parameter
+    base: dict[str, Any] = field(default_factory=dict)  # weights that an unmerge returns to, by parameter
     fingerprint: str | None = None
-
-    def applied(self) -> list[str]:
-        """Names of the adapters that a forward applies now, in order."""
-        return self.active if self.enabled and self.merged is None else []
 
 
 @dataclass
@@ -97,9 +89,9 @@ def every_rotation(layer: nn.Module) -> Iterator[Rotation]:
 def applied_rotations(layer: nn.Module, part: str) -> list[Rotation]:
     """The rotations that a forward applies to one part of a layer now, in order."""
     state = state_of(layer)
-    if state is None:
+    if state is None or not state.enabled or state.merged is not None:
         return []
-    found = (rotations_of(layer, name).get(part) for name in state.applied())
+    found = (rotations_of(layer, name).get(part) for name in state.active)
     return [rotation for rotation in found if rotation is not None]
 
 

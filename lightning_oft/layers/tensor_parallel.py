@@ -7,7 +7,6 @@ every process, so gradients of parts are added up and all processes take the sam
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -24,56 +23,34 @@ class Cut(NamedTuple):
 
     def generators(self, generator: Tensor) -> Tensor:
         """The generators of this process's blocks, whose gradients are those of all processes."""
-        shared: Tensor = _SumGradients.apply(generator, self.mesh, self.adds)  # type: ignore[no-untyped-call]
-        return self.of(shared)
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        whole = [Replicate()] * self.mesh.ndim
+        parts = [Partial() if dim in self.adds else Replicate() for dim in range(self.mesh.ndim)]
+        shared = DTensor.from_local(generator, self.mesh, whole, run_check=False)
+        return self.of(shared.to_local(grad_placements=parts))
 
 
-class _SumGradients(torch.autograd.Function):
-    """The identity; its gradient is the sum over processes."""
-
-    @staticmethod
-    def forward(ctx: Any, generator: Tensor, mesh: Any, adds: tuple[int, ...]) -> Tensor:
-        ctx.mesh, ctx.adds = mesh, adds
-        return generator.view_as(generator)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        for dim in ctx.adds:
-            torch.distributed.all_reduce(total, group=ctx.mesh.get_group(dim))
-        return total, None, None
-
-
-def rotate(x: Any, fan_in: int, block_size: int, rotate_local: Callable[[Tensor, Cut], Tensor]) -> Tensor:
+def rotate_spread(x: Any, fan_in: int, block_size: int, rotate_local: Callable[[Tensor, Cut], Tensor]) -> Tensor:
     """The rotation of a DTensor, (..., n*b), spread as it was; `rotate_local` rotates what this process holds of it.
-
-    Partial sums are added up first. Raises ValueError where the last dimension is cut inside a block.
-    """
+    Partial sums are added up first. Raises ValueError where the last dimension is cut inside a block."""
     from torch.distributed.tensor import DTensor, Replicate
 
     whole = [Replicate() if place.is_partial() else place for place in x.placements]
     if list(x.placements) != whole:
         x = x.redistribute(placements=whole)
-    local = x.to_local()
-    rotated = rotate_local(local, _cut(x, fan_in, block_size, local.shape[-1]))
-    result: Tensor = DTensor.from_local(
-        rotated, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
-    )
-    return result
-
-
-def _cut(x: Any, fan_in: int, b: int, columns: int) -> Cut:
-    """Where this process stands among the blocks of x."""
-    last = x.dim() - 1
+    local, mesh, blocks = x.to_local(), x.device_mesh, slice(None)
     adds = tuple(dim for dim, place in enumerate(x.placements) if not place.is_replicate())
-    across = [dim for dim in adds if getattr(x.placements[dim], "dim", None) in (last, -1)]
-    if not across:
-        return Cut(slice(None), x.device_mesh, adds)
-    parts = x.device_mesh.size(across[0])
-    if len(across) > 1 or fan_in != x.shape[-1] or not divides(b, parts, fan_in):
-        raise ValueError(cut_inside(fan_in, parts, b))
-    first = x.device_mesh.get_local_rank(across[0]) * (columns // b)
-    return Cut(slice(first, first + columns // b), x.device_mesh, adds)
+    across = [dim for dim in adds if getattr(x.placements[dim], "dim", None) in (x.dim() - 1, -1)]
+    if across:
+        parts, count = mesh.size(across[0]), local.shape[-1] // block_size
+        if len(across) > 1 or fan_in != x.shape[-1] or not divides(block_size, parts, fan_in):
+            raise ValueError(cut_inside(fan_in, parts, block_size))
+        first = mesh.get_local_rank(across[0]) * count
+        blocks = slice(first, first + count)
+    rotated = rotate_local(local, Cut(blocks, mesh, adds))
+    result: Tensor = DTensor.from_local(rotated, mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
+    return result
 
 
 def divides(block_size: int, parts: int, fan_in: int) -> bool:
@@ -83,7 +60,6 @@ def divides(block_size: int, parts: int, fan_in: int) -> bool:
 
 def cut_inside(fan_in: int, parts: int, block_size: int) -> str:
     """The message for a cut that goes through a block."""
-    return (
-        f"tensor parallelism cuts the fan-in of {fan_in} into {parts} parts, which blocks of {block_size} do not divide: "
-        f"take an oft_block_size that divides {fan_in // parts}, or leave the layer out with exclude_modules"
-    )
+    cut = f"tensor parallelism cuts the fan-in of {fan_in} into {parts} parts"
+    remedy = f"take an oft_block_size that divides {fan_in // parts}, or leave the layer out with exclude_modules"
+    return f"{cut}, which blocks of {block_size} do not divide: {remedy}"

@@ -8,18 +8,13 @@ import torch
 from torch import nn
 
 from lightning_oft.layers.state import every_rotation, rotations_of
-from lightning_oft.model import saved_modules, traversal
-from lightning_oft.model.freezing import freeze_norms, sync_nested_tensors
+from lightning_oft.model import freezing, saved_modules, traversal
 from lightning_oft.model.traversal import Modules, adapted, walk
 
 
 def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[str] | None = None) -> None:
-    """Make adapters active, applied in the order given: y = base(x . R_first . R_second). Others fall silent.
-
-    Args:
-        model: a model with adapters.
-        names: one name or several.
-        trainable: those of them that train; all of them by default.
+    """Make adapters active, applied in the order given: y = base(x . R_first . R_second). Those named by `trainable`
+    train, all of the active ones by default; other adapters do nothing.
 
     Raises:
         ValueError: an unknown or repeated name, or two adapters that train the same bias or module. Nothing changes.
@@ -28,8 +23,7 @@ def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[
     modules = walk(model)
     chosen = [names] if isinstance(names, str) else list(names)
     training = chosen if trainable is None else [trainable] if isinstance(trainable, str) else list(trainable)
-    for name in training:
-        traversal.require_adapter(modules, name)
+    traversal.require_adapter(modules, *training)
     check_choice(modules, chosen)
     if not set(training) <= set(chosen):
         raise ValueError(f"trainable={training}: only active adapters train, and those are {chosen}; name one of them")
@@ -38,19 +32,19 @@ def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[
     activate(modules, chosen, training)
 
 
-def check_choice(modules: Modules, names: list[str]) -> None:
+def check_choice(modules: Modules, chosen: list[str]) -> None:
     """Raise ValueError where these adapters cannot be active together."""
-    for name in names:
-        traversal.require_adapter(modules, name)
-    if len(set(names)) < len(names):
-        raise ValueError(f"adapters {names}: each can be active once; name it once")
-    clash = saved_modules.conflict(modules, names)
-    if clash:
-        raise ValueError(clash)
+    traversal.require_adapter(modules, *chosen)
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"adapters {chosen}: each can be active once; name it once")
+    for tensor, _, slot in saved_modules.saved_tensors(modules):
+        both = [name for name in chosen if name in slot.owners]
+        if len(both) > 1:
+            raise ValueError(f"{both[0]!r} and {both[1]!r} both train {tensor}: only one of them can be active")
 
 
 def activate(modules: Modules, chosen: list[str], training: list[str]) -> None:
-    """`set_adapter` without its checks."""
+    """`set_adapter` without its checks: where adapters share a tensor, the first one has it."""
     for _, layer, state in adapted(modules):
         state.active = [name for name in chosen if name in state.configs]
         for name in state.configs:
@@ -58,26 +52,25 @@ def activate(modules: Modules, chosen: list[str], training: list[str]) -> None:
                 rotation.requires_grad_(name in training)
                 if name not in training:
                     rotation.weight.grad = None
-    saved_modules.switch(modules, chosen, set(training))
-    freeze_norms(modules)
+    saved_modules.switch(modules, chosen, training)
+    freezing.freeze_norms(modules)
 
 
 def remember_choice(modules: Modules) -> Callable[[], None]:
     """A function that makes the choice of adapters again what it is now, and whether they are enabled and train."""
     chosen = [(state, state.active, state.enabled) for _, _, state in adapted(modules)]
-    saved = list(saved_modules.saved_tensors(modules))
-    live = [one.slot.live for one in saved]
-    rotations = [rotation for _, layer, _ in adapted(modules) for rotation in every_rotation(layer)]
-    trains = [(tensor, tensor.requires_grad) for tensor in [*(r.weight for r in rotations), *(s.tensor for s in saved)]]
+    saved = [(tensor, slot, slot.live) for _, tensor, slot in saved_modules.saved_tensors(modules)]
+    weights = [rotation.weight for _, layer, _ in adapted(modules) for rotation in every_rotation(layer)]
+    trains = [(tensor, tensor.requires_grad) for tensor in [*weights, *(tensor for tensor, _, _ in saved)]]
 
     def restore() -> None:
         for state, active, enabled in chosen:
             state.active, state.enabled = active, enabled
-        for (_, tensor, slot), owner in zip(saved, live, strict=True):
+        for tensor, slot, owner in saved:
             saved_modules.exchange(tensor, slot, owner)
         for tensor, trained in trains:
             tensor.requires_grad_(trained)
-        freeze_norms(modules)
+        freezing.freeze_norms(modules)
 
     return restore
 
@@ -91,38 +84,31 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     """
     modules = walk(model)
     traversal.require_unmerged(modules, "disable adapters")
-    fused = _layers_of_fused_encoders(modules)
+    # The base takes the fused path of its encoder layers only with no hook below them. torch.compile does not see hooks
+    # change, so where it is in use they stay (the difference is rounding).
+    encoders = [name for name, module in modules.items() if isinstance(module, nn.TransformerEncoderLayer)]
+    hooked = adapted(modules.below(*encoders)) if encoders and not _is_compiled(modules) else ()
+    fused = [(layer, state.layer_type) for _, layer, state in hooked if state.enabled]
     restore = remember_choice(modules)
     try:
         for _, _, state in adapted(modules):
             state.enabled = False
         for _, tensor, slot in saved_modules.saved_tensors(modules):
             saved_modules.exchange(tensor, slot, saved_modules.BASE)
-        freeze_norms(modules)
-        for _, layer, state in adapted(fused):
-            state.layer_type.detach(layer)
+        freezing.freeze_norms(modules)
+        for layer, layer_type in fused:
+            layer_type.detach(layer)
         if fused:
-            sync_nested_tensors(modules)
+            freezing.sync_nested_tensors(modules)
         yield
     finally:
         restore()
-        for _, layer, state in adapted(fused):
-            state.layer_type.attach(layer)
+        for layer, layer_type in fused:
+            layer_type.attach(layer)
         if fused:
-            sync_nested_tensors(modules)
-        if fused and _is_compiled(modules):  # compiled in between, when the hooks were away
-            traversal.reset_compiled_code()
-
-
-def _layers_of_fused_encoders(modules: Modules) -> dict[str, nn.Module]:
-    """Adapted layers below an nn.TransformerEncoderLayer: the base takes its fused path only with no hook below it.
-
-    torch.compile does not see hooks change, so where it is in use they stay (the difference is rounding).
-    """
-    encoders = [name for name, module in modules.items() if isinstance(module, nn.TransformerEncoderLayer)]
-    if not encoders or _is_compiled(modules):
-        return {}
-    return {name: layer for name, layer, state in adapted(modules.below(*encoders)) if state.enabled}
+            freezing.sync_nested_tensors(modules)
+            if _is_compiled(modules):  # in between, when the hooks were away
+                traversal.reset_compiled_code()
 
 
 def _is_compiled(modules: Modules) -> bool:
@@ -137,9 +123,7 @@ def _is_compiled(modules: Modules) -> bool:
 @torch.no_grad()
 def project(model: nn.Module) -> None:
     """Pull every constrained rotation below a module back into its ball (COFT), in place. Idempotent.
-
-    Layers that are merged stay as they are: their rotation is in the weight, and `unmerge` must find the same one.
-    """
+    Layers that are merged stay as they are: their rotation is in the weight, and `unmerge` must find the same one."""
     for _, layer, state in adapted(walk(model)):
         if state.merged is None:
             for rotation in every_rotation(layer):

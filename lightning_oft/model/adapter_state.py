@@ -1,7 +1,5 @@
 """AdapterState: an adapter off its model. Every file format, checkpoint and export is a function over it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_oft.codecs import whole
 from lightning_oft.config import OFTConfig
-from lightning_oft.layers.state import LayerState, rotations_of, state_of
+from lightning_oft.layers.state import rotations_of, state_of
 from lightning_oft.model import saved_modules, traversal
 from lightning_oft.model.targets import matches, saved_names
 from lightning_oft.model.traversal import Modules, adapted, is_inside, joined, own_tensors
@@ -22,19 +20,13 @@ log = logging.getLogger(__name__)
 
 
 class LayerRotations(NamedTuple):
-    """The rotations of one layer.
+    """The rotations of one layer; the part's name is empty where a layer has one rotation.
+    Generators are (n, b(b-1)/2) float32 in this library's convention, (1, b(b-1)/2) of a shared block."""
 
-    Attributes:
-        layer_type: the name of the layer's LayerType; empty where a file does not say it.
-        is_known_to_peft: whether PEFT computes the same with them.
-        block_sizes: size b of the blocks by part; the part's name is empty where a layer has one rotation.
-        generators: (n, b(b-1)/2) float32 by part, in this library's convention; (1, b(b-1)/2) of a shared block.
-    """
-
-    layer_type: str
-    is_known_to_peft: bool
-    block_sizes: dict[str, int]
-    generators: dict[str, Tensor]
+    layer_type: str  # the name of the layer's LayerType; empty where a file does not say it
+    is_known_to_peft: bool  # whether PEFT computes the same with them
+    block_sizes: dict[str, int]  # size b of the blocks by part
+    generators: dict[str, Tensor]  # by part
 
 
 class Base(NamedTuple):
@@ -49,21 +41,9 @@ class Base(NamedTuple):
 class AdapterState:
     """An adapter off its model. Names are relative to the module that they are rooted at.
 
-    Attributes:
-        name: the adapter's name in the model.
-        config: its configuration.
-        layers: its rotations by layer.
-        root: name of the module that the names start at, in the model it was taken from; None where a file of
-            another library does not say it.
-        saved: tensors trained whole (modules_to_save and biases) by name, in the dtype they have in the model.
-        modules_to_save: names of the modules trained whole, the outermost of each; of another library's file, what
-            its names end with.
-        carried: base values that PEFT expects in a file beside `saved`.
-        fingerprints: fingerprints of the base weights by layer.
-        base: the model at the root.
-        has_unique_names: whether no other module of the model has a name that ends like that of a layer PEFT knows.
-        source: the path it was read from, for messages.
-        extra: what a file says besides, such as `peft_version`.
+    `root` is that module's name in the model it was taken from; None where a file of another library does not say it.
+    `saved` are the tensors trained whole (modules_to_save and biases), in the dtype they have in the model.
+    `modules_to_save` names the outermost modules trained whole; of another library's file, what their names end with.
     """
 
     name: str
@@ -72,38 +52,31 @@ class AdapterState:
     root: str | None = None
     saved: dict[str, Tensor] = field(default_factory=dict)
     modules_to_save: list[str] = field(default_factory=list)
-    carried: dict[str, Tensor] = field(default_factory=dict)
-    fingerprints: dict[str, str] = field(default_factory=dict)
-    base: Base | None = None
-    has_unique_names: bool = True
-    source: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
+    carried: dict[str, Tensor] = field(default_factory=dict)  # base values that PEFT expects in a file beside `saved`
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of the base weights, by layer
+    base: Base | None = None  # the model at the root
+    has_unique_names: bool = True  # whether no other module has a name that ends like that of a layer PEFT knows
+    source: str = ""  # the path it was read from, for messages
+    extra: dict[str, Any] = field(default_factory=dict)  # what a file says besides, such as `peft_version`
 
     def generators(self) -> dict[str, Tensor]:
         """All generators by layer; those of a layer with parts by `<layer>.<part>`."""
-        return {
-            joined(name, part): generator
-            for name, rotations in self.layers.items()
-            for part, generator in rotations.generators.items()
-        }
+        layers = self.layers.items()
+        return {joined(name, part): values for name, one in layers for part, values in one.generators.items()}
 
     def known_to_peft(self) -> list[str]:
         """Names of the layers with which PEFT computes the same."""
         return [name for name, rotations in self.layers.items() if rotations.is_known_to_peft]
 
-    def rooted(self, root: str) -> AdapterState:
-        """The same adapter with names that start at another module; at '' they are those of the model it was taken from.
-
-        Raises:
-            ValueError: a layer or tensor is not below that module.
-        """
-        cut = len(root) + 1 if root else 0
+    def rooted(self, root: str) -> "AdapterState":
+        """The same adapter with names that start at another module; at '' they are those of the whole model. Raises
+        ValueError where a layer or tensor is not below that module."""
 
         def moved(name: str) -> str:
             full = joined(self.root or "", name)
             if not is_inside(full, root):
                 raise ValueError(f"{full} is not below {root}")
-            return full[cut:]
+            return full.removeprefix(root).removeprefix(".")
 
         tables = ("layers", "saved", "carried", "fingerprints")
         named: Any = {table: {moved(name): v for name, v in getattr(self, table).items()} for table in tables}
@@ -113,10 +86,6 @@ class AdapterState:
 def take(model: nn.Module, adapter_name: str = "default") -> AdapterState:
     """An adapter of a model, merged or not, as copies on the CPU. Every process must call it where tensors are sharded.
 
-    Args:
-        model: a model with adapters.
-        adapter_name: the adapter to take.
-
     Raises:
         ValueError: there is no such adapter, or a generator is not finite; names it.
     """
@@ -125,10 +94,8 @@ def take(model: nn.Module, adapter_name: str = "default") -> AdapterState:
     state = describe(modules, adapter_name, copied)
     broken = [name for name, generator in state.generators().items() if not bool(generator.isfinite().all())]
     if broken:
-        raise ValueError(
-            f"generators of {traversal.some(broken)} are NaN or infinite; nothing was written: load an earlier state of "
-            "the adapter"
-        )
+        what = f"generators of {traversal.some(broken)} are NaN or infinite; nothing was written"
+        raise ValueError(f"{what}: load an earlier state of the adapter")
     return state
 
 
@@ -143,38 +110,39 @@ def describe(modules: Modules, adapter_name: str, value_of: Any = torch.Tensor.d
     layers = {name: (layer, state) for name, layer, state in adapted(modules) if adapter_name in state.configs}
     saved = _saved(modules, adapter_name)
     root_name = traversal.library_root(modules, [*layers, *saved])
-    root, cut = modules[root_name], len(root_name) + 1 if root_name else 0
+    root, config = modules[root_name], next(iter(layers.values()))[1].configs[adapter_name]
     log.info("adapter %r: names start at %s (%s)", adapter_name, root_name or "the model", type(root).__name__)
-    config = next(iter(layers.values()))[1].configs[adapter_name]
-    heads = [
-        name[cut:] for name in modules_trained_whole(saved, config)
-    ]  # by full names, as the configuration has them
-    saved = {name[cut:]: tensor for name, tensor in saved.items()}
-    inside = {name[cut:]: module for name, module in modules.items() if is_inside(name, root_name)}
-    fingerprints = {name[cut:]: state.fingerprint for name, (_, state) in layers.items()}
-    rotations = {name[cut:]: _rotations(*found, adapter_name, value_of) for name, found in layers.items()}
-    carried = _carried(inside, (*heads, *saved_names(config)[1]), saved, rotations)
-    return AdapterState(
+    found = {}
+    for name, (layer, state) in layers.items():
+        parts, is_known = rotations_of(layer, adapter_name), state.layer_type.is_known_to_peft(layer)
+        sizes = {part: rotation.block_size for part, rotation in parts.items()}
+        generators = {part: value_of(rotation.weight) for part, rotation in parts.items()}
+        found[name] = LayerRotations(state.layer_type.name, is_known, sizes, generators)
+    own = getattr(root, "config", None)
+    path = own.get("_name_or_path") if isinstance(own, Mapping) else getattr(own, "_name_or_path", None)
+    described = AdapterState(
         name=adapter_name,
         config=config,
-        layers=rotations,
-        root=root_name,
-        saved={name: value_of(tensor) for name, tensor in saved.items()},
-        modules_to_save=heads,
-        carried={name: value_of(tensor) for name, tensor in carried.items()},
-        fingerprints={name: value for name, value in fingerprints.items() if value is not None},
-        base=Base(type(root).__name__, type(root).__module__, _name_or_path(root)),
-        has_unique_names=not _is_ambiguous(inside, {name for name, one in rotations.items() if one.is_known_to_peft}),
-    )
-
-
-def _rotations(layer: nn.Module, state: LayerState, adapter_name: str, value_of: Any) -> LayerRotations:
-    rotations = rotations_of(layer, adapter_name)
-    return LayerRotations(
-        state.layer_type.name,
-        state.layer_type.is_known_to_peft(layer),
-        {part: rotation.block_size for part, rotation in rotations.items()},
-        {part: value_of(rotation.weight) for part, rotation in rotations.items()},
+        layers=found,
+        root="",
+        saved=saved,
+        modules_to_save=modules_trained_whole(saved, config),  # by full names, as the configuration has them
+        fingerprints={name: state.fingerprint for name, (_, state) in layers.items() if state.fingerprint is not None},
+        base=Base(type(root).__name__, type(root).__module__, path if isinstance(path, str) and path else None),
+    ).rooted(root_name)
+    inside = {
+        name.removeprefix(root_name).removeprefix("."): module
+        for name, module in modules.items()
+        if is_inside(name, root_name)
+    }
+    names = set(described.known_to_peft())
+    endings = {name.rpartition(".")[2] for name in names}  # PEFT compares the ends of names; this leaves few to compare
+    others = [name for name in inside if name not in names and name.rpartition(".")[2] in endings]
+    return replace(
+        described,
+        saved={name: value_of(tensor) for name, tensor in described.saved.items()},
+        carried={name: value_of(tensor) for name, tensor in _carried(inside, described).items()},
+        has_unique_names=not any(other.endswith(f".{name}") for other in others for name in names),
     )
 
 
@@ -193,41 +161,26 @@ def _saved(modules: Modules, adapter_name: str) -> dict[str, Tensor]:
 def modules_trained_whole(saved: Iterable[str], config: OFTConfig) -> list[str]:
     """The modules that tensors belong to: the outermost that modules_to_save names, else the owner of a tensor that is
     no bias, such as an embedding tied to a head."""
-    items = [item for items in saved_names(config) for item in items]
+    items = saved_names(config)
     found: dict[str, None] = {}
     for name in saved:
         owner, _, key = name.rpartition(".")
         above = accumulate(owner.split("."), joined)
-        head = next((module for module in above if matches(module, items)), "" if "bias" in key else owner)
-        if head:
-            found[head] = None
+        found[next((module for module in above if matches(module, items)), "" if "bias" in key else owner)] = None
+    found.pop("", None)
     return [name for name in found if not any(is_inside(name, other) for other in found if other != name)]
 
 
-def _carried(
-    inside: Mapping[str, nn.Module], endings: tuple[str, ...], saved: Mapping[str, Tensor], layers: Iterable[str]
-) -> dict[str, Tensor]:
+def _carried(inside: Mapping[str, nn.Module], state: AdapterState) -> dict[str, Tensor]:
     """Base values of what PEFT will take for a module to save: it asks for names *ending* in `classifier`, so that
     `pre_classifier` is one too, and refuses a file without its tensors."""
+    endings = (*state.modules_to_save, *(name for name, must in saved_names(state.config).items() if not must))
     swept = [name for name in inside if endings and name.endswith(endings)]
-    tops = [name for name in swept if not any(is_inside(layer, name) for layer in layers)]
+    tops = [name for name in swept if not any(is_inside(layer, name) for layer in state.layers)]
     return {
         joined(name, key): saved_modules.base_value(module, key)
         for name, module in inside.items()
         if any(is_inside(name, top) for top in tops)
         for key in own_tensors(module)
-        if joined(name, key) not in saved
+        if joined(name, key) not in state.saved
     }
-
-
-def _is_ambiguous(inside: Mapping[str, nn.Module], names: set[str]) -> bool:
-    """Whether PEFT, which also compares the ends of names, would find more layers than these."""
-    endings = {name.rpartition(".")[2] for name in names}  # a quick look that leaves few to compare
-    others = (name for name in inside if name not in names and name.rpartition(".")[2] in endings)
-    return any(other.endswith(f".{name}") for other in others for name in names)
-
-
-def _name_or_path(root: nn.Module) -> str | None:
-    config = getattr(root, "config", None)
-    name = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
-    return name if isinstance(name, str) and name else None

@@ -7,17 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_oft.codecs import parameter_of
-from lightning_oft.layers.base import layer_type_of
-from lightning_oft.layers.state import state_of
+from lightning_oft.layers.base import rotated_weights_of
 from lightning_oft.model.traversal import Modules, adapted
 
 
 def fingerprint(weight: Tensor | None) -> str | None:
     """A short digest of a weight, `float32:9f2c...`: of its shape and 1,024 entries rounded to bfloat16, so that a
     base loaded in bfloat16 is recognised. None where the entries cannot be read (meta, packed or sharded)."""
-    if weight is None or weight.is_meta or weight.numel() == 0:
+    if weight is None or type(weight.data) is not Tensor or not weight.is_floating_point():
         return None
-    if not weight.is_floating_point() or type(weight.data) is not Tensor:
+    if weight.is_meta or weight.numel() == 0:
         return None
     flat = weight.detach().reshape(-1)
     entries = flat[:: max(1, flat.numel() // 1024)][:1024].to(torch.bfloat16).view(torch.int16).cpu()
@@ -27,9 +26,7 @@ def fingerprint(weight: Tensor | None) -> str | None:
 
 def layer_fingerprint(layer: nn.Module) -> str | None:
     """The fingerprint of a layer's first rotated weight, as it is now; None where nothing of it can be rotated."""
-    layer_type = layer_type_of(layer)
-    parts = layer_type.rotated_weights(layer).values() if layer_type is not None else ()
-    return next((fingerprint(parameter_of(layer, part.parameter)) for part in parts), None)
+    return next((fingerprint(parameter_of(layer, one.parameter)) for one in rotated_weights_of(layer).values()), None)
 
 
 def same_base(mine: str | None, theirs: str | None) -> bool:
@@ -45,8 +42,9 @@ def same_base(mine: str | None, theirs: str | None) -> bool:
 
 def other_bases(modules: Modules, fingerprints: Mapping[str, str | None]) -> list[str]:
     """Names of the layers whose base weight is not that of a fingerprint. What cannot be told counts as the same."""
-    known = {name: state_of(module) for name, module in modules.items() if name in fingerprints}
-    mine = {name: state.fingerprint if state else layer_fingerprint(modules[name]) for name, state in known.items()}
+    layers = {name: module for name, module in modules.items() if name in fingerprints}
+    known = {name: state.fingerprint for name, _, state in adapted(layers)}
+    mine = {name: known[name] if name in known else layer_fingerprint(layer) for name, layer in layers.items()}
     return [name for name in mine if not same_base(mine[name], fingerprints[name])]
 
 

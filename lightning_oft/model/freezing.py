@@ -1,10 +1,8 @@
 """What freezing means: no gradient, no drifting statistics, and a way back."""
 
-from collections.abc import Mapping
-
 from torch import nn
 
-from lightning_oft.layers.class_swap import SwappedClass, restore_class, swap_class
+from lightning_oft.layers.base import SwappedClass, restore_class, swap_class
 from lightning_oft.layers.state import drop_empty_record, make_record, record_of
 from lightning_oft.model.saved_modules import BASE, saved_tensors
 from lightning_oft.model.traversal import Modules, adapted, records, reset_compiled_code
@@ -15,30 +13,28 @@ class _FrozenNorm(SwappedClass):
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:  # type: ignore[misc]
         make_record(self).norm_mode = mode
-        self.training = mode and _is_owned(self)
+        self.training = mode and not is_frozen_norm(self)
         return self
 
 
-def _is_owned(module: nn.Module) -> bool:
-    """Whether an adapter trains the module whole, statistics included."""
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm whose statistics are those of the frozen base: no adapter trains it whole."""
     record = record_of(module)
-    statistics = {key: slot for key, slot in record.slots.items() if key in module._buffers} if record else {}
-    # Of batch norms, and the power iterations of both kinds of spectral norm.
-    return any(slot.live != BASE for key, slot in statistics.items() if key == "running_mean" or key.endswith("_u"))
+    slots = record.slots.items() if record is not None else ()
+    # Statistics of batch norms, and the power iterations of both kinds of spectral norm.
+    statistics = [slot for key, slot in slots if key in module._buffers and key.endswith(("running_mean", "_u"))]
+    return isinstance(module, _FrozenNorm) and all(slot.live == BASE for slot in statistics)
 
 
-def _has_statistics(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return bool(module.track_running_stats)
-    old = any(type(hook).__name__ == "SpectralNorm" for hook in module._forward_pre_hooks.values())
-    return old or type(module).__name__ == "_SpectralNorm"
+def only_norms_rest(modules: Modules) -> bool:
+    """Whether all that is in eval within a training model are the norms of the frozen base."""
+    resting = [module for module in modules.values() if not module.training]
+    return bool(resting) and all(isinstance(module, _FrozenNorm) for module in resting)
 
 
 def freeze(modules: Modules) -> None:
     """Freeze everything but adapters: parameters lose their gradient, batch and spectral norms keep their statistics.
-
-    Idempotent; whatever was trainable is remembered for `unload`.
-    """
+    Idempotent; whatever was trainable is remembered for `unload`."""
     # By the tensor, not by its place: a head that an adapter trains may be tied to an embedding that none does.
     trains = {id(saved.tensor) for saved in saved_tensors(modules) if saved.slot.live != BASE}
     for module in modules.values():
@@ -46,21 +42,21 @@ def freeze(modules: Modules) -> None:
             if parameter is not None and parameter.requires_grad and id(parameter) not in trains:
                 parameter.requires_grad_(False)
                 make_record(module).frozen.add(name)
-        if isinstance(module, _FrozenNorm) or _has_statistics(module):
-            _freeze_norm(module)
-
-
-def _freeze_norm(module: nn.Module) -> None:
-    asked = make_record(module).norm_mode if isinstance(module, _FrozenNorm) else module.training
-    swap_class(module, _FrozenNorm)
-    module.train(bool(asked))
+        old = any(type(hook).__name__ == "SpectralNorm" for hook in module._forward_pre_hooks.values())
+        is_batch_norm = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        has_statistics = is_batch_norm or old or type(module).__name__ == "_SpectralNorm"
+        if has_statistics and not isinstance(module, _FrozenNorm):
+            make_record(module).norm_mode = module.training
+    freeze_norms(modules)
 
 
 def freeze_norms(modules: Modules) -> None:
     """Let every norm that was ever frozen train or rest by whose statistics are in it now."""
     for _, module, record in records(modules):
         if record.norm_mode is not None:
-            _freeze_norm(module)
+            asked = record.norm_mode if isinstance(module, _FrozenNorm) else module.training
+            swap_class(module, _FrozenNorm)
+            module.train(asked)
 
 
 def unfreeze_norms(modules: Modules) -> None:
@@ -71,64 +67,39 @@ def unfreeze_norms(modules: Modules) -> None:
             module.train(bool(record.norm_mode))
 
 
-def _set_trainable(module: nn.Module, flags: Mapping[str, bool]) -> None:
-    for name, trains in flags.items():
-        parameter = module._parameters.get(name)
-        if parameter is not None:
-            parameter.requires_grad_(trains)
-
-
 def unfreeze_merged(modules: Modules) -> None:
     """Make a merged model as trainable as it was before any adapter; `freeze_unmerged` undoes it."""
     unfreeze_norms(modules)
     for _, module, record in records(modules):
         names = record.frozen | record.slots.keys()
-        now = {name: p.requires_grad for name, p in module._parameters.items() if p is not None and name in names}
-        record.released = record.released or now
-        _set_trainable(module, {name: name in record.frozen for name in now})
+        own = {name: p for name, p in module._parameters.items() if p is not None and name in names}
+        record.released = record.released or {name: parameter.requires_grad for name, parameter in own.items()}
+        for name, parameter in own.items():
+            parameter.requires_grad_(name in record.frozen)
 
 
 def freeze_unmerged(modules: Modules) -> None:
     """Freeze again what `unfreeze_merged` released, and nothing else."""
     freeze_norms(modules)
     for _, module, record in records(modules):
-        _set_trainable(module, record.released)
+        for name, trains in record.released.items():
+            if (parameter := module._parameters.get(name)) is not None:
+                parameter.requires_grad_(trains)
         record.released = {}
-
-
-def unfreeze(modules: Modules) -> None:
-    """Undo freeze."""
-    unfreeze_norms(modules)
-    for _, module, record in records(modules):
-        _set_trainable(module, dict.fromkeys(record.frozen, True))
-        record.frozen, record.released, record.norm_mode = set(), {}, None
-        drop_empty_record(module)
-
-
-def only_norms_rest(modules: Modules) -> bool:
-    """Whether all that is in eval within a training model are the norms of the frozen base."""
-    resting = [module for module in modules.values() if not module.training]
-    return bool(resting) and all(isinstance(module, _FrozenNorm) for module in resting)
-
-
-def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm whose statistics are those of the frozen base."""
-    return isinstance(module, _FrozenNorm) and not _is_owned(module)
 
 
 def sync_nested_tensors(modules: Modules) -> None:
     """nn.TransformerEncoder packs padded batches for its layers' fused path, which a rotated layer does not take."""
-    for name, encoder in list(modules.items()):
-        if not isinstance(encoder, nn.TransformerEncoder):
-            continue
-        rotated = any(state.enabled and state.merged is None for _, _, state in adapted(modules.below(name)))
-        record = make_record(encoder)
-        if rotated and record.nested_tensor is None:
-            record.nested_tensor = bool(encoder.use_nested_tensor)
-            encoder.use_nested_tensor = False
-        elif not rotated and record.nested_tensor is not None:
-            encoder.use_nested_tensor, record.nested_tensor = record.nested_tensor, None
-        drop_empty_record(encoder)
+    for name, encoder in modules.items():
+        if isinstance(encoder, nn.TransformerEncoder):
+            rotated = any(state.enabled and state.merged is None for _, _, state in adapted(modules.below(name)))
+            record = make_record(encoder)
+            if rotated and record.nested_tensor is None:
+                record.nested_tensor = bool(encoder.use_nested_tensor)
+                encoder.use_nested_tensor = False
+            elif not rotated and record.nested_tensor is not None:
+                encoder.use_nested_tensor, record.nested_tensor = record.nested_tensor, None
+            drop_empty_record(encoder)
 
 
 def layers_changed(modules: Modules) -> None:

@@ -7,13 +7,10 @@ from torch import nn
 
 from lightning_oft.codecs import parameter_of
 from lightning_oft.config import OFTConfig
-from lightning_oft.layers.rotation import Rotation
-from lightning_oft.layers.state import LayerState, drop_empty_record, make_record, state_of
-from lightning_oft.model import saved_modules, traversal
-from lightning_oft.model.activation import activate
-from lightning_oft.model.fingerprint import layer_fingerprint
-from lightning_oft.model.freezing import freeze, layers_changed, unfreeze
-from lightning_oft.model.plan import Plan, PlannedLayer, plan_injection
+from lightning_oft.layers import LayerState, Rotation, layer_type_of, state_of
+from lightning_oft.layers.state import drop_empty_record, make_record
+from lightning_oft.model import activation, fingerprint, freezing, saved_modules, traversal
+from lightning_oft.model.plan import Plan, plan_injection
 from lightning_oft.model.traversal import Modules, adapted, adapter_names, some, walk
 
 
@@ -21,15 +18,8 @@ def inject(model: Any, config: OFTConfig, adapter_name: str = "default") -> list
     """Put an adapter into a model, in place, and freeze the rest; the model computes what it did before.
 
     The adapter is active and trainable on every layer that has no other active adapter; where one has, `set_adapter`
-    chooses. Layers that already have this adapter are left as they are, so calling it again is harmless.
-
-    Args:
-        model: any module; the names in `config` are relative to it.
-        config: what to adapt and how.
-        adapter_name: a name for this set of rotations, without dots.
-
-    Returns:
-        The names of the layers adapted, relative to `model`, in the order of the model.
+    chooses. Layers that already have this adapter are left as they are, so calling it again is harmless. The names in
+    `config` and those returned, of the layers adapted, are relative to `model`; `adapter_name` has no dots.
 
     Raises:
         TypeError: `model` is no module or `config` no OFTConfig.
@@ -45,28 +35,25 @@ def inject(model: Any, config: OFTConfig, adapter_name: str = "default") -> list
 
 def carry_out(modules: Modules, plan: Plan) -> list[str]:
     """Inject what a plan says, and freeze the rest. Returns the names of its layers."""
-    states = {name: _adapt(planned, plan) for name, planned in plan.layers.items()}
-    waiting = [name for name, state in states.items() if plan.adapter_name not in state.active]
+    active = {name: _adapt(modules[name], sizes, plan).active for name, sizes in plan.layers.items()}
+    waiting = [name for name, names in active.items() if plan.adapter_name not in names]
     known = {id(tensor): slot for _, tensor, slot in saved_modules.saved_tensors(modules)}
-    active = all(plan.adapter_name in state.active for _, _, state in adapted(modules) if state.active)
+    is_active = all(plan.adapter_name in state.active for _, _, state in adapted(modules) if state.active)
     for module, key in plan.saved:
-        saved_modules.claim(module, key, plan.adapter_name, active, known)
-    freeze(modules)
-    layers_changed(modules)
+        saved_modules.claim(module, key, plan.adapter_name, is_active, known)
+    freezing.freeze(modules)
+    freezing.layers_changed(modules)
     if waiting:
-        warnings.warn(
-            f"adapter {plan.adapter_name!r} is not active on {some(waiting)}, where another adapter is: "
-            "call set_adapter(model, names) to choose",
-            stacklevel=3,
-        )
+        what = f"adapter {plan.adapter_name!r} is not active on {some(waiting)}, where another adapter is"
+        warnings.warn(f"{what}: call set_adapter(model, names) to choose", stacklevel=3)
     return list(plan.layers)
 
 
-def _adapt(planned: PlannedLayer, plan: Plan) -> LayerState:
-    layer, layer_type, block_sizes = planned
-    state = state_of(layer)
+def _adapt(layer: nn.Module, block_sizes: dict[str, int], plan: Plan) -> LayerState:
+    state, layer_type = state_of(layer), layer_type_of(layer)
     if state is None:
-        state = LayerState(layer_type, fingerprint=layer_fingerprint(layer))
+        assert layer_type is not None  # a plan has no other layers
+        state = LayerState(layer_type, fingerprint=fingerprint.layer_fingerprint(layer))
         layer.oft_R = nn.ModuleDict()
         make_record(layer).layer = state
         layer_type.attach(layer)
@@ -74,8 +61,11 @@ def _adapt(planned: PlannedLayer, plan: Plan) -> LayerState:
         return state
     made: dict[str, nn.Module] = {}
     for part, size in block_sizes.items():
-        weight = layer_type.rotated_weights(layer)[part]
-        made[part] = Rotation(weight.fan, size, plan.config, _device_of(layer, weight.parameter)).train(layer.training)
+        weight = state.layer_type.rotated_weights(layer)[part]
+        # A layer may keep no such parameter: then its other tensors say where it is.
+        tensors = [parameter_of(layer, weight.parameter), *layer._parameters.values(), *layer._buffers.values()]
+        device = next((tensor.device for tensor in tensors if tensor is not None), None)
+        made[part] = Rotation(weight.fan, size, plan.config, device).train(layer.training)
     adapters: Any = layer.oft_R
     adapters[plan.adapter_name] = made[""] if "" in made else nn.ModuleDict(made)
     state.configs[plan.adapter_name] = plan.config
@@ -84,22 +74,11 @@ def _adapt(planned: PlannedLayer, plan: Plan) -> LayerState:
     return state
 
 
-def _device_of(layer: nn.Module, parameter: str) -> Any:
-    """Where a rotated weight is; of a layer that keeps no such parameter, where its other tensors are."""
-    weight = parameter_of(layer, parameter)
-    tensors = [weight, *layer._parameters.values(), *layer._buffers.values()]
-    return next((tensor.device for tensor in tensors if tensor is not None), None)
-
-
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Take one adapter out of a model, in place: its rotations, and its values of what it trained whole.
 
     Other adapters stay, active and trainable as they were. Where the deleted one alone was active, the first that is
     left becomes active, and a warning says so; with the last adapter every trace of OFT leaves, as by `unload`.
-
-    Args:
-        model: a model with adapters, unmerged.
-        adapter_name: the adapter to delete.
 
     Raises:
         ValueError: there is no such adapter.
@@ -114,9 +93,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         _unload(modules)
         return
     active = traversal.active_names(modules)
-    trains = [
-        name for name in active if any(r.weight.requires_grad for r in traversal.rotations(modules, name).values())
-    ]
+    found = {name: traversal.rotations(modules, name).values() for name in active}
+    trains = [name for name, own in found.items() if any(rotation.weight.requires_grad for rotation in own)]
     saved_modules.release(modules, [adapter_name])
     for _, layer, state in list(adapted(modules)):
         if state.configs.pop(adapter_name, None) is not None:
@@ -126,8 +104,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     if active == [adapter_name]:
         active = trains = left[:1]
         warnings.warn(f"adapter {adapter_name!r} was active and is deleted; {left[0]!r} is active now", stacklevel=2)
-    activate(modules, [name for name in active if name != adapter_name], trains)
-    layers_changed(modules)
+    activation.activate(modules, [name for name in active if name != adapter_name], trains)
+    freezing.layers_changed(modules)
 
 
 def unload(model: nn.Module) -> None:
@@ -149,15 +127,17 @@ def _unload(modules: Modules) -> None:
     for _, layer, state in list(adapted(modules)):
         _strip(layer, state)
     saved_modules.release(modules, names, to_base=not merged)
-    unfreeze(modules)
-    layers_changed(modules)
+    freezing.unfreeze_merged(modules)
+    for _, module, record in traversal.records(modules):
+        record.frozen, record.released, record.norm_mode = set(), {}, None
+        drop_empty_record(module)
+    freezing.layers_changed(modules)
 
 
 def _strip(layer: nn.Module, state: LayerState) -> None:
     """Take the rotations off a layer, merged or not."""
     if state.merged is None:
         state.layer_type.detach(layer)
-    layer._modules.pop("oft_R", None)
-    layer.__dict__.pop("oft_R", None)
+    del layer.oft_R
     make_record(layer).layer = None
     drop_empty_record(layer)

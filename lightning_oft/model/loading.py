@@ -5,15 +5,13 @@ import warnings
 from collections import defaultdict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_oft.codecs import cut_like, local_part
-from lightning_oft.model import traversal
+from lightning_oft.model import fingerprint, injection, traversal
 from lightning_oft.model.adapter_state import AdapterState
-from lightning_oft.model.fingerprint import other_bases
-from lightning_oft.model.injection import carry_out
-from lightning_oft.model.placement import AdapterError, Place, find_place, plan_of
-from lightning_oft.model.plan import check
+from lightning_oft.model.placement import AdapterError, Place, find_place
+from lightning_oft.model.plan import Plan, check
 from lightning_oft.model.saved_modules import saved_tensors
 from lightning_oft.model.traversal import Modules, adapted, is_inside, joined, rotations, some
 
@@ -26,16 +24,8 @@ def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) 
     """Put an adapter into a model, in place, and freeze the rest.
 
     The state decides which layers are adapted and how; its names may start at the model or at any module below. The
-    adapter becomes active where no other is. An adapter of this name and structure that is there already takes over
-    the state's values.
-
-    Args:
-        model: any module, unmerged.
-        state: the adapter.
-        adapter_name: the name it gets in the model; its own by default.
-
-    Returns:
-        The names of the layers adapted, relative to `model`, in the order of the model.
+    adapter becomes active where no other is. An adapter of this name (`adapter_name`, else the state's own) and of this
+    structure that is there already takes over the state's values. Returns the names of the layers adapted.
 
     Raises:
         AdapterError: it does not fit the model, which is untouched.
@@ -45,34 +35,39 @@ def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) 
     modules = traversal.walk(model)
     traversal.require_unmerged(modules, "load an adapter")
     place = find_place(modules, state)
-    plan = plan_of(modules, state, place, name)
-    present = name in traversal.adapter_names(modules)
-    if present and (difference := _difference(modules, state, place, name)):
-        raise AdapterError(
-            f"the model has another adapter {name!r} already, {difference}; "
-            "call unload(model) first, or load it under another adapter_name"
-        )
-    _warn_of_another_base(modules, state, place.root)
-    if not present:
-        check(modules, plan)
-        _untie(_torn(modules, place), place)
-        carry_out(modules, plan)
-    _copy(modules, place, name)
-    return list(plan.layers)
-
-
-def _warn_of_another_base(modules: Modules, state: AdapterState, root: str) -> None:
-    changed = other_bases(modules, {joined(root, name): value for name, value in state.fingerprints.items()})
+    is_there = name in traversal.adapter_names(modules)
+    if is_there and (difference := _difference(modules, state, place, name)):
+        what = f"the model has another adapter {name!r} already, {difference}"
+        raise AdapterError(f"{what}; call unload(model) first, or load it under another adapter_name")
+    changed = fingerprint.other_bases(
+        modules, {joined(place.root, layer): value for layer, value in state.fingerprints.items()}
+    )
     if changed:
         what = f"{state.source or 'the adapter'} was trained on another base, {some(changed)} differ"
-        warnings.warn(f"{what}; load the one it was trained on", stacklevel=4)
+        warnings.warn(f"{what}; load the one it was trained on", stacklevel=3)
+    if not is_there:
+        plan = Plan(name, state.config, place.layers, [(one.module, one.key) for one in place.saved.values()])
+        check(modules, plan)
+        torn = _torn(modules, place)
+        for trained in torn:  # it gets memory of its own: what it shared it with keeps its values
+            module, key, _ = place.saved[trained]
+            tensor = module.get_parameter(key)
+            module._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+        if torn:
+            log.warning("load: %s shared a weight with another module; it has a copy of its own now", some(torn))
+        injection.carry_out(modules, plan)
+    present, saved = rotations(modules, name), {id(one.tensor): one for one in saved_tensors(modules)}
+    values: list[tuple[Tensor, Tensor]] = [(present[key].weight, value) for key, value in place.generators.items()]
+    values += [(saved[id(one.tensor())].value(name), one.value) for one in place.saved.values()]
+    with torch.no_grad():
+        for mine, theirs in values:
+            local_part(mine).copy_(cut_like(theirs, mine))
+    return list(place.layers)
 
 
 def _torn(modules: Modules, place: Place) -> list[str]:
     """Names of trained tensors that share their memory in the model with one that the state has other values for.
-
-    PEFT trains a copy of such a head, so that the embedding it is tied to stays what it was.
-    """
+    PEFT trains a copy of such a head, so that the embedding it is tied to stays what it was."""
     theirs = {(id(one.module), one.key): one.value for one in place.saved.values()}
     sharing = defaultdict(list)
     for module in modules.values() if place.saved else ():
@@ -83,16 +78,6 @@ def _torn(modules: Modules, place: Place) -> list[str]:
         for name, one in place.saved.items()
         if any(value is None or not torch.equal(value, one.value) for value in sharing[id(one.tensor())])
     ]
-
-
-def _untie(names: list[str], place: Place) -> None:
-    """Give tensors memory of their own: what they shared it with keeps its values."""
-    for name in names:
-        module, key, _ = place.saved[name]
-        tensor = module.get_parameter(key)
-        module._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
-    if names:
-        log.warning("load: %s shared a weight with another module; it has a copy of its own now", some(names))
 
 
 def _difference(modules: Modules, state: AdapterState, place: Place, adapter_name: str) -> str:
@@ -116,15 +101,3 @@ def _difference(modules: Modules, state: AdapterState, place: Place, adapter_nam
             return f"{field} is {getattr(config, field)!r} there and {getattr(state.config, field)!r} in the file"
     resized = [name for name, part in mine if mine[name, part] != theirs[name, part]]
     return f"the blocks of {some(resized)} have another size" if resized else ""
-
-
-@torch.no_grad()
-def _copy(modules: Modules, place: Place, adapter_name: str) -> None:
-    present = rotations(modules, adapter_name)
-    for key, generator in place.generators.items():
-        weight = present[key].weight
-        local_part(weight).copy_(cut_like(generator, weight))
-    saved = {id(one.tensor): one for one in saved_tensors(modules)}
-    for placed in place.saved.values():
-        mine = saved[id(placed.tensor())].value(adapter_name)
-        local_part(mine).copy_(cut_like(placed.value, mine))

@@ -11,11 +11,8 @@ from torch import nn
 
 from lightning_oft.codecs import codec_of, is_sharded, whole
 from lightning_oft.layers.state import LayerState, make_record, rotations_of
-from lightning_oft.model import traversal
-from lightning_oft.model.activation import activate, check_choice, remember_choice
-from lightning_oft.model.fingerprint import same_base
+from lightning_oft.model import activation, fingerprint, freezing, traversal
 from lightning_oft.model.folding import Device, folded_weights
-from lightning_oft.model.freezing import freeze_unmerged, layers_changed, unfreeze_norms
 from lightning_oft.model.traversal import Modules, adapted, merged_layers, some, walk
 
 log = logging.getLogger(__name__)
@@ -24,6 +21,7 @@ KEEP_LIMIT = 8 * 2**30
 """Bytes of base weights per process up to which keep_base="auto" keeps them."""
 
 KeepBase = Literal["auto", "always", "never"]
+Gathered = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
 
 
 @torch.no_grad()
@@ -37,7 +35,7 @@ def merge(
 
     Names, classes and state-dict keys are those of the base afterwards. Each layer keeps its rotations out of the
     module tree, so that `unmerge` can undo it. Either every layer is merged, or an error leaves the model as it was
-    (where keep_base is off and some layers were merged already, as `unmerge` would).
+    (where keep_base is off and some layers were merged already, as `unmerge` would). Returns the names of the layers.
 
     Args:
         model: a model with adapters.
@@ -45,9 +43,6 @@ def merge(
         keep_base: whether to keep a CPU copy of the adapted weights, which `unmerge` returns to the bit: "auto" keeps
             them up to 8 GiB a process, "always", or "never" (unmerge then solves, to 1e-6 in float32).
         device: where to compute, layer by layer; where each weight is by default.
-
-    Returns:
-        The names of the layers merged.
 
     Raises:
         ValueError: no adapter, or a generator is not finite; names the layer.
@@ -63,8 +58,8 @@ def merge_layers(
     modules: Modules,
     adapter_name: str | list[str] | None = None,
     keep_base: KeepBase = "auto",
-    device: torch.device | str | None = None,
-    gathered: Callable[[nn.Module], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    device: Device = None,
+    gathered: Gathered = contextlib.nullcontext,
     only: Collection[str] | None = None,
 ) -> list[str]:
     """`merge` of all layers or of those named, for a model whose tensors are at hand within `gathered(layer)` only."""
@@ -74,42 +69,34 @@ def merge_layers(
     if not layers:
         raise ValueError("nothing to merge: the model has no adapter; call inject or load_adapter first")
     traversal.require_enabled(modules, "merge")
-    restore = remember_choice(modules)
-    done: list[tuple[nn.Module, LayerState]] = []
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(activation.remember_choice(modules))
         if adapter_name is not None:
             names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-            check_choice(modules, names)
-            activate(modules, names, names)
+            activation.check_choice(modules, names)
+            activation.activate(modules, names, names)
         _check_mergeable(layers, gathered)
-        keep, shared = _keeps(layers, keep_base), _shared_parameters(modules)
+        size = sum(one.read().nbytes for _, layer, state in adapted(layers) for one in folded_weights(layer, state))
+        keep = keep_base == "always" or (keep_base == "auto" and size <= KEEP_LIMIT)
+        log.info("merge: %s the base weights (%.1f MiB)", "keeping" if keep else "not keeping", size / 2**20)
+        holders = Counter(id(one) for module in modules.values() for one in module._parameters.values())
         for _, layer, state in adapted(layers):
+            undo.callback(_unmerge_layer, layer, state, gathered)
             with gathered(layer):
-                done.append((layer, state))
-                _merge_layer(layer, state, keep, device, shared)
-    except BaseException:
-        for layer, state in done:
-            with gathered(layer):
-                _unmerge_layer(layer, state)
-        restore()
-        raise
-    bases = {name: state.base.values() for name, _, state in adapted(layers)}
-    _untie_configs(modules, [name for name, own in bases.items() if any(isinstance(one, nn.Parameter) for one in own)])
+                state.merged, state.base = {}, {}
+                for weight in folded_weights(layer, state):
+                    state.merged[weight.part.parameter] = weight.merge(keep, device, holders)
+                state.layer_type.detach(layer)
+                layer.__dict__["oft_R"] = layer._modules.pop("oft_R")  # out of the module tree; `layer.oft_R` answers
+        undo.pop_all()
+    _untie_configs(modules, layers)
     if len(merged_layers(modules)) == sum(1 for _ in adapted(modules)):
-        unfreeze_norms(modules)
-    layers_changed(modules)
+        freezing.unfreeze_norms(modules)
+    freezing.layers_changed(modules)
     return list(layers)
 
 
-def _keeps(layers: dict[str, nn.Module], keep_base: KeepBase) -> bool:
-    weights = (weight.read() for _, layer, state in adapted(layers) for weight in folded_weights(layer, state))
-    size = sum(weight.numel() * weight.element_size() for weight in weights)
-    keep = keep_base == "always" or (keep_base == "auto" and size <= KEEP_LIMIT)
-    log.info("merge: %s the base weights (%.1f MiB)", "keeping" if keep else "not keeping", size / 2**20)
-    return keep
-
-
-def _check_mergeable(layers: dict[str, nn.Module], gathered: Callable[[nn.Module], Any]) -> None:
+def _check_mergeable(layers: dict[str, nn.Module], gathered: Gathered) -> None:
     broken, packed = [], []
     for name, layer, state in adapted(layers):
         with gathered(layer):
@@ -120,21 +107,12 @@ def _check_mergeable(layers: dict[str, nn.Module], gathered: Callable[[nn.Module
         codecs = [codec_of(layer, part.parameter) for part in state.layer_type.rotated_weights(layer).values()]
         if not all(codec is not None and codec.is_exact for codec in codecs):
             packed.append(name)
-    for names, problem, remedy in (
-        (broken, "generators of {} are NaN or infinite", "load an earlier state of the adapter"),
-        (packed, "the weights of {} are quantized or packed", "load the base without quantization to merge"),
-    ):
-        if names:
-            raise ValueError(f"cannot merge: {problem.format(some(names))}; nothing was changed: {remedy}")
-
-
-def _merge_layer(layer: nn.Module, state: LayerState, keep: bool, device: Device, shared: set[int]) -> None:
-    state.merged, state.base, state.merged_fingerprints = tuple(state.active), {}, {}
-    for weight in folded_weights(layer, state):
-        weight.merge(keep, device, shared)
-    state.layer_type.detach(layer)
-    # Out of the module tree; `layer.oft_R` still answers.
-    layer.__dict__["oft_R"] = layer._modules.pop("oft_R")
+    if broken:
+        what = f"cannot merge: generators of {some(broken)} are NaN or infinite; nothing was changed"
+        raise ValueError(f"{what}: load an earlier state of the adapter")
+    if packed:
+        what = f"cannot merge: the weights of {some(packed)} are quantized or packed; nothing was changed"
+        raise ValueError(f"{what}: load the base without quantization to merge")
 
 
 @torch.no_grad()
@@ -142,10 +120,7 @@ def unmerge(model: nn.Module) -> list[str]:
     """Undo `merge`, in place: the base weights return, and the adapters are active beside them again.
 
     To the bit where `merge` kept the base, else by solving with the rotations (1e-6 relative in float32; lower
-    precisions round).
-
-    Returns:
-        The names of the layers unmerged.
+    precisions round). Returns the names of the layers.
 
     Raises:
         RuntimeError: the model is not merged, or a merged weight has been changed since.
@@ -154,46 +129,46 @@ def unmerge(model: nn.Module) -> list[str]:
     layers = merged_layers(modules)
     if not layers:
         raise RuntimeError("nothing to unmerge: no layer of the model is merged; call merge(model) first")
-    changed = [name for name, layer, state in adapted(layers) if _changed_since_merge(layer, state)]
-    if changed:
-        raise RuntimeError(
-            f"cannot unmerge {some(changed)}: the weights were changed after the merge (another checkpoint was loaded?); "
-            "call unload(model) to keep them as the new base"
+    changed = {
+        name: None
+        for name, layer, state in adapted(layers)
+        for weight in folded_weights(layer, state)
+        if not fingerprint.same_base(weight.fingerprint(), (state.merged or {}).get(weight.part.parameter))
+    }
+    if changed:  # going back to the base would lose the change
+        what = (
+            f"cannot unmerge {some(changed)}: the weights were changed after the merge (another checkpoint was loaded?)"
         )
+        raise RuntimeError(f"{what}; call unload(model) to keep them as the new base")
     for _, layer, state in adapted(layers):
         _unmerge_layer(layer, state)
-    _retie_configs(modules)
-    freeze_unmerged(modules)
-    layers_changed(modules)
+    for _, module, record in traversal.records(modules):
+        if record.tied:
+            record.tied = False
+            module.config.tie_word_embeddings = True  # type: ignore[union-attr]
+    freezing.freeze_unmerged(modules)
+    freezing.layers_changed(modules)
     return list(layers)
 
 
-def _unmerge_layer(layer: nn.Module, state: LayerState) -> None:
+def _unmerge_layer(layer: nn.Module, state: LayerState, gathered: Gathered = contextlib.nullcontext) -> None:
     """Give a layer its base weights and its rotations back; a layer merged in part too."""
-    for weight in folded_weights(layer, state):
-        weight.unmerge()
-    device = next((parameter.device for parameter in layer.parameters()), torch.device("cpu"))
-    state.merged, state.base, state.merged_fingerprints = None, {}, {}
-    rotations = layer.__dict__.pop("oft_R", None)
-    if rotations is not None:
-        sharded = any(is_sharded(parameter) for parameter in rotations.parameters())
-        layer.oft_R = (rotations if sharded else rotations.to(device)).train(layer.training)
-    state.layer_type.attach(layer)
+    with gathered(layer):
+        for weight in folded_weights(layer, state):
+            weight.unmerge()
+        device = next((parameter.device for parameter in layer.parameters()), torch.device("cpu"))
+        state.merged, state.base = None, {}
+        rotations = layer.__dict__.pop("oft_R", None)
+        if rotations is not None:
+            sharded = any(is_sharded(parameter) for parameter in rotations.parameters())
+            layer.oft_R = (rotations if sharded else rotations.to(device)).train(layer.training)
+        state.layer_type.attach(layer)
 
 
-def _changed_since_merge(layer: nn.Module, state: LayerState) -> bool:
-    """Whether a merged weight is no longer what merge left: going back to the base would lose the change."""
-    left = state.merged_fingerprints
-    return not all(same_base(weight.fingerprint(), left.get(weight.name)) for weight in folded_weights(layer, state))
-
-
-def _shared_parameters(modules: Modules) -> set[int]:
-    """ids of parameters that more than one module holds."""
-    return {key for key, holders in Counter(map(id, traversal.own_parameters(modules))).items() if holders > 1}
-
-
-def _untie_configs(modules: Modules, untied: list[str]) -> None:
+def _untie_configs(modules: Modules, layers: dict[str, nn.Module]) -> None:
     """A merged weight is tied no longer, and a transformers model must say so or its reload would tie it again."""
+    bases = {name: state.base.values() for name, _, state in adapted(layers)}
+    untied = [name for name, own in bases.items() if any(isinstance(one, nn.Parameter) for one in own)]
     if not untied:
         return
     log.warning("merge: %s shared a weight with another module; it has a copy of its own now", some(untied))
@@ -202,11 +177,3 @@ def _untie_configs(modules: Modules, untied: list[str]) -> None:
         if "PreTrainedModel" in traversal.class_names(module) and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
             make_record(module).tied = True
-
-
-def _retie_configs(modules: Modules) -> None:
-    """Undo `untie_configs`."""
-    for _, module, record in traversal.records(modules):
-        if record.tied:
-            record.tied = False
-            module.config.tie_word_embeddings = True  # type: ignore[union-attr]

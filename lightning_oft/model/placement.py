@@ -1,5 +1,6 @@
 """Where the names and shapes of an AdapterState are in a model. Everything that does not fit is refused here."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -7,15 +8,12 @@ from torch import Tensor, nn
 
 from lightning_oft.codecs import is_sharded
 from lightning_oft.functional import block_size_of
-from lightning_oft.layers.base import layer_type_named, layer_type_of, refusal
+from lightning_oft.layers.base import layer_type_named, layer_type_of, refusal, rotated_weights_of
 from lightning_oft.model import traversal
 from lightning_oft.model.adapter_state import AdapterState, LayerRotations
-from lightning_oft.model.plan import Plan, PlannedLayer
 from lightning_oft.model.saved_modules import base_value
 from lightning_oft.model.targets import matches, owners_of
 from lightning_oft.model.traversal import Modules, is_inside, joined, some
-
-Owners = dict[str, tuple[str, str]]
 
 
 class AdapterError(ValueError):
@@ -35,39 +33,33 @@ class PlacedTensor(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a state goes in a model: generators by the model's names of layer and part, `saved` by the state's names."""
+    """Where a state goes in a model: its layers and generators by the model's names, `saved` by the state's names."""
 
     root: str
+    layers: dict[str, dict[str, int]]  # block sizes by part
     generators: dict[tuple[str, str], Tensor]
     saved: dict[str, PlacedTensor]
 
 
 def find_place(modules: Modules, state: AdapterState) -> Place:
     """Find the module that the state's names start at, and check every name and shape against the model."""
-    owners = owners_of(modules)
+    owners = owners_of(modules)  # where another layer reads a layer's weight, the rotation is a part of that one's
     root = _find_root(modules, owners, state)
     generators = {}
     for name, found in state.layers.items():
         for part, generator in found.generators.items():
-            layer, own = _owner(owners, joined(root, name), part)
-            _check_rotation(modules[layer], own, name, found, generator, state)
-            generators[layer, own] = generator
-    spots = {name: _tensor_place(modules, joined(root, name)) for name in state.saved}
-    saved = {name: PlacedTensor(*spot, state.saved[name]) for name, spot in spots.items() if spot is not None}
-    for name, (module, key, value) in saved.items():
-        theirs, mine = tuple(value.shape), tuple(traversal.tensor_of(module, key).shape)
-        if theirs != mine:
-            raise AdapterError(
-                f"{name} has shape {mine} in the model and {theirs} in the file; build the model with the sizes it was "
-                "trained with (number of classes, resized vocabulary)"
-            )
-    expected = _expected_tensors(modules, state, root)
-    return Place(root, generators, {name: one for name, one in saved.items() if _is_trained(name, one, expected)})
-
-
-def _owner(owners: Owners, name: str, part: str) -> tuple[str, str]:
-    """(layer, part) that a name means: where another layer reads this one's weight, the part of that one."""
-    return (name, part) if part or name not in owners else owners[name]
+            full = joined(root, name)
+            key = owners.get(full, (full, "")) if not part else (full, part)
+            _check_rotation(modules, key, name, found, generator, state.config.block_share)
+            generators[key] = generator
+    sizes = {key: block_size_of(generator.shape[1]) for key, generator in generators.items()}
+    names = {layer for layer, _ in sizes}
+    layers = {
+        name: {part: sizes[name, part] for part in rotated_weights_of(module) if (name, part) in sizes}
+        for name, module in modules.items()
+        if name in names
+    }
+    return Place(root, layers, generators, _place_tensors(modules, state, root))
 
 
 def _tensor_place(modules: Modules, name: str) -> tuple[nn.Module, str] | None:
@@ -81,36 +73,34 @@ def _tensor_place(modules: Modules, name: str) -> tuple[nn.Module, str] | None:
     return (module, key) if isinstance(getattr(module, key, None), Tensor) else None
 
 
-def _missing(modules: Modules, owners: Owners, root: str, state: AdapterState) -> list[str]:
-    lost = [name for name in state.layers if _owner(owners, joined(root, name), "")[0] not in modules]
-    return lost + [name for name in state.saved if _tensor_place(modules, joined(root, name)) is None]
-
-
-def _find_root(modules: Modules, owners: Owners, state: AdapterState) -> str:
+def _find_root(modules: Modules, owners: Mapping[str, tuple[str, str]], state: AdapterState) -> str:
     """The module below which every name exists: where it was, the model, a model inside it, any module."""
+
+    def missing(root: str) -> list[str]:
+        layers = {name: joined(root, name) for name in state.layers}
+        lost = [name for name, full in layers.items() if owners.get(full, (full, ""))[0] not in modules]
+        return lost + [name for name in state.saved if _tensor_place(modules, joined(root, name)) is None]
+
     inner = [name for name, module in modules.items() if traversal.class_names(module) & traversal.LIBRARY_MODELS]
     stored = [state.root] if state.root is not None and state.root in modules else []
     for candidates in (stored, [""], inner, list(modules)):
-        found = [root for root in candidates if not _missing(modules, owners, root, state)]
+        found = [root for root in candidates if not missing(root)]
         if len(found) == 1:
             return found[0]
         if found:
-            raise AdapterError(
-                f"its names fit {some(found)} alike; load it into the one that you mean, "
-                f"load_adapter(model.{found[0]}, ...)"
-            )
-    best = min([*stored, "", *inner], key=lambda root: len(_missing(modules, owners, root, state)))
-    lost = _missing(modules, owners, best, state)
-    raise AdapterError(f"{best or 'the model'} has no {some(lost)}; load the adapter into the model it was trained on")
+            what = f"its names fit {some(found)} alike"
+            raise AdapterError(f"{what}; load it into the one that you mean, load_adapter(model.{found[0]}, ...)")
+    best = min([*stored, "", *inner], key=lambda root: len(missing(root)))
+    lacks = f"{best or 'the model'} has no {some(missing(best))}"
+    raise AdapterError(f"{lacks}; load the adapter into the model it was trained on")
 
 
 def _check_rotation(
-    module: nn.Module, part: str, name: str, found: LayerRotations, generator: Tensor, state: AdapterState
+    modules: Modules, key: tuple[str, str], name: str, found: LayerRotations, generator: Tensor, is_shared: bool
 ) -> None:
     """Raise AdapterError where a layer cannot take a rotation."""
-    where = name or "the model itself"
-    layer_type = layer_type_of(module)
-    weights = layer_type.rotated_weights(module) if layer_type is not None else {}
+    where, module, part = some([name]), modules[key[0]], key[1]
+    layer_type, weights = layer_type_of(module), rotated_weights_of(module)
     if layer_type is None or part not in weights:
         raise AdapterError(f"{where} is a {type(module).__name__}, which this rotation does not fit; use its own model")
     reason = refusal(module)
@@ -121,34 +111,44 @@ def _check_rotation(
         raise AdapterError(f"{where} is on the meta device: give the model its weights before loading an adapter")
     theirs = layer_type_named(found.layer_type)
     if theirs is not None and theirs.peft_key != layer_type.peft_key:
-        raise AdapterError(
-            f"{where} is a {type(module).__name__}, the file holds a rotation of a layer of type {theirs.name}; "
-            "use its own model"
-        )
+        what = f"{where} is a {type(module).__name__}, the file holds a rotation of a layer of type {theirs.name}"
+        raise AdapterError(f"{what}; use its own model")
     blocks, size, fan = generator.shape[0], block_size_of(generator.shape[1]), weights[part].fan
-    shared = state.config.block_share
-    if fan % size or blocks != (1 if shared else fan // size):
-        turned = "with one shared block turn another one" if shared else f"turn {blocks * size}"
+    if fan % size or blocks != (1 if is_shared else fan // size):
+        turned = "with one shared block turn another one" if is_shared else f"turn {blocks * size}"
         what = f"{where} has fan-in {fan}, the file's {blocks} blocks of {size} {turned}"
         raise AdapterError(f"{what}; load the adapter into the model it was trained on")
 
 
-def plan_of(modules: Modules, state: AdapterState, place: Place, adapter_name: str) -> Plan:
-    """The layers that the state adapts, in the order of the model, with its block sizes."""
-    sizes: dict[str, dict[str, int]] = {}
-    for (layer, part), generator in place.generators.items():
-        sizes.setdefault(layer, {})[part] = block_size_of(generator.shape[1])
-    planned = {}
-    for name, module in modules.items():
-        layer_type = layer_type_of(module) if name in sizes else None
-        if layer_type is not None:
-            order = [part for part in layer_type.rotated_weights(module) if part in sizes[name]]
-            planned[name] = PlannedLayer(module, layer_type, {part: sizes[name][part] for part in order})
-    return Plan(adapter_name, state.config, planned, [(one.module, one.key) for one in place.saved.values()])
+def _place_tensors(modules: Modules, state: AdapterState, root: str) -> dict[str, PlacedTensor]:
+    """The tensors that were trained whole: PEFT also writes the base's own weight of an adapted embedding."""
+    expected, placed = _expected_tensors(modules, state, root), {}
+    for name, value in state.saved.items():
+        spot = _tensor_place(modules, joined(root, name))
+        assert spot is not None  # else the root would be another
+        tensor, base = traversal.tensor_of(*spot), base_value(*spot)
+        if value.shape != tensor.shape:
+            what = f"{name} has shape {tuple(tensor.shape)} in the model and {tuple(value.shape)} in the file"
+            sizes = "the sizes it was trained with (number of classes, resized vocabulary)"
+            raise AdapterError(f"{what}; build the model with {sizes}")
+        if value.is_floating_point() != tensor.is_floating_point():
+            raise AdapterError(f"{name} is {value.dtype}, {tensor.dtype} in the model; save it again")
+        if name not in expected and not is_sharded(base) and torch.equal(value.to(base), base):
+            continue
+        # A buffer may hold infinities on purpose, such as a mask: then the model's own does too.
+        is_finite = isinstance(tensor, nn.Parameter) or bool(base.isfinite().all())
+        if is_finite and not bool(value.isfinite().all()):
+            raise AdapterError(f"{name} is NaN or infinite; train the adapter again")
+        placed[name] = PlacedTensor(*spot, value)
+    lost = [name for name in sorted(expected) if name not in state.saved]
+    if lost:
+        what = f"its configuration says that {some(lost)} were trained, and the file lacks them"
+        raise AdapterError(f"{what}; save it again")
+    return placed
 
 
 def _expected_tensors(modules: Modules, state: AdapterState, root: str) -> set[str]:
-    """Names of the tensors that the configuration says were trained whole. Raises where the state lacks one."""
+    """Names of the tensors that the configuration says were trained whole."""
     cut = len(root) + 1 if root else 0
     inside = {name[cut:]: module for name, module in modules.items() if is_inside(name, root) and name != root}
     heads = state.modules_to_save
@@ -156,27 +156,10 @@ def _expected_tensors(modules: Modules, state: AdapterState, root: str) -> set[s
     tops = [name for name in inside if (name in heads if state.root is not None else matches(name, heads))]
     below = set(map(id, modules.below(*(joined(root, top) for top in tops)).values()))
     expected = {joined(name, key) for name, m in inside.items() if id(m) in below for key in traversal.own_tensors(m)}
-    for name in state.layers if state.config.bias != "none" else ():
+    if state.config.bias == "none":
+        return expected
+    for name in state.layers:
         layer = modules.get(joined(root, name))
         if layer is not None and layer._parameters.get("bias") is not None:
             expected.add(joined(name, "bias"))
-    lost = [name for name in sorted(expected) if name not in state.saved]
-    if lost:
-        raise AdapterError(
-            f"its configuration says that {some(lost)} were trained, and the file lacks them; save it again"
-        )
-    return expected | {name for name in state.saved if state.config.bias != "none" and "bias" in name}
-
-
-def _is_trained(name: str, placed: PlacedTensor, expected: set[str]) -> bool:
-    """Whether a tensor was trained: PEFT also writes the untouched weight of an adapted embedding, the base's own."""
-    value, tensor, base = placed.value, placed.tensor(), base_value(placed.module, placed.key)
-    if value.is_floating_point() != tensor.is_floating_point():
-        raise AdapterError(f"{name} is {value.dtype}, {tensor.dtype} in the model; save it again")
-    if name not in expected and not is_sharded(base) and torch.equal(value.to(base), base):
-        return False
-    # A buffer may hold infinities on purpose, such as a mask: then the model's own does too.
-    is_finite = isinstance(tensor, nn.Parameter) or bool(base.isfinite().all())
-    if is_finite and not bool(value.isfinite().all()):
-        raise AdapterError(f"{name} is NaN or infinite; train the adapter again")
-    return True
+    return expected | {name for name in state.saved if "bias" in name}

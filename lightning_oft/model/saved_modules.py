@@ -1,8 +1,8 @@
 """Tensors of the base that an adapter trains whole: modules_to_save and biases.
 
-The values of the active adapter live in the module itself, under the names they always had; those of the base and of
-other adapters wait beside it. Switching exchanges `.data` and never copies into it, so that a backward in flight finds
-its values again after `disable_adapters`; after a lasting switch it raises.
+The values of the active adapter are in the module itself; those of the base and of other adapters wait beside it.
+Switching exchanges `.data` and never copies into it, so that a backward in flight finds its values again after
+`disable_adapters`; after a lasting switch it raises.
 """
 
 from collections.abc import Iterator
@@ -46,22 +46,19 @@ def base_value(module: nn.Module, key: str) -> Tensor:
 
 def claim(module: nn.Module, key: str, adapter_name: str, active: bool, known: dict[int, Slot]) -> None:
     """Let an adapter own a tensor from now on; its values start as the base's.
-
-    `known` are the slots by id of their tensor: one that two modules hold (tied embeddings) has a single slot.
-    """
+    `known` are the slots by id of their tensor: one that two modules hold (tied embeddings) has a single slot."""
     tensor, record = tensor_of(module, key), make_record(module)
     if key not in record.slots:
         record.slots[key] = known.setdefault(id(tensor), Slot(live=BASE))
         if tensor.requires_grad and not record.slots[key].owners:  # as `freeze` would note it: `unload` returns to that
             record.frozen.add(key)
     slot = record.slots[key]
-    if adapter_name in slot.owners:
-        return
-    slot.owners.add(adapter_name)
-    slot.waiting[adapter_name] = base_value(module, key).clone()
-    if active and slot.live == BASE:
-        exchange(tensor, slot, adapter_name)
-        _set_trainable(tensor, True)
+    if adapter_name not in slot.owners:
+        slot.owners.add(adapter_name)
+        slot.waiting[adapter_name] = base_value(module, key).clone()
+        if active and slot.live == BASE:
+            exchange(tensor, slot, adapter_name)
+            _set_trainable(tensor, True)
 
 
 def exchange(tensor: Tensor, slot: Slot, owner: str) -> None:
@@ -73,7 +70,7 @@ def exchange(tensor: Tensor, slot: Slot, owner: str) -> None:
     slot.live = owner
 
 
-def switch(modules: Modules, names: list[str], trainable: set[str]) -> None:
+def switch(modules: Modules, names: list[str], trainable: list[str]) -> None:
     """Give every slot to the first of the named adapters that owns it, else to the base."""
     for _, tensor, slot in saved_tensors(modules):
         owner = next((name for name in names if name in slot.owners), BASE)
@@ -90,15 +87,6 @@ def _set_trainable(tensor: Tensor, trains: bool) -> None:
         tensor.grad = tensor.grad if trains else None
 
 
-def conflict(modules: Modules, names: list[str]) -> str | None:
-    """A tensor that two of the adapters own, which cannot both be active."""
-    for name, _, slot in saved_tensors(modules):
-        both = [adapter for adapter in names if adapter in slot.owners]
-        if len(both) > 1:
-            return f"{both[0]!r} and {both[1]!r} both train {name}: only one of them can be active"
-    return None
-
-
 def release(modules: Modules, adapter_names: list[str], to_base: bool = True) -> None:
     """Forget adapters' values; where they are live, those of the base return, or stay frozen as they are."""
     for _, tensor, slot in saved_tensors(modules):
@@ -107,8 +95,8 @@ def release(modules: Modules, adapter_names: list[str], to_base: bool = True) ->
                 exchange(tensor, slot, BASE)
             tensor.requires_grad_(False)
         slot.owners.difference_update(adapter_names)
-        for name in slot.waiting.keys() & set(adapter_names):
-            del slot.waiting[name]
+        for name in adapter_names:
+            slot.waiting.pop(name, None)
     for _, module, record in records(modules):
         record.slots = {key: slot for key, slot in record.slots.items() if slot.owners}
         drop_empty_record(module)

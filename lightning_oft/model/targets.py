@@ -2,13 +2,15 @@
 
 import contextlib
 import re
+from collections.abc import Iterable
+from itertools import accumulate
 from typing import NamedTuple
 
 from torch import nn
 
 from lightning_oft.config import OFTConfig
-from lightning_oft.layers.base import LayerType, layer_type_of, layer_types, refusal
-from lightning_oft.model.traversal import Modules, class_names, some
+from lightning_oft.layers.base import layer_type_of, layer_types, refusal, rotated_weights_of
+from lightning_oft.model.traversal import Modules, class_names, joined, some
 
 _PROJECTIONS = ("q_proj", "v_proj")
 _ARCHITECTURES: dict[tuple[str, ...], str | tuple[str, ...]] = {
@@ -34,27 +36,22 @@ _ARCHITECTURES: dict[tuple[str, ...], str | tuple[str, ...]] = {
 
 
 class Target(NamedTuple):
-    """A module to adapt: how, and which of its parts (`in_proj`, `out_proj` ... of an attention)."""
+    """A module to adapt, and which of its parts (`in_proj`, `out_proj` ... of an attention)."""
 
     module: nn.Module
-    layer_type: LayerType
     parts: tuple[str, ...]
 
 
 def find_targets(modules: Modules, config: OFTConfig, strict: bool = True) -> dict[str, Target]:
-    """The modules that the configuration selects, by name, in the order of the model.
-
-    Raises:
-        ValueError: something is selected that cannot be adapted, or `strict` and nothing is; with names and the remedy.
-    """
+    """The modules that the configuration selects, by name, in the order of the model. Raises ValueError where something
+    is selected that cannot be adapted, or where nothing is and `strict`."""
     owners = owners_of(modules)
     found: dict[str, Target] = {}
     refused: dict[str, str] = {}
     for name in _selected(modules, owners, config):
         owner, part = owners.get(name, (name, ""))
         module = modules[owner]
-        layer_type = layer_type_of(module)
-        if layer_type is None:
+        if layer_type_of(module) is None:
             known = ", ".join(layer_types())
             refused[name] = f"a {type(module).__name__} cannot be adapted (only layers of type {known} can)"
         elif id(module) in modules.compiled:
@@ -63,25 +60,31 @@ def find_targets(modules: Modules, config: OFTConfig, strict: bool = True) -> di
             refused[name] = reason
         elif owner not in found or len(found[owner].parts) == 1:
             excluded = {own for child, (of, own) in owners.items() if of == owner and _excluded(config, child)}
-            every = tuple(own for own in layer_type.rotated_weights(module) if own not in excluded)
-            found[owner] = Target(module, layer_type, (part,) if part else every)
+            every = tuple(own for own in rotated_weights_of(module) if own not in excluded)
+            found[owner] = Target(module, (part,) if part else every)
     if refused:
-        reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in list(refused.items())[:4])
+        reasons = "; ".join(f"{some([name])}: {reason}" for name, reason in list(refused.items())[:4])
         more = f"; and {len(refused) - 4} more" if len(refused) > 4 else ""
         raise ValueError(f"target_modules={config.target_modules!r} selects what cannot be adapted: {reasons}{more}")
     if strict and not found:
-        raise ValueError(_nothing_found(modules, config))
+        adaptable = [name for name, module in modules.items() if layer_type_of(module) is not None]
+        known = f"layers that could be adapted: {some(adaptable)}" if adaptable else "no layer here could be adapted"
+        hint = ""
+        if isinstance(config.target_modules, str) and any(matches(name, [config.target_modules]) for name in adaptable):
+            hint = f"; a string is a regular expression for the whole name: write [{config.target_modules}] for a list"
+        elif config.exclude_modules or config.layers_to_transform is not None:
+            hint = "; look at exclude_modules and layers_to_transform too"
+        raise ValueError(f"target_modules={config.target_modules!r} matches nothing; {known}{hint}")
     return found
 
 
-def saved_names(config: OFTConfig) -> tuple[list[str], list[str]]:
-    """Names in modules_to_save that must exist, and those that the task type adds where they do."""
-    required = list(config.modules_to_save or [])
-    implied = ["classifier", "score"] if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else []
-    return required, [name for name in implied if name not in required]
+def saved_names(config: OFTConfig) -> dict[str, bool]:
+    """Names of the modules to save, and whether they must exist: those that the task type adds need not."""
+    implied = ("classifier", "score") if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
+    return dict.fromkeys(implied, False) | dict.fromkeys(config.modules_to_save or (), True)
 
 
-def matches(name: str, items: list[str]) -> bool:
+def matches(name: str, items: Iterable[str]) -> bool:
     """Whether a module name is one of the items or ends with one: `proj` matches `a.proj`, not `q_proj`."""
     return any(name == item or name.endswith(f".{item}") for item in items)
 
@@ -89,7 +92,13 @@ def matches(name: str, items: list[str]) -> bool:
 def _selected(modules: Modules, owners: dict[str, tuple[str, str]], config: OFTConfig) -> list[str]:
     wanted = _architecture_choice(modules) if config.target_modules is None else config.target_modules
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        names = _all_linear(modules, owners)
+        heads = set()
+        for module in modules.values():
+            if "PreTrainedModel" in class_names(module):
+                with contextlib.suppress(AttributeError, NotImplementedError):
+                    heads.add(id(module.get_output_embeddings()))  # type: ignore[operator]
+        found = {name: layer_type_of(m) for name, m in modules.items() if id(m) not in heads and name not in owners}
+        names = [name for name, layer_type in found.items() if layer_type is not None and layer_type.in_all_linear]
     elif isinstance(wanted, str):
         pattern = _compiled(wanted, "target_modules")
         names = [name for name in modules if name and pattern.fullmatch(name)]
@@ -102,19 +111,17 @@ def _compiled(pattern: str, field: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(
-            f"{field}={pattern!r} is not a regular expression: {error}; mend it, or give a list of names"
-        ) from None
+        what = f"{field}={pattern!r} is not a regular expression: {error}"
+        raise ValueError(f"{what}; mend it, or give a list of names") from None
 
 
 def _excluded(config: OFTConfig, name: str) -> bool:
-    exclude = config.exclude_modules or []
+    exclude, saved = config.exclude_modules or [], saved_names(config)
+    if any(matches(above, saved) for above in accumulate(name.split("."), joined)):
+        return True
     if isinstance(exclude, str):
-        excluded = _compiled(exclude, "exclude_modules").fullmatch(name) is not None
-    else:
-        excluded = matches(name, exclude)
-    saved = [item for items in saved_names(config) for item in items]
-    return excluded or any(re.match(rf"(^|.*\.){re.escape(item)}($|\..*)", name) for item in saved)
+        return _compiled(exclude, "exclude_modules").fullmatch(name) is not None
+    return matches(name, exclude)
 
 
 def _in_layers(name: str, wanted: list[str], config: OFTConfig) -> bool:
@@ -122,37 +129,24 @@ def _in_layers(name: str, wanted: list[str], config: OFTConfig) -> bool:
     chosen = config.layers_to_transform
     if chosen is None or chosen == [] or name in wanted:
         return True
-    patterns = config.layers_pattern or []
+    patterns = config.layers_pattern or ["[^.]*"]
     match = None
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         _compiled(pattern, "layers_pattern")
         match = match or re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<index>\d+)\.", name)
-    if not patterns:
-        match = re.match(r".*?\.?[^.]*\.(?P<index>\d+)\.", name)
     return match is not None and int(match["index"]) in ([chosen] if isinstance(chosen, int) else chosen)
 
 
-def _all_linear(modules: Modules, owners: dict[str, tuple[str, str]]) -> list[str]:
-    heads = set()
-    for module in modules.values():
-        if "PreTrainedModel" in class_names(module):
-            with contextlib.suppress(AttributeError, NotImplementedError):
-                heads.add(id(module.get_output_embeddings()))  # type: ignore[operator]
-    types = {name: layer_type_of(module) for name, module in modules.items() if id(module) not in heads}
-    return [name for name, found in types.items() if found is not None and found.in_all_linear and name not in owners]
-
-
 def owners_of(modules: Modules) -> dict[str, tuple[str, str]]:
-    """By the name of a module whose weight another one reads and never calls, such as an attention's out_proj: the other
-    one's name, and the part of it."""
-    found = {}
-    for name, module in modules.items():
-        layer_type = layer_type_of(module) if module._modules else None  # only a module with children reads theirs
-        for part, weight in (layer_type.rotated_weights(module) if layer_type is not None else {}).items():
-            child = weight.parameter.rpartition(".")[0]
-            if child:
-                found[f"{name}.{child}" if name else child] = (name, part)
-    return found
+    """By the name of a module that another one reads and never calls, such as an attention's out_proj: that one's name,
+    and the part of it."""
+    return {
+        joined(name, child): (name, part)
+        for name, module in modules.items()
+        if module._modules  # only a module with children reads theirs
+        for part, weight in rotated_weights_of(module).items()
+        if (child := weight.parameter.rpartition(".")[0])
+    }
 
 
 def _architecture_choice(modules: Modules) -> str | list[str]:
@@ -160,21 +154,7 @@ def _architecture_choice(modules: Modules) -> str | list[str]:
     model_type = next((found for found in types if isinstance(found, str) and found), "")
     choice = next((choice for known, choice in _ARCHITECTURES.items() if model_type in known), None)
     if choice is None:
-        what = (
-            f"the architecture {model_type!r} has no choice of its own"
-            if model_type
-            else "the model is of no known architecture"
-        )
+        unknown = "the model is of no known architecture"
+        what = f"the architecture {model_type!r} has no choice of its own" if model_type else unknown
         raise ValueError(f"target_modules is null and {what}: name the modules, or use 'all-linear'")
     return choice if isinstance(choice, str) else list(choice)
-
-
-def _nothing_found(modules: Modules, config: OFTConfig) -> str:
-    adaptable = [name for name, module in modules.items() if layer_type_of(module) is not None]
-    known = f"; layers that could be adapted: {some(adaptable)}" if adaptable else "; no layer here could be adapted"
-    hint = ""
-    if isinstance(config.target_modules, str) and any(matches(name, [config.target_modules]) for name in adaptable):
-        hint = f"; a string is a regular expression for the whole name: write [{config.target_modules}] for a list"
-    elif config.exclude_modules or config.layers_to_transform is not None:
-        hint = "; look at exclude_modules and layers_to_transform too"
-    return f"target_modules={config.target_modules!r} matches nothing{known}{hint}"

@@ -26,17 +26,12 @@ LIBRARY_MODELS = {"PreTrainedModel", "ModelMixin"}
 
 
 class Modules(dict[str, nn.Module]):
-    """A model that has been walked: every module once, by its first name; the model itself is ''.
-
-    Attributes:
-        aliases: further names of modules that have several, with the first one.
-        compiled: ids of the modules that torch.compile wraps themselves.
-    """
+    """A model that has been walked: every module once, by its first name; the model itself is ''."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.aliases: dict[str, str] = {}
-        self.compiled: set[int] = set()
+        self.aliases: dict[str, str] = {}  # further names of modules that have several, with the first one
+        self.compiled: set[int] = set()  # ids of the modules that torch.compile wraps themselves
 
     def below(self, *tops: str) -> dict[str, nn.Module]:
         """Modules and everything inside them, by first names, wherever those are."""
@@ -51,30 +46,26 @@ class Modules(dict[str, nn.Module]):
 
 
 def walk(model: nn.Module) -> Modules:
-    """Every module of the model once, by its first name, without wrappers' names and without adapters.
+    """Every module of the model once, by its first name, without adapters and without wrappers' names:
+    `net._orig_mod.head` is `net.head` here. A public call walks once and hands the result on."""
+    found, seen = Modules(), dict[int, str]()
 
-    `named_modules` would do but for the wrappers: `net._orig_mod.head` is `net.head` here. A public call walks once
-    and hands the result on.
-    """
-    found = Modules()
-    _walk(model, "", {}, found)
+    def visit(module: nn.Module, name: str) -> None:
+        if id(module) in seen:
+            found.aliases[name] = seen[id(module)]
+            return
+        seen[id(module)] = name
+        inside = set().union(*(_WRAPPERS.get(cls, set()) for cls in class_names(module)))
+        if "_orig_mod" in inside:
+            found.compiled.add(id(module._modules["_orig_mod"]))
+        if not inside:
+            found[name] = module
+        for key, child in module._modules.items():
+            if child is not None and (key != "oft_R" or state_of(module) is None):
+                visit(child, name if key in inside else joined(name, key))
+
+    visit(model, "")
     return found
-
-
-def _walk(module: nn.Module, name: str, seen: dict[int, str], found: Modules) -> None:
-    if id(module) in seen:
-        found.aliases[name] = seen[id(module)]
-        return
-    seen[id(module)] = name
-    inside = set().union(*(_WRAPPERS.get(cls, set()) for cls in class_names(module)))
-    if "_orig_mod" in inside:
-        found.compiled.add(id(module._modules["_orig_mod"]))
-    if not inside:
-        found[name] = module
-    for child_name, child in module._modules.items():
-        if child is None or (child_name == "oft_R" and state_of(module) is not None):
-            continue
-        _walk(child, name if child_name in inside else joined(name, child_name), seen, found)
 
 
 def class_names(module: object) -> set[str]:
@@ -140,19 +131,12 @@ def merged_layers(modules: Modules) -> dict[str, nn.Module]:
     return {name: layer for name, layer, state in adapted(modules) if state.merged is not None}
 
 
-def own_parameters(modules: Modules) -> Iterator[nn.Parameter]:
-    """The parameters of all modules but rotations; one that two modules share comes twice."""
-    for module in modules.values():
-        yield from (parameter for parameter in module._parameters.values() if parameter is not None)
-
-
-def require_adapter(modules: Modules, adapter_name: str) -> None:
-    """Raise ValueError where there is no adapter of this name."""
+def require_adapter(modules: Modules, *names: str) -> None:
+    """Raise ValueError where there is no adapter of one of these names."""
     known = adapter_names(modules)
-    if adapter_name not in known:
-        raise ValueError(
-            f"no adapter {adapter_name!r} here; there are: {', '.join(known) or 'none, call inject first'}"
-        )
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no adapter {name!r} here; there are: {', '.join(known) or 'none, call inject first'}")
 
 
 def require_unmerged(modules: Modules, action: str) -> None:
@@ -179,8 +163,8 @@ def library_root(modules: Modules, names: Iterable[str]) -> str:
 def own_tensors(module: nn.Module) -> list[str]:
     """Names of a module's own parameters and of those buffers that are saved."""
     skipped = module._non_persistent_buffers_set
-    buffers = [key for key, buffer in module._buffers.items() if buffer is not None and key not in skipped]
-    return [key for key, parameter in module._parameters.items() if parameter is not None] + buffers
+    tensors = [*module._parameters.items(), *((k, b) for k, b in module._buffers.items() if k not in skipped)]
+    return [key for key, tensor in tensors if tensor is not None]
 
 
 def tensor_of(module: nn.Module, key: str) -> Tensor:

@@ -231,6 +231,17 @@ def test_of_several_active_adapters_the_others_stay_active() -> None:
     assert not model[0]._forward_pre_hooks
 
 
+def test_another_is_deleted_where_two_that_act_train_one_head() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    for name, target in (("one", "0"), ("two", "1")):
+        inject(model, config(target_modules=[target], modules_to_save=["2"]), name)
+    with pytest.warns(UserWarning, match="'three' is not active on 0"):
+        inject(model, config(target_modules=["0"]), "three")
+    delete_adapter(model, "three")
+    assert adapter_names(walk(model)) == ["one", "two"]
+    assert [slot.live for _, _, slot in saved_tensors(walk(model))] == ["one", "one"]
+
+
 def test_where_the_deleted_adapter_alone_acted_the_active_one_takes_over() -> None:
     """Injected beside another, an adapter acts only where it is alone; then it is alone everywhere."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
