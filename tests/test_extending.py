@@ -26,7 +26,7 @@ from lightning_oft import (
 from lightning_oft.cli import main
 from lightning_oft.codecs import Codec, register_codec
 from lightning_oft.formats import Format, register_format
-from lightning_oft.layers import LayerType, RotatedWeight, applied_rotations
+from lightning_oft.layers import LayerType, RotatedWeight, applied_rotations, layer_type_of
 from lightning_oft.model import LayerRotations, take
 
 
@@ -240,3 +240,29 @@ def test_a_file_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     third.load_state_dict(base)
     load_adapter(third, tmp_path / "peft")
     assert torch.equal(third(x), expected)
+
+
+class Flipped(nn.Conv2d):
+    """A convolution whose neurons a rotation is to meet in the opposite order."""
+
+
+class FlippedConv(type(layer_type_of(nn.Conv2d(1, 1, 1)))):  # type: ignore[misc]
+    """A known arithmetic with another matrix: forward and merge must both ask this type."""
+
+    name = "flipped convolution"
+
+    def to_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        return weight.flatten(1).flip(-1)
+
+    def from_matrix(self, layer: nn.Module, matrix: Tensor, weight: Tensor) -> Tensor:
+        return matrix.flip(-1).view(weight.shape).contiguous()
+
+
+def test_an_arithmetic_derived_from_a_known_one_is_asked_by_the_forward_too() -> None:
+    with register_layer_type(Flipped, FlippedConv()):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(Flipped(4, 4, 3)).eval(), torch.randn(2, 4, 5, 5)
+        inject(model, OFTConfig(oft_block_size=4, target_modules=["0"], init_weights=False))
+        adapted = model(x)
+        merge(model)
+        torch.testing.assert_close(model(x), adapted, rtol=1e-4, atol=1e-5)

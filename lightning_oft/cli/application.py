@@ -25,6 +25,7 @@ from lightning_oft.callback.random_state import RandomState
 from lightning_oft.cli import COMMANDS, config_files
 from lightning_oft.cli.errors import UserError
 from lightning_oft.cli.parser import Formatter, Parser, squeezed
+from lightning_oft.formats import read_adapter
 from lightning_oft.formats.pretrained import loader_of
 from lightning_oft.tasks.optimization import configure
 
@@ -124,7 +125,7 @@ class Application(LightningCLI):
             self._say(score_table(self.scores_before, self._scores()))
         if export_dir := self._get(self.config, "oft").get("export_dir"):
             merged, adapter = Path(export_dir, "merged"), Path(export_dir, "adapter")
-            if (adapter / "adapter_config.json").is_file():
+            if (adapter / "adapter_config.json").is_file() and read_adapter(adapter).known_to_peft():
                 self._say(f'load the adapter with       PeftModel.from_pretrained(base_model, "{adapter}")')
             if merged.is_dir() and (loader := loader_of(merged)):
                 self._say(f'load the merged model with  {loader}.from_pretrained("{merged}")')

@@ -2,7 +2,7 @@
 (adapter_config.json and adapter_model.safetensors). Neither the model's code nor its base weights are needed.
 
 example:
-  lightning-oft export --checkpoint runs/vision/best.ckpt --output runs/adapter
+  lightning-oft export --checkpoint runs/vision/checkpoints/last.ckpt --output runs/adapter
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ def run(arguments: list[str]) -> int:
             raise UserError(f"export: --root {options.root}: {error}") from None
     FORMATS[options.format].write(state, Path(options.output))  # type: ignore[misc]
     print(f"{options.output}: adapter {state.name!r}, rotations of {len(state.layers)} layers")
-    if options.format == "peft":
+    if options.format == "peft" and state.known_to_peft():
         print(f'load it with  PeftModel.from_pretrained(base_model, "{options.output}")')
     return 0
 

@@ -70,7 +70,10 @@ def read_adapter(path: str | Path, adapter_name: str | None = None, or_only: boo
     is_any = adapter_name is None or (or_only and len(states) == 1)
     named = [state for state in states if is_any or state.name == adapter_name]
     if len(named) != 1:
-        found = f"holds {some(state.name for state in states)}: give the name of one" if states else "no adapter in it"
+        asked = f"no adapter {adapter_name!r}; " if adapter_name is not None else ""
+        found = (
+            f"{asked}holds {some(one.name for one in states)}: give the name of one" if states else "no adapter in it"
+        )
         raise AdapterFileError(f"{path}: {found}")
     if not named[0].generators():
         raise AdapterFileError(f"{path}: a merged model; its rotations are in the weights, and cannot be told apart")

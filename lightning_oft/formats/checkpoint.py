@@ -21,7 +21,7 @@ from lightning_oft.model import AdapterError, put, saved_modules
 from lightning_oft.model.activation import activate
 from lightning_oft.model.adapter_state import describe
 from lightning_oft.model.fingerprint import other_bases
-from lightning_oft.model.traversal import Modules, adapted, adapter_names, merged_layers, some, walk
+from lightning_oft.model.traversal import Modules, active_names, adapted, adapter_names, merged_layers, some, walk
 
 Content = Literal["adapter", "full", "plain", "merged"]
 
@@ -47,7 +47,8 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
         **checkpoint.get(ENTRY, {}),
         "version": VERSION,
         "adapters": {state.name: to_primitives(state) for state in states},
-        "active": list(dict.fromkeys(name for _, _, state in adapted(modules) for name in state.active)),
+        "active": active_names(modules),
+        "active_on": {name: state.active for name, _, state in adapted(modules)},
         "merged": merged,
         "adapter_only": adapter_only and not merged,
         "waiting": waiting,
@@ -109,6 +110,7 @@ def complete(model: nn.Module, checkpoint: dict[str, Any]) -> Content:
             _check(modules, checkpoint, with_base=content == "adapter")
         frozen = frozen_names(model, modules) if content == "adapter" else set()
         fill = {name: value for name, value in current.items() if name in frozen}
+        _choose_as(modules, checkpoint.get(ENTRY, {}))
         stored = checkpoint.get(ENTRY, {}).get("waiting", {})
         for name, _, slot in saved_modules.saved_tensors(modules):
             values = {owner: value.clone() for owner, value in stored.get(name, {}).items() if owner in slot.owners}
@@ -166,9 +168,16 @@ def put_adapters(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
                 put(model, state)
     except AdapterError as error:
         raise CheckpointError(f"the checkpoint does not fit the model: {error}") from None
-    modules = walk(model)
-    active = [name for name in checkpoint[ENTRY].get("active", ()) if name in adapter_names(modules)]
-    activate(modules, active, active)
+    _choose_as(walk(model), checkpoint.get(ENTRY, {}))
+
+
+def _choose_as(modules: Modules, entry: Mapping[str, Any]) -> None:
+    """Activate what was active when the checkpoint was written (earlier versions do not say on which layers), if it
+    is not: then what trains stays as it is too."""
+    mine: Any = {name: state.active for name, _, state in adapted(modules)}
+    names, on = entry.get("active", []), entry.get("active_on")
+    if "active" in entry and (on != mine if on is not None else set(names) != set(active_names(modules))):
+        activate(modules, names, names, on)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Any], path: str | Path) -> None:

@@ -88,7 +88,8 @@ def read_states(checkpoint: Mapping[str, Any]) -> list[AdapterState]:
         entry = checkpoint.get(ENTRY, {})
         if entry.get("version", VERSION) > VERSION:
             raise CheckpointError("written by a newer lightning_oft; upgrade it to read this checkpoint")
-        if not isinstance(entry.get("active", []), list):
+        on = entry.get("active_on") or {}
+        if not all(isinstance(names, list) for names in (entry.get("active", []), *on.values())):
             raise ValueError("its active adapters")
         merged = bool(entry.get("merged"))
         state_dict = checkpoint.get("state_dict", {}).items()
@@ -122,7 +123,11 @@ def _read_state(
         # Files that do not say it may hold convolutions, of which PEFT computes some otherwise.
         is_known = layer in known if known is not None else kinds.get(layer) in IMPLIED_TYPES
         layers[layer] = LayerRotations(kinds.get(layer, ""), is_known, dict(sizes), generators)
-    saved = {key: waiting.get(key, {}).get(name, tensors.get(key)) for key in content["owned"]}
+    owned = list(content["owned"])
+    if "modules_to_save" not in content:  # earlier versions name a tied tensor once
+        memory = {tensors[key].data_ptr() for key in owned if key in tensors}
+        owned += [key for key, value in tensors.items() if getattr(value, "data_ptr", int)() in memory]
+    saved = {key: waiting.get(key, {}).get(name, tensors.get(key)) for key in owned}
     fingerprints = {layer: value for layer, value in content["fingerprints"].items() if value is not None}
     if not all(":" in value for value in fingerprints.values()):
         raise ValueError("its fingerprints")

@@ -55,8 +55,8 @@ def write_peft(state: AdapterState, directory: str | Path) -> Path:
         write_directory(Path(directory), write, order=(TENSOR_FILE, CONFIG_FILE))
     if unknown := [name for name, one in state.layers.items() if not one.is_known_to_peft]:
         warnings.warn(
-            f"PEFT cannot represent the rotations of {some(unknown, 20)}: they are in the file for this library, and "
-            "PEFT will load the adapter without them",
+            f"PEFT cannot represent the rotations of {some(unknown)}: they are in the file for this library, and PEFT "
+            + ("will load the adapter without them" if state.known_to_peft() else "cannot load this adapter"),
             stacklevel=3,
         )
     if state.config.neumann_series == "unhalved":

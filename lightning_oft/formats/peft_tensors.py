@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_oft import functional
 from lightning_oft.config import OFTConfig
 from lightning_oft.formats.errors import AdapterFileError, refusing
-from lightning_oft.layers.base import layer_type_named
+from lightning_oft.layers.base import layer_types
 from lightning_oft.model.adapter_state import AdapterState
 
 TENSOR_FILE = "adapter_model.safetensors"
@@ -42,7 +42,7 @@ def to_tensors(state: AdapterState) -> dict[str, Tensor]:
     sign = 1 if state.config.use_cayley_neumann else -1  # PEFT's exact map is the transpose of ours
     tensors, known = {}, set(state.known_to_peft())
     for name, found in state.layers.items():
-        kind = getattr(layer_type_named(found.layer_type), "peft_key", "oft_R")
+        kind = getattr(layer_types().get(found.layer_type), "peft_key", "oft_R")
         for part, generator in found.generators.items():
             key = ".".join(piece for piece in (name, kind, part, "weight") if piece)
             tensors[_PREFIX + key] = (sign * generator.float()).contiguous()

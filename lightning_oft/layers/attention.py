@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_oft.layers.base import LayerType, RotatedWeight, SwappedClass, register_layer_type
-from lightning_oft.layers.state import record_of, rotated_weight
+from lightning_oft.layers.state import record_of, rotated_weight, state_of
 
 
 class _RotatedAttention(SwappedClass):
@@ -17,9 +17,10 @@ class _RotatedAttention(SwappedClass):
         base = self._oft_base
         rotated = {
             part.parameter: _weight_in_use(self, name, part.parameter)
-            for name, part in ATTENTION.rotated_weights(self).items()
+            for name, part in state_of(self).layer_type.rotated_weights(self).items()  # type: ignore[union-attr]
         }
-        projection = _view(self.out_proj, type(self.out_proj), {"weight": rotated.pop("out_proj.weight")})
+        weight = rotated.pop("out_proj.weight", self.out_proj.weight)
+        projection = _view(self.out_proj, type(self.out_proj), {"weight": weight})
         view = _view(self, base, rotated)
         view.__dict__["_modules"] = {**self._modules, "out_proj": projection}
         return base.forward(view, *args, **kwargs)
@@ -28,7 +29,7 @@ class _RotatedAttention(SwappedClass):
 def _weight_in_use(layer: nn.Module, part: str, parameter: str) -> Tensor:
     """The weight, rotated. Where no gradient is recorded it is as trainable as before the base was frozen: torch folds
     a batched product or not by `requires_grad` of its operands, and the identity would be exact to 1e-7 only."""
-    weight = rotated_weight(layer, ATTENTION, part, layer.get_parameter(parameter))
+    weight = rotated_weight(layer, part, layer.get_parameter(parameter))
     owner, _, key = parameter.rpartition(".")
     record = record_of(layer.get_submodule(owner))
     if torch.is_grad_enabled() or weight.requires_grad or record is None or key not in record.frozen:
@@ -64,5 +65,4 @@ class Attention(LayerType):
         return {**projections, "out_proj": RotatedWeight("out_proj.weight", layer.embed_dim)}
 
 
-ATTENTION = Attention()
-register_layer_type(nn.MultiheadAttention, ATTENTION)
+register_layer_type(nn.MultiheadAttention, Attention())

@@ -188,11 +188,6 @@ def layer_types() -> dict[str, LayerType]:
     return {layer_type.name: layer_type for _, layer_type in _registered.values()}
 
 
-def layer_type_named(name: str) -> LayerType | None:
-    """The registered type of this name."""
-    return layer_types().get(name)
-
-
 def refusal(module: nn.Module) -> str | None:
     """Why a module of a known type cannot be adapted as it stands, with the remedy; None where it can."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():

@@ -12,8 +12,7 @@ from lightning_oft.layers.state import rotated_weight
 
 class _RotatedConv(SwappedClass):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rotated = rotated_weight(self, CONV, "", weight)  # type: ignore[arg-type]
-        return super()._conv_forward(input, rotated, bias)  # type: ignore[misc, no-any-return]
+        return super()._conv_forward(input, rotated_weight(self, "", weight), bias)  # type: ignore
 
 
 class Conv(LayerType):
@@ -38,7 +37,7 @@ class _RotatedConvTranspose(SwappedClass):
         sizes = (self.stride, self.padding, self.kernel_size, dims, self.dilation)
         padding = self._output_padding(input, output_size, *sizes)
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-        weight = rotated_weight(self, CONV_TRANSPOSE, "", self.weight)
+        weight = rotated_weight(self, "", self.weight)
         return convolve(input, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
 
 
@@ -65,6 +64,5 @@ class ConvTranspose(LayerType):
         return in_format_of(grouped.reshape(weight.shape), weight)
 
 
-CONV, CONV_TRANSPOSE = Conv(), ConvTranspose()
-register_layer_type(nn.modules.conv._ConvNd, CONV)
-register_layer_type(nn.modules.conv._ConvTransposeNd, CONV_TRANSPOSE)
+register_layer_type(nn.modules.conv._ConvNd, Conv())
+register_layer_type(nn.modules.conv._ConvTransposeNd, ConvTranspose())

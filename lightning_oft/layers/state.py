@@ -95,12 +95,12 @@ def applied_rotations(layer: nn.Module, part: str) -> list[Rotation]:
     return [rotation for rotation in found if rotation is not None]
 
 
-def rotated_weight(layer: nn.Module, layer_type: LayerType, part: str, weight: Tensor) -> Tensor:
+def rotated_weight(layer: nn.Module, part: str, weight: Tensor) -> Tensor:
     """The weight as a forward uses it now; through Rotation.__call__, so that FSDP gathers what it must."""
-    rotations = applied_rotations(layer, part)
-    if not rotations:
+    state, rotations = state_of(layer), applied_rotations(layer, part)
+    if state is None or not rotations:
         return weight
-    matrix = layer_type.to_matrix(layer, weight)
+    matrix = state.layer_type.to_matrix(layer, weight)
     for rotation in reversed(rotations):
         matrix = rotation(matrix, transpose=True)
-    return layer_type.from_matrix(layer, matrix, weight)
+    return state.layer_type.from_matrix(layer, matrix, weight)

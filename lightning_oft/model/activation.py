@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -43,15 +43,18 @@ def check_choice(modules: Modules, chosen: list[str]) -> None:
             raise ValueError(f"{both[0]!r} and {both[1]!r} both train {tensor}: only one of them can be active")
 
 
-def activate(modules: Modules, chosen: list[str], training: list[str]) -> None:
-    """`set_adapter` without its checks: where adapters share a tensor, the first one has it."""
-    for _, layer, state in adapted(modules):
-        state.active = [name for name in chosen if name in state.configs]
+def activate(
+    modules: Modules, chosen: list[str], training: list[str], by_layer: Mapping[str, list[str]] | None = None
+) -> None:
+    """`set_adapter` without its checks, and where given another choice by layer. Of a shared tensor, the first has it."""
+    for layer_name, layer, state in adapted(modules):
+        own = chosen if by_layer is None else by_layer.get(layer_name, [])
+        state.active = [name for name in own if name in state.configs]
         for name in state.configs:
+            trains = name in training and name in state.active
             for rotation in rotations_of(layer, name).values():
-                rotation.requires_grad_(name in training)
-                if name not in training:
-                    rotation.weight.grad = None
+                rotation.requires_grad_(trains)
+                rotation.weight.grad = rotation.weight.grad if trains else None
     saved_modules.switch(modules, chosen, training)
     freezing.freeze_norms(modules)
 

@@ -104,7 +104,10 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     if active == [adapter_name]:
         active = trains = left[:1]
         warnings.warn(f"adapter {adapter_name!r} was active and is deleted; {left[0]!r} is active now", stacklevel=2)
-    activation.activate(modules, [name for name in active if name != adapter_name], trains)
+    # A layer whose only active adapter is gone takes those that are active elsewhere.
+    own = {name: [one for one in state.active if one != adapter_name] for name, _, state in adapted(modules)}
+    active = [name for name in active if name != adapter_name]
+    activation.activate(modules, active, trains, {name: names or active for name, names in own.items()})
     freezing.layers_changed(modules)
 
 

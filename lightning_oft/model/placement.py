@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_oft.codecs import is_sharded
 from lightning_oft.functional import block_size_of
-from lightning_oft.layers.base import layer_type_named, layer_type_of, refusal, rotated_weights_of
+from lightning_oft.layers.base import layer_type_of, layer_types, refusal, rotated_weights_of
 from lightning_oft.model import traversal
 from lightning_oft.model.adapter_state import AdapterState, LayerRotations
 from lightning_oft.model.saved_modules import base_value
@@ -109,7 +109,7 @@ def _check_rotation(
     owner = module.get_submodule(weights[part].parameter.rpartition(".")[0])
     if any(parameter is not None and parameter.is_meta for parameter in owner._parameters.values()):
         raise AdapterError(f"{where} is on the meta device: give the model its weights before loading an adapter")
-    theirs = layer_type_named(found.layer_type)
+    theirs = layer_types().get(found.layer_type)
     if theirs is not None and theirs.peft_key != layer_type.peft_key:
         what = f"{where} is a {type(module).__name__}, the file holds a rotation of a layer of type {theirs.name}"
         raise AdapterError(f"{what}; use its own model")

@@ -38,7 +38,9 @@ def plan_injection(modules: Modules, config: OFTConfig, adapter_name: str, stric
         weights = rotated_weights_of(modules[name])
         for owner in (trained.get(id(parameter_of(modules[name], weights[part].parameter))) for part in sizes):
             if owner is not None:
-                other = next(known for known, module in modules.items() if module is owner)
+                first = next(known for known, module in modules.items() if module is owner)
+                # The module itself, where modules_to_save reaches it under another name.
+                other = next((alias for alias, one in modules.aliases.items() if one == first == name), first)
                 what = f"{some([name])}: its weight is also that of {other} (they are tied)"
                 raise ValueError(f"{what}, which modules_to_save trains whole; leave one of the two out")
     check(modules, plan)

@@ -10,15 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 def shard_blocks(model: nn.Module, mesh: DeviceMesh, units: Sequence[nn.Module] | None = None) -> None:
     """Shard a model over the processes of ModelParallelStrategy (FSDP2), in place: each unit by itself, then the rest.
 
-    Units that are sharded already stay as they are, so that it can be called in every `configure_model`.
-
-    Args:
-        model: transformers' or any other model; not the LightningModule, whose own forward is not called.
-        mesh: the strategy's, with the dimensions `data_parallel` and `tensor_parallel`.
-        units: submodules that are gathered one at a time; None means `blocks(model)`.
-
-    Raises:
-        ValueError: tensor parallelism is asked for, which would compute the same thing several times.
+    The model is transformers' or any other, not the LightningModule, whose own forward is not called; `units` are gathered
+    one at a time, by default `blocks(model)`. Units that are sharded already stay as they are, so that it can be called
+    in every `configure_model`. Raises ValueError for tensor parallelism, which would compute the same several times.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from small import Small, difference, inputs, loader, oft, state, trainer
 
-from lightning_oft import load_from_checkpoint, merge, oft_layers
+from lightning_oft import OFTConfig, inject, load_from_checkpoint, merge, oft_layers, set_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -76,3 +76,82 @@ def test_after_a_full_checkpoint_the_adapter_belongs_to_the_base_that_it_brought
     for epochs, cls, source in ((2, Other, tmp_path), (3, Given, tmp_path / "2")):
         run = trainer(tmp_path, oft(), ModelCheckpoint(tmp_path / f"{epochs}", save_last=True), max_epochs=epochs)
         run.fit(cls(), loader(), loader(False), ckpt_path=str(source / "last.ckpt"))
+
+
+def test_adapters_are_active_on_the_layers_where_they_were(tmp_path: Path) -> None:
+    first = oft(adapter_name="first", target_modules=["net.3"], modules_to_save=None, merge_on_fit_end=False)
+    second = oft(adapter_name="second", modules_to_save=None, merge_on_fit_end=False)
+    model = Small()
+    with pytest.warns(UserWarning, match=r"adapter 'second' is not active on net\.3"):
+        trainer(tmp_path, first, second, ModelCheckpoint(tmp_path, save_last=True)).fit(model, loader(), loader(False))
+    loaded = load_from_checkpoint(Small, tmp_path / "last.ckpt")
+    assert torch.equal(loaded(inputs()[0]), model.eval()(inputs()[0]))
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+def test_a_checkpoint_of_another_choice_of_adapters_brings_its_choice(tmp_path: Path) -> None:
+    """What two adapters trained whole shares one place in the state dict: the file says whose values are in it."""
+    adapters = [oft(adapter_name=name, merge_on_fit_end=False) for name in ("a", "b")]
+
+    class Switch(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            set_adapter(pl_module, "b")
+
+    model = Small()
+    with pytest.warns(UserWarning, match="adapter 'b' is not active on"):
+        trainer(tmp_path, *adapters, Switch(), ModelCheckpoint(tmp_path, save_last=True)).fit(
+            model, loader(), loader(False)
+        )
+    expected = {}
+    for name in ("a", "b"):
+        set_adapter(model, name)
+        expected[name] = model.eval()(inputs()[0])
+    other = Small()
+    with pytest.warns(UserWarning, match="adapter 'b' is not active on"):
+        trainer(tmp_path, *(oft(adapter_name=name) for name in ("a", "b"))).validate(
+            other, loader(False), ckpt_path=str(tmp_path / "last.ckpt"), verbose=False
+        )
+    for name in ("b", "a"):
+        set_adapter(other, name)
+        assert torch.equal(other.eval()(inputs()[0]), expected[name])
+
+
+class Injected(Small):
+    """Injects by itself, without the callback."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        inject(self, OFTConfig(oft_block_size=4, target_modules=["net.0", "net.3"]))
+
+
+def test_a_module_that_injects_by_itself_needs_no_entry(tmp_path: Path) -> None:
+    model = Injected(batch_norm=False)
+    trainer(tmp_path, ModelCheckpoint(tmp_path, save_last=True)).fit(model, loader(), loader(False))
+    loaded = load_from_checkpoint(Injected, tmp_path / "last.ckpt")
+    assert difference(state(loaded), state(model)) == 0.0
+
+
+class Tied(Small):
+    """The head shares the weight of an embedding."""
+
+    def build(self) -> None:
+        super().build()
+        self.names = torch.nn.Embedding(2, 16)
+        self.net[6].weight = self.names.weight  # type: ignore[index]
+
+
+def test_a_tied_head_of_an_earlier_version_stays_tied(tmp_path: Path) -> None:
+    """They named a tied tensor once, under its first name, and said nothing for PEFT."""
+    trainer(tmp_path, oft(), ModelCheckpoint(tmp_path, save_last=True)).fit(Tied(), loader(), loader(False))
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    content = checkpoint["lightning_oft"]["adapters"]["default"]
+    for key in ("modules_to_save", "known_to_peft", "carried", "has_unique_names", "base"):
+        del content[key]
+    content["owned"] = [name for name in content["owned"] if name != "names.weight"]
+    del checkpoint["lightning_oft"]["active_on"]
+    torch.save(checkpoint, tmp_path / "earlier.ckpt")
+    loaded = load_from_checkpoint(Tied, tmp_path / "earlier.ckpt")
+    assert loaded.net[6].weight is loaded.names.weight  # type: ignore[index]

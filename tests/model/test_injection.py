@@ -318,3 +318,16 @@ def test_adapted_layers_compile_into_one_graph(kind: str) -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     with torch.no_grad():
         assert relative(compiled.eval()(x), expected) < 1e-5
+
+
+def test_deleting_an_adapter_leaves_the_choice_of_every_layer() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval(), torch.randn(3, 8)
+    for name, targets in (("first", ["0"]), ("second", ["0", "1"]), ("third", ["1"])):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is not active on")
+            inject(model, OFTConfig(oft_block_size=4, target_modules=targets, init_weights=False), name)
+    before, trains = model(x), {n for n, p in model.named_parameters() if p.requires_grad}
+    delete_adapter(model, "third")
+    assert torch.equal(model(x), before)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trains
