@@ -58,7 +58,7 @@ def held(m: Llama, gpus: int) -> dict[str, int]:
 def layer_activations(m: Llama, tokens: int) -> int:
     """Bytes that autograd keeps of one block: for each token, and for the rotations whatever the number of tokens."""
     token = 16 * m.hidden + 8 * m.ffn + 4 * m.kv + 4 * m.heads + 8
-    rotations = 18 * m.block * m.fan_in + 8 * m.fan_in // m.block + 56 * m.block * (m.block - 1)
+    rotations = 14 * m.block * m.fan_in
     return tokens * token + rotations
 
 

@@ -324,3 +324,26 @@ def test_rotation_angle_of_a_known_turn() -> None:
     assert float(maths.rotation_angle(r)) == pytest.approx(30, abs=1e-4)
     assert float(maths.rotation_angle(-torch.eye(2)[None])) == pytest.approx(180)
     assert float(maths.rotation_angle(torch.eye(4)[None])) == 0
+
+
+@pytest.mark.parametrize("terms", [6, None])
+@pytest.mark.parametrize("sizes", [(3,), (2, 1, 4)])
+def test_one_map_for_several_generators_is_the_plain_formula(sizes: tuple[int, ...], terms: int | None) -> None:
+    generators = [(0.2 * torch.randn(n, 10, dtype=torch.float64)).requires_grad_() for n in sizes]
+
+    def one(*own: Tensor) -> tuple[Tensor, ...]:
+        return tuple(maths.rotations_of(own, 5, terms, torch.float64))
+
+    for r_nbb, generator in zip(one(*generators), generators, strict=True):
+        q_nbb = maths.skew(generator, 5)
+        plain = maths.cayley(q_nbb) if terms is None else maths.cayley_neumann(q_nbb, terms)
+        torch.testing.assert_close(r_nbb, plain, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(one, generators)
+    assert torch.autograd.gradgradcheck(one, generators)
+
+
+def test_a_generator_that_reaches_no_loss_gets_no_gradient() -> None:
+    used, unused = (torch.zeros(2, 10, requires_grad=True) for _ in range(2))
+    maths.rotations_of([used, unused], 5, 6, torch.float32)[0].sum().backward()
+    assert used.grad is not None
+    assert unused.grad is None

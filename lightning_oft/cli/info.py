@@ -55,9 +55,9 @@ def _parser() -> OneLineParser:
 @torch.no_grad()
 def geometry(generator: Tensor, config: OFTConfig) -> tuple[float, float]:
     """Error and angle of one layer's rotation, as the adapter's own map computes it."""
-    q_nbb = functional.skew(generator.float(), functional.block_size_of(generator.shape[1]))
-    terms, halved = config.num_cayley_neumann_terms, config.neumann_series == "halved"
-    r_nbb = functional.cayley_neumann(q_nbb, terms, halved) if config.use_cayley_neumann else functional.cayley(q_nbb)
+    terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+    size = functional.block_size_of(generator.shape[1])
+    r_nbb = functional.rotation_of(generator.float(), size, terms, config.neumann_series == "halved")
     return float(functional.orthogonality_error(r_nbb).max()), float(functional.rotation_angle(r_nbb).max())
 
 

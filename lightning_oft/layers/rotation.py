@@ -93,10 +93,7 @@ class Rotation(nn.Module):
         if cut is not None:
             generator = cut.generators(generator)
         with _full_float32(generator.device):
-            q_nbb = functional.skew(generator.float(), self.block_size)
-            if self.terms is None:
-                return functional.cayley(q_nbb)
-            return functional.cayley_neumann(q_nbb, self.terms, self.halve_last)
+            return functional.rotation_of(generator.float(), self.block_size, self.terms, self.halve_last)
 
     def forward(self, x: Tensor, transpose: bool = False) -> Tensor:
         """x . blockdiag(R), or R^T where `transpose`. (..., n*b) -> the same, as x in dtype, device and placements."""

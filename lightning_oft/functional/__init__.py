@@ -1,0 +1,57 @@
+"""Floor 0: the mathematics of orthogonal finetuning, pure functions on tensors, torch only.
+
+Legend of shapes: n blocks of size b, fan-in i = n*b, fan-out o. A generator is the strict upper triangle of a
+skew-symmetric Q, row by row: (n, b(b-1)/2). One convention everywhere: R = (I + Q)(I - Q)^-1 per block,
+y = base(x . blockdiag(R)), hence W' = W . blockdiag(R)^T. One block (n = 1) may serve every slice of the fan-in.
+"""
+
+from lightning_oft.functional.geometry import (
+    SERIES_TOLERANCE,
+    angle_radius,
+    eps_radius,
+    frobenius_norm,
+    largest_angle,
+    orthogonality_error,
+    project,
+    rotation_angle,
+    series_error,
+    series_reach,
+)
+from lightning_oft.functional.maps import (
+    block_size_of,
+    cayley,
+    cayley_neumann,
+    generator_size,
+    has_kernel,
+    rotation_of,
+    rotations_of,
+    skew,
+)
+from lightning_oft.functional.products import rotate, rotate_weight, unrotate_weight
+from lightning_oft.functional.tracing import is_traced, without_autocast
+
+__all__ = [
+    "SERIES_TOLERANCE",
+    "angle_radius",
+    "block_size_of",
+    "cayley",
+    "cayley_neumann",
+    "eps_radius",
+    "frobenius_norm",
+    "generator_size",
+    "has_kernel",
+    "is_traced",
+    "largest_angle",
+    "orthogonality_error",
+    "project",
+    "rotate",
+    "rotate_weight",
+    "rotation_angle",
+    "rotation_of",
+    "rotations_of",
+    "series_error",
+    "series_reach",
+    "skew",
+    "unrotate_weight",
+    "without_autocast",
+]

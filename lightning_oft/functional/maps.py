@@ -1,0 +1,210 @@
+"""From generators to rotations: the exact Cayley map and its truncated series, each with a backward written by hand.
+
+Where torch.compile or torch.func look on, and for derivatives of derivatives, the plain formulas are used instead.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_oft.functional.tracing import is_traced, without_autocast
+
+
+def generator_size(block_size: int) -> int:
+    """Number of free entries of one skew block, b(b-1)/2."""
+    return block_size * (block_size - 1) // 2
+
+
+def block_size_of(generator_size: int) -> int:
+    """Block size b whose generator has b(b-1)/2 entries. Raises ValueError where there is none."""
+    b = (1 + math.isqrt(1 + 8 * generator_size)) // 2
+    if b * (b - 1) // 2 != generator_size:
+        raise ValueError(f"{generator_size} is not b(b-1)/2 for any block size b")
+    return b
+
+
+class _Tables(NamedTuple):
+    """Constants of one block size: which entry of the generator each entry of Q is, its sign, the upper triangle, I."""
+
+    source: Tensor
+    sign: Tensor
+    upper: Tensor
+    eye: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(b: int, device: torch.device, dtype: torch.dtype) -> _Tables:
+    with torch.inference_mode(False), torch.no_grad():
+        rows, columns = torch.triu_indices(b, b, 1)
+        source, sign = torch.zeros(b, b, dtype=torch.int64), torch.zeros(b, b, dtype=dtype)
+        source[rows, columns] = source[columns, rows] = torch.arange(len(rows))
+        sign[rows, columns], sign[columns, rows] = 1, -1
+        upper, eye = rows * b + columns, torch.eye(b, dtype=dtype)
+        return _Tables(*(table.to(device) for table in (source.view(-1), sign.view(-1), upper, eye)))
+
+
+def skew(generator: Tensor, block_size: int) -> Tensor:
+    """Skew matrices Q = U - U^T with U the strict upper triangle. (n, b(b-1)/2) -> (n, b, b), no factor 1/2."""
+    rows, columns = torch.triu_indices(block_size, block_size, 1, device=generator.device)
+    upper = generator.new_zeros(generator.shape[0], block_size, block_size)
+    upper = torch.index_put(upper, (torch.arange(len(upper), device=upper.device)[:, None], rows, columns), generator)
+    return upper - upper.mT
+
+
+def cayley(q: Tensor) -> Tensor:
+    """Cayley map R = (I + Q)(I - Q)^-1. Q: (n, b, b) skew -> R: (n, b, b) orthogonal. Qiu et al. 2023, eq. 5."""
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    solved: Tensor = torch.linalg.solve(eye - q, eye + q)
+    return solved
+
+
+def cayley_neumann(q: Tensor, terms: int, halve_last: bool = True) -> Tensor:
+    """Truncated Cayley map, R_k = I + 2Q + ... + 2Q^(k-2) + Q^(k-1) = cayley(Q)(I - Q^(k-1)), k = `terms`.
+
+    Q: (n, b, b) -> R: (n, b, b). ||R^T R - I|| = t^(2(k-1)) for even k and about 2 t^(k-1) for odd k, t = ||Q||_2:
+    prefer even k; the series diverges at t >= 1. The numbers are PEFT's for every k: k <= 1 is the identity, k = 2 is
+    I + 2Q, k = 3 is computed as k = 4. `halve_last=False` is the series of PEFT before 0.18, whose last term is
+    2Q^(k-1). Qiu et al. 2025 (OFTv2), section 4.
+    """
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    if terms <= 1:
+        return eye.expand_as(q)
+    if not halve_last:
+        return 2 * _geometric(q, terms, eye) - eye
+    if terms == 2:
+        return eye + 2 * q
+    partial = _geometric(q, max(terms, 4) - 1, eye)
+    return partial + q @ partial
+
+
+def _geometric(q: Tensor, terms: int, eye: Tensor) -> Tensor:
+    """I + Q + ... + Q^(terms-1) by doubling, in about 2 log2(terms) products. (n, b, b) -> (n, b, b)."""
+    if terms <= 2:
+        return eye.expand_as(q) if terms == 1 else eye + q
+    square = q @ q
+    if terms == 3:
+        return eye + q + square
+    half = _geometric(square, terms // 2, eye)
+    return half + q @ half if terms % 2 == 0 else eye + (q + square) @ half
+
+
+def rotation_of(generator: Tensor, block_size: int, terms: int | None, halve_last: bool = True) -> Tensor:
+    """R of a generator: by the exact Cayley map where `terms` is None, else by its series.
+
+    Args:
+        generator: (n, b(b-1)/2), floating point.
+        block_size: b.
+        terms: terms of the series.
+        halve_last: whether its last term is halved, as in PEFT since 0.18.
+
+    Returns:
+        (n, b, b) of the generator's dtype. Differentiable as often as one likes.
+    """
+    if has_kernel(terms, halve_last) and not is_traced(generator) and generator.numel() and not generator.is_meta:
+        return rotations_of([generator], block_size, terms, generator.dtype)[0]
+    return _formula(generator, block_size, terms, halve_last)
+
+
+def rotations_of(generators: Sequence[Tensor], block_size: int, terms: int | None, dtype: torch.dtype) -> list[Tensor]:
+    """R of several generators of one block size by one map. Only where `has_kernel`, and nothing is traced.
+
+    Args:
+        generators: each (n_i, b(b-1)/2), of one dtype and device.
+        block_size: b.
+        terms: 6, or None for the exact map.
+        dtype: of the result.
+
+    Returns:
+        (n_i, b, b) of `dtype` for each. One that does not reach a loss gets no gradient.
+    """
+    return list(_Map.apply(block_size, terms is None, dtype, *generators))  # type: ignore[no-untyped-call]
+
+
+def has_kernel(terms: int | None, halve_last: bool) -> bool:
+    """Whether there is a backward written by hand for this map."""
+    return terms is None or (terms == 6 and halve_last)
+
+
+def _formula(generator: Tensor, block_size: int, terms: int | None, halve_last: bool) -> Tensor:
+    q_nbb = skew(generator, block_size)
+    return cayley(q_nbb) if terms is None else cayley_neumann(q_nbb, terms, halve_last)
+
+
+def _six_terms(q: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """R = P + QP with P = I + M + MS, M = Q + S, S = Q^2, three products; and what the backward needs."""
+    s = torch.bmm(q, q)
+    m = q + s
+    p = torch.baddbmm(m, m, s)
+    p.diagonal(dim1=1, dim2=2).add_(1)
+    return torch.baddbmm(p, q, p), (q, s, p)
+
+
+def _six_terms_backward(grad: Tensor, q: Tensor, s: Tensor, p: Tensor) -> Tensor:
+    dp = torch.baddbmm(grad, q.mT, grad)
+    dm = torch.baddbmm(dp, dp, s)  # S is symmetric
+    ds = torch.baddbmm(dm, (q + s).mT, dp)
+    dq = torch.baddbmm(dm, grad, p.mT)
+    # Of dS Q + Q dS the skew part, which alone counts, is that of Q (dS + dS^T).
+    return dq.baddbmm_(q, ds + ds.mT, alpha=-1)
+
+
+def _exact(q: Tensor, eye: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    one_plus = q + eye
+    r: Tensor = torch.linalg.solve_ex(one_plus.mT, one_plus)[0]  # I - Q = (I + Q)^T
+    return r, (r,)
+
+
+def _exact_backward(grad: Tensor, r: Tensor, eye: Tensor) -> Tensor:
+    """No solve, since (I - Q)^-1 = (I + R)/2."""
+    half = torch.add(eye * 2**-0.5, r, alpha=2**-0.5).mT
+    return torch.bmm(torch.bmm(half, grad), half)
+
+
+class _Map(torch.autograd.Function):
+    """Generators to rotations, several at once: keeps three matrices a block of the series, one of the exact map."""
+
+    @staticmethod
+    def forward(ctx: Any, b: int, is_exact: bool, dtype: torch.dtype, *generators: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        joint = generators[0] if len(generators) == 1 else torch.cat(generators)
+        tables = _tables(b, joint.device, joint.dtype)
+        # Q by one gather and its signs.
+        q = joint.index_select(1, tables.source).mul_(tables.sign).view(-1, b, b)
+        r, kept = _exact(q, tables.eye) if is_exact else _six_terms(q)
+        ctx.b, ctx.is_exact, ctx.count = b, is_exact, len(generators)
+        ctx.save_for_backward(*generators, *kept)
+        return torch.split(r.to(dtype), [len(generator) for generator in generators])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: an activation checkpoint unpacks each a single time
+        generators, kept = saved[: ctx.count], saved[ctx.count :]
+        if torch.is_grad_enabled():  # to be differentiated once more
+            return None, None, None, *map(functools.partial(_differentiable, ctx), generators, grads)
+        if all(grad is None for grad in grads):
+            return None, None, None, *grads
+        tables = _tables(ctx.b, generators[0].device, generators[0].dtype)
+        whole = [
+            generator.new_zeros(len(generator), ctx.b, ctx.b) if grad is None else grad
+            for generator, grad in zip(generators, grads, strict=True)
+        ]
+        grad_r = (whole[0] if len(whole) == 1 else torch.cat(whole)).to(kept[0].dtype)
+        with without_autocast(grad_r.device):
+            dq = _exact_backward(grad_r, kept[0], tables.eye) if ctx.is_exact else _six_terms_backward(grad_r, *kept)
+            found = (dq - dq.mT).flatten(1).index_select(1, tables.upper)
+        pieces = torch.split(found, [len(generator) for generator in generators])
+        return None, None, None, *(None if grad is None else piece for grad, piece in zip(grads, pieces, strict=True))
+
+
+def _differentiable(ctx: Any, generator: Tensor, grad: Tensor | None) -> Tensor | None:
+    """The gradient of one generator by the plain formula, as something that can be differentiated."""
+    if grad is None:
+        return None
+    with torch.enable_grad():
+        r_nbb = _formula(generator, ctx.b, None if ctx.is_exact else 6, True)
+        (found,) = torch.autograd.grad(r_nbb, generator, grad.to(r_nbb.dtype), create_graph=True)
+    return found
