@@ -27,10 +27,11 @@ from lightning_oft.functional.maps import (
     rotations_of,
     skew,
 )
-from lightning_oft.functional.products import rotate, rotate_weight, unrotate_weight
-from lightning_oft.functional.tracing import is_traced, without_autocast
+from lightning_oft.functional.products import RotatedInput, rotate, rotate_weight, rotated_linear, unrotate_weight
+from lightning_oft.functional.tracing import full_float32, is_traced, without_autocast
 
 __all__ = [
+    "RotatedInput",
     "SERIES_TOLERANCE",
     "angle_radius",
     "block_size_of",
@@ -38,6 +39,7 @@ __all__ = [
     "cayley_neumann",
     "eps_radius",
     "frobenius_norm",
+    "full_float32",
     "generator_size",
     "has_kernel",
     "is_traced",
@@ -46,6 +48,7 @@ __all__ = [
     "project",
     "rotate",
     "rotate_weight",
+    "rotated_linear",
     "rotation_angle",
     "rotation_of",
     "rotations_of",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_oft.functional.tracing import is_traced, without_autocast
+from lightning_oft.functional.tracing import full_float32, is_traced
 
 
 def generator_size(block_size: int) -> int:
@@ -106,7 +106,8 @@ def rotation_of(generator: Tensor, block_size: int, terms: int | None, halve_las
     """
     if has_kernel(terms, halve_last) and not is_traced(generator) and generator.numel() and not generator.is_meta:
         return rotations_of([generator], block_size, terms, generator.dtype)[0]
-    return _formula(generator, block_size, terms, halve_last)
+    with full_float32(generator.device):
+        return _formula(generator, block_size, terms, halve_last)
 
 
 def rotations_of(generators: Sequence[Tensor], block_size: int, terms: int | None, dtype: torch.dtype) -> list[Tensor]:
@@ -119,9 +120,11 @@ def rotations_of(generators: Sequence[Tensor], block_size: int, terms: int | Non
         dtype: of the result.
 
     Returns:
-        (n_i, b, b) of `dtype` for each. One that does not reach a loss gets no gradient.
+        (n_i, b, b) of `dtype` for each. One that does not reach a loss gets no gradient. Backward may run through them
+        as often as one likes while the generators stay as they are, with or without `retain_graph`.
     """
-    return list(_Map.apply(block_size, terms is None, dtype, *generators))  # type: ignore[no-untyped-call]
+    with full_float32(generators[0].device):
+        return list(_Map.apply(block_size, terms is None, dtype, *generators))  # type: ignore[no-untyped-call]
 
 
 def has_kernel(terms: int | None, halve_last: bool) -> bool:
@@ -170,41 +173,55 @@ class _Map(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, b: int, is_exact: bool, dtype: torch.dtype, *generators: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        joint = generators[0] if len(generators) == 1 else torch.cat(generators)
-        tables = _tables(b, joint.device, joint.dtype)
-        # Q by one gather and its signs.
-        q = joint.index_select(1, tables.source).mul_(tables.sign).view(-1, b, b)
-        r, kept = _exact(q, tables.eye) if is_exact else _six_terms(q)
-        ctx.b, ctx.is_exact, ctx.count = b, is_exact, len(generators)
-        ctx.save_for_backward(*generators, *kept)
+        ctx.b, ctx.is_exact, ctx.generators, ctx.is_spent = b, is_exact, generators, False
+        ctx.versions = _versions(generators)
+        r, kept = _computed(generators, b, is_exact)
+        ctx.save_for_backward(*kept)
         return torch.split(r.to(dtype), [len(generator) for generator in generators])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: an activation checkpoint unpacks each a single time
-        generators, kept = saved[: ctx.count], saved[ctx.count :]
+        generators, b = ctx.generators, ctx.b
+        if (ctx.is_spent or torch.is_grad_enabled()) and _versions(generators) != ctx.versions:
+            raise RuntimeError("generators of a rotation were changed between its forward and its second backward")
         if torch.is_grad_enabled():  # to be differentiated once more
             return None, None, None, *map(functools.partial(_differentiable, ctx), generators, grads)
         if all(grad is None for grad in grads):
             return None, None, None, *grads
-        tables = _tables(ctx.b, generators[0].device, generators[0].dtype)
-        whole = [
-            generator.new_zeros(len(generator), ctx.b, ctx.b) if grad is None else grad
-            for generator, grad in zip(generators, grads, strict=True)
-        ]
-        grad_r = (whole[0] if len(whole) == 1 else torch.cat(whole)).to(kept[0].dtype)
-        with without_autocast(grad_r.device):
+        with full_float32(generators[0].device):
+            kept = ctx.saved_tensors if not ctx.is_spent else _computed(generators, b, ctx.is_exact)[1]
+            ctx.is_spent = True  # rotations that are shared may meet in two backwards: the second computes them again
+            whole = [
+                generator.new_zeros(len(generator), b, b) if grad is None else grad
+                for generator, grad in zip(generators, grads, strict=True)
+            ]
+            grad_r = (whole[0] if len(whole) == 1 else torch.cat(whole)).to(kept[0].dtype)
+            tables = _tables(b, grad_r.device, grad_r.dtype)
             dq = _exact_backward(grad_r, kept[0], tables.eye) if ctx.is_exact else _six_terms_backward(grad_r, *kept)
             found = (dq - dq.mT).flatten(1).index_select(1, tables.upper)
         pieces = torch.split(found, [len(generator) for generator in generators])
         return None, None, None, *(None if grad is None else piece for grad, piece in zip(grads, pieces, strict=True))
 
 
+def _versions(generators: Sequence[Tensor]) -> list[int]:
+    """What autograd counts of changes in place; a tensor of inference mode has no count."""
+    return [0 if generator.is_inference() else generator._version for generator in generators]
+
+
+def _computed(generators: Sequence[Tensor], b: int, is_exact: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """R of all generators together, and what its backward needs."""
+    joint = generators[0] if len(generators) == 1 else torch.cat(list(generators))
+    tables = _tables(b, joint.device, joint.dtype)
+    # Q by one gather and its signs.
+    q = joint.index_select(1, tables.source).mul_(tables.sign).view(-1, b, b)
+    return _exact(q, tables.eye) if is_exact else _six_terms(q)
+
+
 def _differentiable(ctx: Any, generator: Tensor, grad: Tensor | None) -> Tensor | None:
     """The gradient of one generator by the plain formula, as something that can be differentiated."""
     if grad is None:
         return None
-    with torch.enable_grad():
+    with torch.enable_grad(), full_float32(generator.device):
         r_nbb = _formula(generator, ctx.b, None if ctx.is_exact else 6, True)
         (found,) = torch.autograd.grad(r_nbb, generator, grad.to(r_nbb.dtype), create_graph=True)
     return found

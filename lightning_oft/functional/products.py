@@ -1,65 +1,76 @@
-"""Products with block-diagonal rotations."""
+"""Products with block-diagonal rotations. Shapes: t rows, n blocks of size b, fan-in i = n*b, fan-out o."""
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from lightning_oft.functional.tracing import without_autocast
+from lightning_oft.functional.tracing import is_traced, without_autocast
 
 
-def _blocks_last(x: Tensor, r_nbb: Tensor) -> Tensor:
-    """x: (t, n*b) times the blocks of R: (n or 1, b, b) -> (t, n*b), without a transposed copy where torch allows."""
+def _plain_product(x: Tensor, r_nbb: Tensor) -> Tensor:
     n, b, _ = r_nbb.shape
     if n == 1:
         return (x.reshape(-1, b) @ r_nbb[0]).view(x.shape)
-    blocks = x.view(-1, n, b)
-    if torch.compiler.is_compiling() or torch.overrides.has_torch_function((x, r_nbb)):
-        return torch.bmm(blocks.transpose(0, 1), r_nbb).transpose(0, 1).reshape(x.shape)
-    out = torch.empty_like(x)
-    torch.bmm(blocks.transpose(0, 1), r_nbb, out=out.view(-1, n, b).transpose(0, 1))
+    return torch.bmm(x.reshape(-1, n, b).transpose(0, 1), r_nbb).transpose(0, 1).reshape(x.shape)
+
+
+def _product(x: Tensor, r_nbb: Tensor) -> Tensor:
+    """x: (..., n*b) times the blocks of R: (n or 1, b, b), without a transposed copy of what comes out."""
+    n, b, _ = r_nbb.shape
+    if n == 1:
+        return _plain_product(x, r_nbb)
+    if x.numel() == n * b:
+        return torch.bmm(x.reshape(n, 1, b), r_nbb).view(x.shape)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.bmm(x.reshape(-1, n, b).transpose(0, 1), r_nbb, out=out.view(-1, n, b).transpose(0, 1))
     return out
+
+
+def _outer(x: Tensor, grad: Tensor, r_nbb: Tensor) -> Tensor:
+    """Gradient of the blocks, x^T grad of each: (..., n*b) twice -> (n or 1, b, b)."""
+    n, b, _ = r_nbb.shape
+    return torch.bmm(x.reshape(-1, n, b).permute(1, 2, 0), grad.reshape(-1, n, b).transpose(0, 1))
 
 
 class _Rotate(torch.autograd.Function):
     """x . blockdiag(R) that keeps x and R for backward and nothing else; differentiable twice."""
 
     @staticmethod
-    def forward(ctx: Any, x_ti: Tensor, r_nbb: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, r_nbb: Tensor) -> Tensor:
         # With a separate setup_context torch binds the arguments by signature, at more cost than a small product.
-        ctx.save_for_backward(x_ti, r_nbb)
-        with without_autocast(x_ti.device):
-            return _blocks_last(x_ti, r_nbb)
+        ctx.save_for_backward(x, r_nbb)
+        with without_autocast(x.device):
+            return _product(x, r_nbb)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_ti, r_nbb = ctx.saved_tensors
-        grad = grads[0].contiguous()
+        x, r_nbb = ctx.saved_tensors
         grad_x = grad_r = None
         if ctx.needs_input_grad[0]:
-            grad_x = _Rotate.apply(grad, r_nbb.mT)  # type: ignore[no-untyped-call]
+            grad_x = rotate(grads[0], r_nbb.mT)
         if ctx.needs_input_grad[1]:
-            n, b, _ = r_nbb.shape
-            x_tnb, grad_tnb = x_ti.reshape(-1, n, b), grad.view(-1, n, b)
-            with without_autocast(grad.device):
-                grad_r = torch.bmm(x_tnb.permute(1, 2, 0), grad_tnb.transpose(0, 1))
+            with without_autocast(x.device):
+                grad_r = _outer(x, grads[0], r_nbb)
         return grad_x, grad_r
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate the last dimension, x . blockdiag(R). x: (..., n*b), R: (n, b, b) or (1, b, b) shared -> (..., n*b).
-
-    Both of one floating dtype. Raises ValueError where the last dimension is not n*b.
-    """
+    Both of one floating dtype. Raises ValueError where the last dimension is not n*b."""
     n, b, _ = rotation.shape
     fan_in = x.shape[-1] if x.dim() else 0
     if (fan_in != n * b) if n > 1 else (fan_in == 0 or fan_in % b != 0):
         raise ValueError(f"cannot rotate an input of shape {tuple(x.shape)}: its last dimension must be {n * b}")
-    flat = x.reshape(-1, fan_in)
+    if is_traced(x, rotation):
+        with without_autocast(x.device):
+            return _plain_product(x, rotation)
     if torch.is_grad_enabled() and (x.requires_grad or rotation.requires_grad):
-        return _Rotate.apply(flat, rotation).view(x.shape)  # type: ignore[no-any-return, no-untyped-call]
+        return _Rotate.apply(x, rotation)  # type: ignore[no-any-return, no-untyped-call]
     with without_autocast(x.device):
-        return _blocks_last(flat, rotation).view(x.shape)
+        return _product(x, rotation)
 
 
 def rotate_weight(weight: Tensor, rotation: Tensor) -> Tensor:
@@ -69,8 +80,79 @@ def rotate_weight(weight: Tensor, rotation: Tensor) -> Tensor:
 
 def unrotate_weight(weight: Tensor, rotation: Tensor) -> Tensor:
     """Undo rotate_weight for any invertible R by solving, W = W' . blockdiag(R)^-T. (o, i) -> (o, i).
+    A truncated series is not exactly orthogonal, so R^T would not do. Solved in float64, returned in W's dtype."""
+    return rotate(weight.double(), torch.linalg.inv(rotation.double().mT)).to(weight.dtype)
 
-    A truncated series is not exactly orthogonal, so R^T would not do. Solved in float64, returned in W's dtype.
+
+class _RotatedLinear(torch.autograd.Function):
+    """(x . blockdiag(R)) W^T + bias with the weight rotated instead of the input, afresh in backward: keeps x and R."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, r_nbb: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, r_nbb, weight)
+        return F.linear(x, rotate_weight(weight, r_nbb), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, r_nbb, weight = ctx.saved_tensors
+        grad, grad_bias = grads[0], None
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.flatten(0, -2).sum(0)
+        with without_autocast(x.device):
+            if torch.is_grad_enabled():  # to be differentiated once more
+                through = grad @ weight
+                return rotate(through, r_nbb.mT), _outer(x, through, r_nbb), None, grad_bias
+            grad_x = grad @ rotate_weight(weight, r_nbb)
+            # x^T (grad W) = x^T (grad W') R^-T, for grad W' = grad W R^T is at hand.
+            outer = _outer(x, grad_x, r_nbb)
+            wide = torch.promote_types(outer.dtype, torch.float32)
+            grad_r = torch.linalg.solve_ex(r_nbb.to(wide), outer.mT.to(wide))[0].mT.to(outer.dtype)
+        return grad_x, grad_r, None, grad_bias
+
+
+def rotated_linear(x: Tensor, rotation: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """linear(x . blockdiag(R), W, bias) by way of the rotated weight: cheaper where x has more rows than the fan-out.
+
+    Args:
+        x: (..., n*b).
+        rotation: R, (n, b, b), invertible.
+        weight: W, (o, n*b), frozen: it gets no gradient.
+        bias: (o,).
+
+    Returns:
+        (..., o). All of one floating dtype. Differentiable in x, R and the bias, as often as one likes.
     """
-    inverse_t: Tensor = torch.linalg.inv(rotation.double().mT)
-    return rotate(weight.double(), inverse_t).to(weight.dtype)
+    with without_autocast(x.device):
+        return _RotatedLinear.apply(x, rotation, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class RotatedInput(Tensor):
+    """x . blockdiag(R), not computed yet: F.linear rotates its weight instead, anything else finds the product.
+
+    The tensor itself is empty, so that what reads it past torch's functions fails and never sees an input unrotated.
+    """
+
+    _x: Tensor
+    _r_nbb: Tensor
+    _product: Tensor | None
+
+    @classmethod
+    def of(cls, x: Tensor, rotation: Tensor) -> "RotatedInput":
+        """x: (..., n*b), R: (n, b, b) or (1, b, b)."""
+        made = torch.empty(0).as_subclass(cls)
+        made._x, made._r_nbb, made._product = x, rotation, None
+        return made
+
+    def product(self) -> Tensor:
+        """The rotated input as an ordinary tensor, computed once."""
+        if self._product is None:
+            self._product = rotate(self._x, self._r_nbb)
+        return self._product
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.linear and not kwargs and type(args[0]) is cls and args[0]._product is None:
+                return rotated_linear(args[0]._x, args[0]._r_nbb, *args[1:])
+            args, kwargs = tree_map_only(cls, cls.product, (args, kwargs or {}))
+            return func(*args, **kwargs)

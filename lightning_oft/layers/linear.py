@@ -2,10 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from typing_extensions import override
 
+from lightning_oft import functional
 from lightning_oft.layers.base import LayerType, RotatedWeight, register_layer_type
+from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import applied_rotations
 
 _INPUT_NAMES = ("input", "x", "hidden_states")
@@ -22,9 +26,33 @@ def _rotate_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if name is None:
         raise TypeError(f"{type(layer).__name__} called with {sorted(kwargs)}: pass its input as the first argument")
     x = args[0] if args else kwargs[name]
-    for rotation in rotations:
-        x = rotation(x)
+    if len(rotations) == 1 and _should_rotate_weight(layer, rotations[0], x):
+        x = rotations[0](x, later=True)
+    else:
+        for rotation in rotations:
+            x = rotation(x)
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
+
+
+def _should_rotate_weight(layer: nn.Module, rotation: nn.Module, x: Tensor) -> bool:
+    """Whether this call costs less with the weight rotated: by counting, an input of t rows costs 3 t products with a
+    block in a training step, a weight of o rows 2 o of them and t. Only of a layer that is nothing but F.linear of a
+    whole, plain and frozen weight."""
+    weight = layer._parameters.get("weight")
+    if weight is None or x.numel() < weight.numel() or type(layer).forward is not nn.Linear.forward:
+        return False
+    is_plain = type(rotation) is Rotation and type(weight) is nn.Parameter and not weight.requires_grad
+    is_alone = len(layer._forward_pre_hooks) == 1 and not (
+        layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks or "forward" in layer.__dict__
+    )
+    return (
+        is_plain
+        and is_alone
+        and not _has_any_global_hook()
+        and x.dtype == weight.dtype
+        and not functional.is_traced(x)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 class LinearLike(LayerType):

@@ -1,10 +1,10 @@
 """Rotation: the generators of one fan-in as a module. Shapes: n blocks of size b, fan-in i = n*b."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -12,6 +12,7 @@ from typing_extensions import Self, override
 
 from lightning_oft import functional
 from lightning_oft.config import OFTConfig
+from lightning_oft.layers.shared_map import SharedMap, can_share
 from lightning_oft.layers.tensor_parallel import Cut, rotate_spread
 
 
@@ -27,20 +28,37 @@ def _steps() -> list[int]:
     return steps
 
 
-@contextlib.contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32: a rotation of a reduced mantissa is not orthogonal."""
-    with functional.without_autocast(device):
-        matmul = torch.backends.cuda.matmul
-        if device.type != "cuda" or torch.compiler.is_compiling() or not hasattr(matmul, "fp32_precision"):
-            yield
-            return
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
+class _Cache(NamedTuple):
+    """R, and what it was made from.
+
+    On a CPU the generator's bytes are compared with a copy. Elsewhere that would wait for the device: identity, address,
+    version and the count of optimizer steps stand for it, and `weight.data[0] = 1` counts from the next change of mode
+    on.
+    """
+
+    dtype: torch.dtype
+    matrix: Tensor
+    address: int
+    source: Any  # on a CPU a view of the generator, which holds its memory, so that the address is of nothing else
+    copy: Any  # on a CPU the bytes as they were
+
+    def is_made_of(self, weight: Tensor) -> bool:
+        if type(weight) is not nn.Parameter or weight.data_ptr() != self.address:
+            return False
+        if self.copy is None:
+            return bool(self.source == _identity(weight))
+        return np.array_equal(self.source, self.copy)
+
+
+def _source(weight: Tensor) -> tuple[int, Any, Any]:
+    if not _is_on_host(weight):
+        return weight.data_ptr(), _identity(weight), None
+    source = weight.detach().numpy().view(np.int32)  # as integers a NaN equals itself
+    return weight.data_ptr(), source, source.copy()
+
+
+def _identity(weight: Tensor) -> tuple[int, ...]:
+    return (id(weight), weight.get_device(), 0 if weight.is_inference() else weight._version, *_steps())
 
 
 class Rotation(nn.Module):
@@ -69,7 +87,8 @@ class Rotation(nn.Module):
             size = block_size if config.coft_radius == "paper" else 1
             self.radius = functional.eps_radius(config.eps, size, shape[0])
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
-        self._cache: tuple[tuple[Any, ...], Tensor | None, Tensor] | None = None  # what it is made from, and R
+        self._cache: _Cache | None = None
+        self.shared: SharedMap | None = None  # what computes R together with those of the layers beside
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -92,55 +111,49 @@ class Rotation(nn.Module):
             raise RuntimeError(f"the generators of a rotation arrive as {generator.dtype}, {rounded}: {remedy}")
         if cut is not None:
             generator = cut.generators(generator)
-        with _full_float32(generator.device):
-            return functional.rotation_of(generator.float(), self.block_size, self.terms, self.halve_last)
+        return functional.rotation_of(generator.float(), self.block_size, self.terms, self.halve_last)
 
-    def forward(self, x: Tensor, transpose: bool = False) -> Tensor:
-        """x . blockdiag(R), or R^T where `transpose`. (..., n*b) -> the same, as x in dtype, device and placements."""
-
-        def rotated(local: Tensor, cut: Cut | None = None) -> Tensor:
-            r_nbb = self._matrix_in(x.dtype, cut)
-            return functional.rotate(local, r_nbb.mT if transpose else r_nbb)
-
+    def forward(self, x: Tensor, transpose: bool = False, later: bool = False) -> Tensor:
+        """x . blockdiag(R), or R^T where `transpose`. (..., n*b) -> the same, as x in dtype, device and placements.
+        With `later` a tensor that is rotated when something reads it: F.linear may rotate its weight instead."""
         if hasattr(x, "to_local"):
+
+            def rotated(local: Tensor, cut: Cut) -> Tensor:
+                r_nbb = self._matrix_in(x.dtype, cut)
+                return functional.rotate(local, r_nbb.mT if transpose else r_nbb)
+
             return rotate_spread(x, self.fan_in, self.block_size, rotated)
-        return rotated(x)
+        r_nbb = self._matrix_in(x.dtype)
+        if later:
+            return functional.RotatedInput.of(x, r_nbb)
+        return functional.rotate(x, r_nbb.mT if transpose else r_nbb)
 
     def _matrix_in(self, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
-        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        is_recorded = torch.is_grad_enabled()
+        if not (self.training or is_recorded) and not functional.is_traced(self.weight):
             return self._cached(dtype) if cut is None else cut.of(self._cached(dtype))
-        r_nbb = self.matrix(cut)
+        shared = self.shared if is_recorded and cut is None and type(self) is Rotation else None
+        if shared is not None and can_share(self) and not functional.is_traced():
+            r_nbb = shared.matrix(self, dtype)
+        else:
+            r_nbb = self.matrix(cut).to(dtype)
         if self.training and self.dropout > 0:
             kept = torch.rand(self.blocks, 1, 1, dtype=torch.float32, device=r_nbb.device) >= self.dropout
             kept = kept if cut is None else cut.of(kept)
-            r_nbb = torch.where(kept, r_nbb, torch.eye(self.block_size, dtype=r_nbb.dtype, device=r_nbb.device))
-        return r_nbb.to(dtype)
+            r_nbb = torch.where(kept, r_nbb, torch.eye(self.block_size, dtype=dtype, device=r_nbb.device))
+        return r_nbb
 
     def _cached(self, dtype: torch.dtype) -> Tensor:
-        """The last rotation if nothing changed since, else a fresh one.
-
-        On a CPU the generator is compared with a copy. Elsewhere that would wait for the device: identity, address,
-        version and the count of optimizer steps stand for it, and `weight.data[0] = 1` counts from the next change of
-        mode on.
-        """
-        weight = self.weight.detach()
-        if hasattr(weight, "to_local"):
-            return self.matrix().to(dtype)
-        compares = _is_on_host(weight)
-        key: tuple[Any, ...] = (dtype, weight.device)
-        if not compares:
-            version = 0 if weight.is_inference() else weight._version
-            key = (*key, id(self.weight), weight.data_ptr(), version, *_steps())
+        """The last rotation if nothing changed since, else a fresh one."""
         cache = self._cache  # once: another thread may put its own there
-        if cache is not None:
-            made_with, generator, rotation = cache
+        if cache is not None and cache.dtype == dtype and cache.is_made_of(self.weight):
             # A tensor made in inference mode cannot be used where gradients are recorded later.
-            usable = made_with == key and (torch.is_inference_mode_enabled() or not rotation.is_inference())
-            if usable and (generator is None or torch.equal(generator, weight)):
-                return rotation
-        rotation = self.matrix().to(dtype)
-        self._cache = (key, weight.clone() if compares else None, rotation)
-        return rotation
+            if torch.is_inference_mode_enabled() or not cache.matrix.is_inference():
+                return cache.matrix
+        matrix = self.matrix().to(dtype)
+        if type(self.weight) is nn.Parameter:
+            self._cache = _Cache(dtype, matrix, *_source(self.weight))
+        return matrix
 
     @override
     def train(self, mode: bool = True) -> Self:
@@ -161,7 +174,7 @@ class Rotation(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
+        return {**self.__dict__, "_cache": None, "shared": None}
 
     def project(self) -> None:
         """Pull every block back into the constraint's ball, in place; nothing where there is none."""

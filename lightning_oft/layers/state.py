@@ -1,6 +1,6 @@
 """What the library remembers of a module. It lives on the module, so any module above it can be asked."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,11 +86,16 @@ def every_rotation(layer: nn.Module) -> Iterator[Rotation]:
         yield from rotations_of(layer, adapter_name).values()
 
 
-def applied_rotations(layer: nn.Module, part: str) -> list[Rotation]:
+def applied_rotations(layer: nn.Module, part: str) -> Sequence[Rotation]:
     """The rotations that a forward applies to one part of a layer now, in order."""
-    state = state_of(layer)
+    state = layer.__dict__[_ATTRIBUTE].layer if _ATTRIBUTE in layer.__dict__ else None
     if state is None or not state.enabled or state.merged is not None:
-        return []
+        return ()
+    adapters: Any = layer.oft_R
+    if part == "" and len(state.active) == 1:  # every token of a generation comes by here
+        entry = adapters[state.active[0]]
+        if not isinstance(entry, nn.ModuleDict):
+            return (entry,)
     found = (rotations_of(layer, name).get(part) for name in state.active)
     return [rotation for rotation in found if rotation is not None]
 

@@ -8,7 +8,8 @@ from torch import nn
 from lightning_oft.codecs import parameter_of
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers import LayerState, Rotation, layer_type_of, state_of
-from lightning_oft.layers.state import drop_empty_record, make_record
+from lightning_oft.layers.shared_map import share_maps
+from lightning_oft.layers.state import drop_empty_record, make_record, rotations_of
 from lightning_oft.model import activation, fingerprint, freezing, saved_modules, traversal
 from lightning_oft.model.plan import Plan, plan_injection
 from lightning_oft.model.traversal import Modules, adapted, adapter_names, some, walk
@@ -41,6 +42,12 @@ def carry_out(modules: Modules, plan: Plan) -> list[str]:
     is_active = all(plan.adapter_name in state.active for _, _, state in adapted(modules) if state.active)
     for module, key in plan.saved:
         saved_modules.claim(module, key, plan.adapter_name, is_active, known)
+    share_maps(
+        ((name.rpartition(".")[0], adapter_name), rotation)
+        for name, layer, state in adapted(modules)
+        for adapter_name in state.configs
+        for rotation in rotations_of(layer, adapter_name).values()
+    )
     freezing.freeze(modules)
     freezing.layers_changed(modules)
     if waiting:
