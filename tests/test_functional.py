@@ -347,3 +347,32 @@ def test_a_generator_that_reaches_no_loss_gets_no_gradient() -> None:
     maths.rotations_of([used, unused], 5, 6, torch.float32)[0].sum().backward()
     assert used.grad is not None
     assert unused.grad is None
+
+
+@settings(deadline=None)
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(2, 7), st.integers(1, 6), st.booleans(), st.booleans())
+def test_a_rotated_weight_is_a_rotated_input(t: int, n: int, b: int, o: int, shared: bool, exact: bool) -> None:
+    x, weight, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((t, n * b), (o, n * b), (o,)))
+    generator = 0.1 * torch.randn(1 if shared else n, maths.generator_size(b), dtype=torch.float64)
+    inputs = [x.requires_grad_(), maths.rotation_of(generator, b, None if exact else 6).requires_grad_()]
+    fast = maths.rotated_linear(*inputs, weight, bias)
+    plain = torch.nn.functional.linear((x.reshape(t, -1, 1, b) @ inputs[1]).reshape(t, -1), weight, bias)
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-12)
+    upstream = torch.randn_like(fast)
+    for ours, theirs in zip(
+        torch.autograd.grad(fast, inputs, upstream), torch.autograd.grad(plain, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_a_rotated_weight_is_differentiated_twice() -> None:
+    weight = torch.randn(3, 8, dtype=torch.float64)
+    x, bias = (
+        torch.randn(2, 8, dtype=torch.float64).requires_grad_(),
+        torch.randn(3, dtype=torch.float64).requires_grad_(),
+    )
+    r_nbb = maths.rotation_of(0.2 * torch.randn(2, 6, dtype=torch.float64), 4, 6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *own: maths.rotated_linear(own[0], own[1], weight, own[2]), (x, r_nbb, bias))
+    assert torch.autograd.gradgradcheck(
+        lambda *own: maths.rotated_linear(own[0], own[1], weight, own[2]), (x, r_nbb, bias)
+    )

@@ -31,8 +31,8 @@ from lightning_oft.functional.products import RotatedInput, rotate, rotate_weigh
 from lightning_oft.functional.tracing import full_float32, is_traced, without_autocast
 
 __all__ = [
-    "RotatedInput",
     "SERIES_TOLERANCE",
+    "RotatedInput",
     "angle_radius",
     "block_size_of",
     "cayley",

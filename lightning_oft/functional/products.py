@@ -22,8 +22,6 @@ def _product(x: Tensor, r_nbb: Tensor) -> Tensor:
     n, b, _ = r_nbb.shape
     if n == 1:
         return _plain_product(x, r_nbb)
-    if x.numel() == n * b:
-        return torch.bmm(x.reshape(n, 1, b), r_nbb).view(x.shape)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     torch.bmm(x.reshape(-1, n, b).transpose(0, 1), r_nbb, out=out.view(-1, n, b).transpose(0, 1))
     return out
@@ -105,7 +103,7 @@ class _RotatedLinear(torch.autograd.Function):
             grad_x = grad @ rotate_weight(weight, r_nbb)
             # x^T (grad W) = x^T (grad W') R^-T, for grad W' = grad W R^T is at hand.
             outer = _outer(x, grad_x, r_nbb)
-            wide = torch.promote_types(outer.dtype, torch.float32)
+            wide = torch.float64 if outer.dtype == torch.float64 else torch.float32
             grad_r = torch.linalg.solve_ex(r_nbb.to(wide), outer.mT.to(wide))[0].mT.to(outer.dtype)
         return grad_x, grad_r, None, grad_bias
 

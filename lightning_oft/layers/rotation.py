@@ -1,10 +1,10 @@
 """Rotation: the generators of one fan-in as a module. Shapes: n blocks of size b, fan-in i = n*b."""
 
+import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -28,33 +28,33 @@ def _steps() -> list[int]:
     return steps
 
 
-class _Cache(NamedTuple):
+class _Cache:
     """R, and what it was made from.
 
-    On a CPU the generator's bytes are compared with a copy. Elsewhere that would wait for the device: identity, address,
-    version and the count of optimizer steps stand for it, and `weight.data[0] = 1` counts from the next change of mode
-    on.
+    On a CPU the generator's bytes are compared with a copy. Elsewhere that would wait for the device: identity, version
+    and the count of optimizer steps stand for it, and `weight.data[0] = 1` counts from the next change of mode on.
     """
 
-    dtype: torch.dtype
-    matrix: Tensor
-    address: int
-    source: Any  # on a CPU a view of the generator, which holds its memory, so that the address is of nothing else
-    copy: Any  # on a CPU the bytes as they were
+    def __init__(self, matrix: Tensor, weight: Tensor) -> None:
+        self.matrix, self.dtype, self.is_inference = matrix, matrix.dtype, matrix.is_inference()
+        self.address, self.size = weight.data_ptr(), weight.numel()
+        self.memory: Any = None
+        self.copy: Any = _identity(weight)
+        if _is_on_host(weight):  # numpy would do too, and keep FSDP from freeing the storage
+            self.memory = (ctypes.c_char * weight.nbytes).from_address(self.address)
+            self.copy = bytearray(self.memory)  # compares with a buffer by memcmp
 
-    def is_made_of(self, weight: Tensor) -> bool:
-        if type(weight) is not nn.Parameter or weight.data_ptr() != self.address:
-            return False
-        if self.copy is None:
-            return bool(self.source == _identity(weight))
-        return np.array_equal(self.source, self.copy)
-
-
-def _source(weight: Tensor) -> tuple[int, Any, Any]:
-    if not _is_on_host(weight):
-        return weight.data_ptr(), _identity(weight), None
-    source = weight.detach().numpy().view(np.int32)  # as integers a NaN equals itself
-    return weight.data_ptr(), source, source.copy()
+    def serves(self, weight: Tensor, dtype: torch.dtype) -> bool:
+        """Whether R is of this generator as it is now, and can be used in this mode."""
+        return (
+            dtype is self.dtype
+            and type(weight) is nn.Parameter
+            and weight.data_ptr() == self.address
+            and weight.numel() == self.size
+            # A tensor made in inference mode cannot be used where gradients are recorded later.
+            and (not self.is_inference or torch.is_inference_mode_enabled())
+            and bool(self.copy == (_identity(weight) if self.memory is None else self.memory))
+        )
 
 
 def _identity(weight: Tensor) -> tuple[int, ...]:
@@ -116,7 +116,7 @@ class Rotation(nn.Module):
     def forward(self, x: Tensor, transpose: bool = False, later: bool = False) -> Tensor:
         """x . blockdiag(R), or R^T where `transpose`. (..., n*b) -> the same, as x in dtype, device and placements.
         With `later` a tensor that is rotated when something reads it: F.linear may rotate its weight instead."""
-        if hasattr(x, "to_local"):
+        if type(x) is not Tensor and hasattr(x, "to_local"):
 
             def rotated(local: Tensor, cut: Cut) -> Tensor:
                 r_nbb = self._matrix_in(x.dtype, cut)
@@ -129,12 +129,12 @@ class Rotation(nn.Module):
         return functional.rotate(x, r_nbb.mT if transpose else r_nbb)
 
     def _matrix_in(self, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
-        is_recorded = torch.is_grad_enabled()
-        if not (self.training or is_recorded) and not functional.is_traced(self.weight):
+        is_traced, is_recorded = functional.is_traced(), torch.is_grad_enabled()
+        if not (self.training or is_recorded or is_traced):
             return self._cached(dtype) if cut is None else cut.of(self._cached(dtype))
-        shared = self.shared if is_recorded and cut is None and type(self) is Rotation else None
-        if shared is not None and can_share(self) and not functional.is_traced():
-            r_nbb = shared.matrix(self, dtype)
+        alone = self.shared is None or cut is not None or type(self) is not Rotation  # a unit of FSDP gathers its own
+        if not (alone or is_traced) and is_recorded and can_share(self):
+            r_nbb = self.shared.matrix(self, dtype)  # type: ignore[union-attr]
         else:
             r_nbb = self.matrix(cut).to(dtype)
         if self.training and self.dropout > 0:
@@ -145,15 +145,28 @@ class Rotation(nn.Module):
 
     def _cached(self, dtype: torch.dtype) -> Tensor:
         """The last rotation if nothing changed since, else a fresh one."""
-        cache = self._cache  # once: another thread may put its own there
-        if cache is not None and cache.dtype == dtype and cache.is_made_of(self.weight):
-            # A tensor made in inference mode cannot be used where gradients are recorded later.
-            if torch.is_inference_mode_enabled() or not cache.matrix.is_inference():
-                return cache.matrix
+        cache, weight = self._cache, self.weight  # once: another thread may put its own there
+        if cache is not None and cache.serves(weight, dtype):
+            return cache.matrix
         matrix = self.matrix().to(dtype)
-        if type(self.weight) is nn.Parameter:
-            self._cache = _Cache(dtype, matrix, *_source(self.weight))
+        if type(weight) is nn.Parameter and weight.is_contiguous() and not weight.is_meta:
+            self._cache = _Cache(matrix, weight)
         return matrix
+
+    def vector(self, x: Tensor) -> Tensor | None:
+        """x . blockdiag(R) of a single vector by the cached R; None where there is none, or anything else to heed. This
+        is `forward` for a generated token, for which a dozen calls in Python cost more than the product."""
+        if self.training or torch.is_grad_enabled() or functional.is_traced(x) or self._cache is None:
+            return None
+        cache, weight = self._cache, self._parameters.get("weight")  # past nn.Module's look-up
+        n, b, _ = cache.matrix.shape
+        if n == 1 or x.numel() != self.fan_in or x.shape[-1] != self.fan_in or weight is None:
+            return None
+        if torch.is_autocast_enabled(x.device.type) or not cache.serves(weight, x.dtype):
+            return None
+        if self._forward_hooks or self._forward_pre_hooks:
+            return None
+        return torch.bmm(x.reshape(n, 1, b), cache.matrix).view(x.shape)
 
     @override
     def train(self, mode: bool = True) -> Self:
