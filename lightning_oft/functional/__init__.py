@@ -27,7 +27,7 @@ from lightning_oft.functional.maps import (
     rotations_of,
     skew,
 )
-from lightning_oft.functional.products import rotate, rotate_weight, unrotate_weight
+from lightning_oft.functional.products import inverse, rotate, rotate_weight
 from lightning_oft.functional.tracing import is_traced, without_autocast
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "frobenius_norm",
     "generator_size",
     "has_kernel",
+    "inverse",
     "is_traced",
     "largest_angle",
     "orthogonality_error",
@@ -52,6 +53,5 @@ __all__ = [
     "series_error",
     "series_reach",
     "skew",
-    "unrotate_weight",
     "without_autocast",
 ]

@@ -63,14 +63,20 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def rotate_weight(weight: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate a weight as its inputs would be, W . blockdiag(R)^T. W: (o, i), R: (n or 1, b, b) -> (o, i)."""
-    return rotate(weight, rotation.mT)
+    """Rotate a weight as its inputs would be, W . blockdiag(R)^T. W: (o, i), R: (n or 1, b, b) -> (o, i).
+
+    Fastest for some rows at a time, as their product and its transposed copy stay in a core's cache.
+    Raises RuntimeError where the fan-in is not n*b."""
+    blocks_onb = weight.unflatten(-1, (-1, rotation.shape[-1]))
+    with without_autocast(weight.device):
+        if rotation.shape[0] == 1:
+            return (blocks_onb @ rotation[0].mT).reshape(weight.shape)
+        return torch.bmm(blocks_onb.transpose(0, 1), rotation.mT).transpose(0, 1).reshape(weight.shape)
 
 
-def unrotate_weight(weight: Tensor, rotation: Tensor) -> Tensor:
-    """Undo rotate_weight for any invertible R by solving, W = W' . blockdiag(R)^-T. (o, i) -> (o, i).
+def inverse(rotation: Tensor) -> Tensor:
+    """R^-1 of any invertible R, in float64. (n, b, b) -> (n, b, b).
 
-    A truncated series is not exactly orthogonal, so R^T would not do. Solved in float64, returned in W's dtype.
-    """
-    inverse_t: Tensor = torch.linalg.inv(rotation.double().mT)
-    return rotate(weight.double(), inverse_t).to(weight.dtype)
+    A truncated series is not exactly orthogonal, so R^T would not do; rotate_weight with it undoes rotate_weight."""
+    inverted: Tensor = torch.linalg.inv(rotation.double())
+    return inverted

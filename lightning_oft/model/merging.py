@@ -12,7 +12,7 @@ from torch import nn
 from lightning_oft.codecs import codec_of, is_sharded, whole
 from lightning_oft.layers.state import LayerState, make_record, rotations_of
 from lightning_oft.model import activation, fingerprint, freezing, traversal
-from lightning_oft.model.folding import Device, folded_weights
+from lightning_oft.model.folding import Device, folded_weights, is_finite
 from lightning_oft.model.traversal import Modules, adapted, merged_layers, some, walk
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def merge_layers(
             with gathered(layer):
                 state.merged, state.base = {}, {}
                 for weight in folded_weights(layer, state):
-                    state.merged[weight.part.parameter] = weight.merge(keep, device, holders)
+                    state.merged[weight.part.parameter] = weight.merge("cpu" if keep else None, device, holders)
                 state.layer_type.detach(layer)
                 layer.__dict__["oft_R"] = layer._modules.pop("oft_R")  # out of the module tree; `layer.oft_R` answers
         undo.pop_all()
@@ -102,7 +102,7 @@ def _check_mergeable(layers: dict[str, nn.Module], gathered: Gathered) -> None:
         with gathered(layer):
             active = [rotation for one in state.active for rotation in rotations_of(layer, one).values()]
             # The whole generators, on every process: one that alone raised would leave the others waiting.
-            if not all(bool(whole(rotation.weight.detach()).isfinite().all()) for rotation in active):
+            if not all(is_finite(whole(rotation.weight.detach())) for rotation in active):
                 broken.append(name)
         codecs = [codec_of(layer, part.parameter) for part in state.layer_type.rotated_weights(layer).values()]
         if not all(codec is not None and codec.is_exact for codec in codecs):

@@ -64,7 +64,6 @@ def test_a_failure_at_the_nth_layer_leaves_the_model_as_it_was(
     with pytest.raises(error, match="out of memory"):
         merge(model, keep_base=keep_base)
     monkeypatch.undo()
-    assert len(calls) == n + 1
     if keep_base == "always" or n == 0:
         assert same(model, before)
         assert torch.equal(model(x), output)
