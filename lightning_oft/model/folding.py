@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ CPU_PIECE, PIECE = 2**19, 2**24
 of all of a large weight."""
 
 Device = torch.device | str | None
+Keep = Literal["host", "here"] | None
+"""Where a merge keeps the base: on the CPU, on the weight's own device, or nowhere."""
 
 
 class FoldedWeight(NamedTuple):
@@ -59,15 +61,14 @@ class FoldedWeight(NamedTuple):
             count = max(1, entries * rows.shape[layer_type.row_dim] // max(1, rows.numel()))
             pieces = (whole.split(count, layer_type.row_dim) for whole in (rows, result))  # type: ignore[no-untyped-call]
             for piece, place in zip(*pieces, strict=True):
-                place.copy_(layer_type.fold(self.layer, self.part, piece.to(where), own))
+                layer_type.fold(self.layer, self.part, piece.to(where), own, place)
             return result
 
         step = math.lcm(*(matrix.shape[-1] for matrix in matrices))
         return self.codec.changed(self.layer, self.part.parameter, layer_type.row_dim, step, change)
 
-    def merge(self, keep_on: Device, device: Device, holders: Counter[int]) -> str | None:
-        """Fold the rotations in, and return the fingerprint. A parameter that other modules share is left to them; of
-        any other the base is kept on a device, if one is given."""
+    def merge(self, keep: Keep, device: Device, holders: Counter[int]) -> str | None:
+        """Fold the rotations in, and return the fingerprint. A parameter that other modules share is left to them."""
         name, folded = self.part.parameter, self.folded(device)
         parameter = parameter_of(self.layer, name)
         # Not of a sharded weight: one process that raised would leave the others waiting.
@@ -79,7 +80,8 @@ class FoldedWeight(NamedTuple):
             self.state.base[name] = parameter
             self._set_parameter(nn.Parameter(folded, requires_grad=False))
         else:
-            self.state.base[name] = None if keep_on is None else self.codec.keep(self.layer, name, keep_on)
+            place = "cpu" if keep == "host" else folded.device
+            self.state.base[name] = None if keep is None else self.codec.keep(self.layer, name, place)
             self.codec.write(self.layer, name, folded)
         return self.fingerprint()
 
@@ -113,7 +115,8 @@ def folded_weights(layer: nn.Module, state: LayerState) -> Iterator[FoldedWeight
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all entries are finite: its extremes say so exactly, at a twentieth of the price of asking each entry."""
-    if tensor.numel() == 0:
+    """Whether all entries are finite. A finite sum says so in a single fast pass; where it is not, as it may be of
+    large entries too, the extremes say it exactly."""
+    if math.isfinite(tensor.sum()):
         return True
-    return all(math.isfinite(extreme) for extreme in torch.stack((tensor.amin(), tensor.amax())).tolist())
+    return math.isfinite(tensor.amin()) and math.isfinite(tensor.amax())

@@ -110,7 +110,7 @@ class Look(pl.Callback):
         self.when, self.seen = when, dict[str, torch.Tensor]()
 
     def look(self, pl_module: Any) -> None:
-        reshard(pl_module)  # an evaluation may have left parameters gathered
+        reshard(pl_module.modules())  # an evaluation may have left parameters gathered
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
         for optimizer in pl_module.trainer.optimizers:
             for parameter, state in optimizer.state.items():
