@@ -137,10 +137,10 @@ def _check_mergeable(layers: dict[str, nn.Module], gathered: Gathered) -> None:
             # The whole generators, on every process: one that alone raised would leave the others waiting.
             generators = [whole(rotation.weight.detach()) for rotation in rotations]
             weights = [codec.read(layer, parameter) for parameter, codec in exact.items()]
-        if any(tensor.is_meta for tensor in (*generators, *weights)):
-            absent.append(name)
-        elif not all(map(is_finite, generators)):
-            broken.append(name)
+            if any(tensor.is_meta for tensor in (*generators, *weights)):
+                absent.append(name)
+            elif not all(map(is_finite, generators)):
+                broken.append(name)
     for names, what, remedy in (
         (packed, "the weights of {} are quantized or packed", "load the base without quantization to merge"),
         (absent, "the weights of {} are on the meta device, not loaded or offloaded", "load them onto a device first"),
