@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from lightning_oft.model.activation import disable_adapters, project, set_adapter
     from lightning_oft.model.adapter_state import AdapterState
     from lightning_oft.model.injection import delete_adapter, inject, unload
-    from lightning_oft.model.merging import merge, unmerge
+    from lightning_oft.model.merging import merge, merged, unmerge
     from lightning_oft.model.traversal import oft_layers
 
 __version__ = "0.1.0"
 
 __all__ = ["AdapterState", "OFTConfig", "OFTFinetuning", "__version__", "delete_adapter", "disable_adapters", "inject",
-           "load_adapter", "load_from_checkpoint", "merge", "oft_layers", "project", "register_layer_type",
+           "load_adapter", "load_from_checkpoint", "merge", "merged", "oft_layers", "project", "register_layer_type",
            "save_adapter", "set_adapter", "unload", "unmerge"]  # fmt: skip
 
 _HOME = {name: "model" for name in __all__ if name != "__version__"} | {

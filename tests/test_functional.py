@@ -246,13 +246,17 @@ def test_rotate_weight_is_what_rotated_inputs_would_do(blocks: int) -> None:
     x, weight = torch.randn(5, 12, dtype=torch.float64), torch.randn(7, 12, dtype=torch.float64)
     r = maths.cayley(_skew(blocks, 4))
     torch.testing.assert_close(x @ maths.rotate_weight(weight, r).T, maths.rotate(x, r) @ weight.T)
-    torch.testing.assert_close(maths.unrotate_weight(maths.rotate_weight(weight, r), r), weight)
+    torch.testing.assert_close(maths.rotate_weight(maths.rotate_weight(weight, r), maths.inverse(r)), weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(maths.rotate_weight(weight.float(), r.float()), maths.rotate(weight.float(), r.float().mT))
 
 
-def test_unrotate_solves_where_a_transpose_would_not_do() -> None:
+def test_the_inverse_undoes_where_a_transpose_would_not() -> None:
     weight, r = torch.randn(7, 12), maths.cayley_neumann(_skew(3, 4, norm=0.8, dtype=torch.float32), 5)
     merged = maths.rotate_weight(weight, r)
-    torch.testing.assert_close(maths.unrotate_weight(merged, r), weight, rtol=1e-5, atol=1e-5)
+    inverse = maths.inverse(r)
+    assert inverse.dtype == torch.float64
+    torch.testing.assert_close(maths.rotate_weight(merged, inverse.float()), weight, rtol=1e-5, atol=1e-5)
     assert float((maths.rotate_weight(merged, r.mT) - weight).norm() / weight.norm()) > 1e-2
 
 

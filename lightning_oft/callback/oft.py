@@ -171,7 +171,7 @@ class OFTFinetuning(Callback):
         if (run := self._run) is None:
             return
         run.undo.close()
-        reshard(pl_module)
+        reshard(pl_module.modules())
         root = checks.submodule(walk(pl_module), self.module)
         with run.exporter.exporting() if run.exporter is not None else contextlib.nullcontext({}) as written:
             waiting = [name for name, _, state in adapted(walk(root)) if state.merged is None]

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -39,9 +40,9 @@ class Codec(ABC):
         transformers' Conv1D 1; `step` columns must stay together, in a storage that is cut along them."""
         return change(self.read(module, parameter), slice(None))
 
-    def keep(self, module: nn.Module, parameter: str) -> Any:
-        """What `restore` needs to bring the values of now back to the bit, on the CPU."""
-        return self.read(module, parameter).detach().to("cpu", copy=True)
+    def keep(self, module: nn.Module, parameter: str, device: torch.device | str) -> Any:
+        """What `restore` needs to bring the values of now back to the bit, on a device."""
+        return self.read(module, parameter).detach().to(device, copy=True)
 
     def restore(self, module: nn.Module, parameter: str, kept: Any) -> None:
         """Store what `keep` returned."""
@@ -92,9 +93,9 @@ class PlainCodec(Codec):
             weight.data = values
 
     @override
-    def keep(self, module: nn.Module, parameter: str) -> Any:
+    def keep(self, module: nn.Module, parameter: str, device: torch.device | str) -> Any:
         weight = module.get_parameter(parameter)
-        return weight.detach().to("cpu", copy=True) if hasattr(weight, "_fsdp_flattened") else weight.data.cpu()
+        return weight.data.to(device, copy=hasattr(weight, "_fsdp_flattened"))
 
 
 register_codec(PlainCodec())

@@ -5,6 +5,7 @@ blocks that it owns, and where the cut goes through a block the weight is cut al
 whole weight for it, where the backend has an all-to-all (gloo on CPUs has none).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,10 +39,9 @@ def cut_like(values: Tensor, tensor: Tensor) -> Tensor:
     return local_part(distribute_tensor(values.to(tensor.device), model.device_mesh, model.placements))
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(modules: Iterable[Any]) -> None:
     """Give back what FSDP2 has gathered for a forward and kept, so that parameters are shards again."""
-    module: Any
-    for module in model.modules():
+    for module in modules:
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
             module.reshard()
 

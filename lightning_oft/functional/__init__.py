@@ -27,7 +27,7 @@ from lightning_oft.functional.maps import (
     rotations_of,
     skew,
 )
-from lightning_oft.functional.products import RotatedInput, rotate, rotate_weight, rotated_linear, unrotate_weight
+from lightning_oft.functional.products import RotatedInput, inverse, rotate, rotate_weight, rotated_linear
 from lightning_oft.functional.tracing import full_float32, is_traced, without_autocast
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "full_float32",
     "generator_size",
     "has_kernel",
+    "inverse",
     "is_traced",
     "largest_angle",
     "orthogonality_error",
@@ -55,6 +56,5 @@ __all__ = [
     "series_error",
     "series_reach",
     "skew",
-    "unrotate_weight",
     "without_autocast",
 ]

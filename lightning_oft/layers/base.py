@@ -116,22 +116,19 @@ class LayerType(ABC):
         """A matrix of to_matrix in the shape and memory format of the weight."""
         return in_format_of(matrix.view(weight.shape), weight)
 
-    def fold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: list[Tensor]) -> Tensor:
-        """The weight that does alone what it did with the rotations. Any floating dtype, computed in float32."""
-        return self._turned(layer, part, weight, rotations, undo=False)
-
-    def unfold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: list[Tensor]) -> Tensor:
-        """The inverse of fold, by solving."""
-        return self._turned(layer, part, weight, rotations, undo=True)
-
-    def _turned(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, by: list[Tensor], undo: bool) -> Tensor:
-        matrix = self.to_matrix(layer, weight).to(torch.promote_types(weight.dtype, torch.float32))
+    def fold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: list[Tensor], out: Tensor) -> None:
+        """Write into `out` the weight that does alone what it did with the rotations, computed in their dtype. With the
+        inverses of the rotations, the last one first, it undoes itself."""
+        matrix = self.to_matrix(layer, weight).to(rotations[0].dtype)
         # y = base(x . Ra . Rb): a weight that is turned by its input meets the last rotation first.
-        factors = [rotation.mT for rotation in by] if part.side == "output" else by[::-1]
-        turn = functional.unrotate_weight if undo else functional.rotate_weight
-        for rotation in factors[::-1] if undo else factors:
-            matrix = turn(matrix, rotation.to(matrix.dtype))
-        return self.from_matrix(layer, matrix.to(weight.dtype), weight)
+        factors = [rotation.mT for rotation in rotations] if part.side == "output" else rotations[::-1]
+        for rotation in factors[:-1]:
+            matrix = functional.rotate_weight(matrix, rotation)
+        place = self.to_matrix(layer, out)
+        if place.data_ptr() == out.data_ptr():  # a view of it
+            functional.rotate_weight(matrix, factors[-1], out=place)
+        else:
+            out.copy_(self.from_matrix(layer, functional.rotate_weight(matrix, factors[-1]), weight))
 
 
 _registered: OrderedDict[int, tuple[type | None, LayerType]] = OrderedDict()

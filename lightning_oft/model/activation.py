@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_oft.layers.state import every_rotation, rotations_of
 from lightning_oft.model import freezing, saved_modules, traversal
-from lightning_oft.model.traversal import Modules, adapted, walk
+from lightning_oft.model.traversal import Modules, adapted, records, walk
 
 
 def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[str] | None = None) -> None:
@@ -59,21 +59,45 @@ def activate(
     freezing.freeze_norms(modules)
 
 
-def remember_choice(modules: Modules) -> Callable[[], None]:
-    """A function that makes the choice of adapters again what it is now, and whether they are enabled and train."""
+def remember_choice(modules: Modules, gradients: bool = False) -> Callable[[], None]:
+    """A function that makes the choice of adapters again what it is now, and whether they are enabled and train; with
+    the gradients that another choice takes from them, where asked."""
     chosen = [(state, state.active, state.enabled) for _, _, state in adapted(modules)]
     saved = [(tensor, slot, slot.live) for _, tensor, slot in saved_modules.saved_tensors(modules)]
     weights = [rotation.weight for _, layer, _ in adapted(modules) for rotation in every_rotation(layer)]
-    trains = [(tensor, tensor.requires_grad) for tensor in [*weights, *(tensor for tensor, _, _ in saved)]]
+    tensors = [*weights, *(tensor for tensor, _, _ in saved)]
+    trains = [(tensor, tensor.requires_grad, tensor.grad if gradients else None) for tensor in tensors]
 
     def restore() -> None:
         for state, active, enabled in chosen:
             state.active, state.enabled = active, enabled
         for tensor, slot, owner in saved:
             saved_modules.exchange(tensor, slot, owner)
-        for tensor, trained in trains:
+        for tensor, trained, grad in trains:
             tensor.requires_grad_(trained)
+            if tensor.grad is None:
+                tensor.grad = grad
         freezing.freeze_norms(modules)
+
+    return restore
+
+
+def remember_flags(model: nn.Module, modules: Modules) -> Callable[[], None]:
+    """A function that gives every module the mode, and every parameter the trainability, that it has now."""
+    rotations = [module for _, layer, _ in adapted(modules) for module in layer.oft_R.modules()]  # type: ignore[union-attr]
+    everything = [model, *modules.values(), *rotations]
+    modes = [(module, module.training) for module in everything]
+    norms = [(record, record.norm_mode) for _, _, record in records(modules)]
+    parameters = [one for module in everything for one in module._parameters.values() if one is not None]
+    trains = [(parameter, parameter.requires_grad) for parameter in parameters]
+
+    def restore() -> None:
+        for module, mode in modes:
+            module.training = mode
+        for record, mode in norms:
+            record.norm_mode = mode
+        for parameter, trained in trains:
+            parameter.requires_grad_(trained)
 
     return restore
 

@@ -3,19 +3,23 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_oft import functional
 from lightning_oft.codecs import Codec, codec_of, is_sharded, parameter_of
 from lightning_oft.layers import LayerState, RotatedWeight, Rotation, rotations_of
 from lightning_oft.model.fingerprint import fingerprint
 
-PIECE = 2**24
-"""Entries of a weight that are folded at a time: an embedding of gigabytes needs no float32 copy of all of it."""
+CPU_PIECE, PIECE = 2**19, 2**24
+"""Entries of a weight that are folded at a time: what a core's cache holds, and what fills a GPU without a float32 copy
+of all of a large weight."""
 
 Device = torch.device | str | None
+Keep = Literal["host", "here"] | None
+"""Where a merge keeps the base: on the CPU, on the weight's own device, or nowhere."""
 
 
 class FoldedWeight(NamedTuple):
@@ -37,40 +41,47 @@ class FoldedWeight(NamedTuple):
         return fingerprint(self.read() if parameter is None else parameter)
 
     def folded(self, device: Device = None, undo: bool = False) -> Tensor:
-        """What this process stores of the weight after the layer type's fold, or its undoing; computed in pieces."""
-        home = self.read().device
-        where = torch.device(device) if device is not None else home
-        matrices = [rotation.matrix().to(where) for rotation in self.rotations]
-        layer_type = self.state.layer_type
-        fold = layer_type.unfold if undo else layer_type.fold
+        """What this process stores of the weight after the layer type's fold, or its undoing; in memory of its own, as
+        others may hold the weight."""
+        weight = self.read()
+        where = torch.device(device) if device is not None else weight.device
+        matrices = [rotation.matrix() for rotation in self.rotations]
+        if undo:
+            matrices = [functional.inverse(matrix) for matrix in reversed(matrices)]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        matrices = [matrix.to(where, dtype) for matrix in matrices]
+        layer_type, entries = self.state.layer_type, CPU_PIECE if where.type == "cpu" else PIECE
 
         def change(rows: Tensor, columns: slice) -> Tensor:
             own = matrices
             if columns != slice(None):  # the blocks of these columns; a shared block turns all of them
                 cuts = [slice(columns.start // m.shape[-1], columns.stop // m.shape[-1]) for m in matrices]
                 own = [m if m.shape[0] == 1 else m[cut] for m, cut in zip(matrices, cuts, strict=True)]
-            count = max(1, PIECE * rows.shape[layer_type.row_dim] // max(1, rows.numel()))
-            pieces = rows.split(count, layer_type.row_dim)  # type: ignore[no-untyped-call]
-            results = [fold(self.layer, self.part, piece.to(where), own).to(home) for piece in pieces]
-            return results[0] if len(results) == 1 else torch.cat(results, layer_type.row_dim)
+            result = torch.empty_like(rows)
+            count = max(1, entries * rows.shape[layer_type.row_dim] // max(1, rows.numel()))
+            pieces = (whole.split(count, layer_type.row_dim) for whole in (rows, result))  # type: ignore[no-untyped-call]
+            for piece, place in zip(*pieces, strict=True):
+                layer_type.fold(self.layer, self.part, piece.to(where), own, place)
+            return result
 
         step = math.lcm(*(matrix.shape[-1] for matrix in matrices))
         return self.codec.changed(self.layer, self.part.parameter, layer_type.row_dim, step, change)
 
-    def merge(self, keep: bool, device: Device, holders: Counter[int]) -> str | None:
+    def merge(self, keep: Keep, device: Device, holders: Counter[int]) -> str | None:
         """Fold the rotations in, and return the fingerprint. A parameter that other modules share is left to them."""
         name, folded = self.part.parameter, self.folded(device)
         parameter = parameter_of(self.layer, name)
         # Not of a sharded weight: one process that raised would leave the others waiting.
         is_whole = parameter is None or not is_sharded(parameter)
-        if is_whole and not bool(folded.isfinite().all()) and bool(self.read().isfinite().all()):
+        if is_whole and not is_finite(folded) and is_finite(self.read()):
             what = f"cannot merge: the merged {name} overflows {folded.dtype}; nothing was changed"
             raise ValueError(f"{what}: load an earlier state of the adapter, or merge in float32")
         if parameter is not None and holders[id(parameter)] > 1:
             self.state.base[name] = parameter
             self._set_parameter(nn.Parameter(folded, requires_grad=False))
         else:
-            self.state.base[name] = self.codec.keep(self.layer, name) if keep else None
+            place = "cpu" if keep == "host" else folded.device
+            self.state.base[name] = None if keep is None else self.codec.keep(self.layer, name, place)
             self.codec.write(self.layer, name, folded)
         return self.fingerprint()
 
@@ -101,3 +112,11 @@ def folded_weights(layer: nn.Module, state: LayerState) -> Iterator[FoldedWeight
         codec = codec_of(layer, part.parameter)
         if rotations and codec is not None:
             yield FoldedWeight(layer, state, part, codec, rotations)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite. A finite sum says so in a single fast pass; where it is not, as it may be of
+    large entries too, the extremes say it exactly."""
+    if math.isfinite(tensor.sum()):
+        return True
+    return math.isfinite(tensor.amin()) and math.isfinite(tensor.amax())

@@ -3,16 +3,16 @@
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lightning_oft.codecs import codec_of, is_sharded, whole
-from lightning_oft.layers.state import LayerState, make_record, rotations_of
+from lightning_oft.codecs import codec_of, is_sharded, reshard, whole
+from lightning_oft.layers.state import LayerState, drop_empty_record, make_record, rotations_of
 from lightning_oft.model import activation, fingerprint, freezing, traversal
-from lightning_oft.model.folding import Device, folded_weights
+from lightning_oft.model.folding import Device, FoldedWeight, Keep, folded_weights, is_finite
 from lightning_oft.model.traversal import Modules, adapted, merged_layers, some, walk
 
 log = logging.getLogger(__name__)
@@ -66,53 +66,88 @@ def merge_layers(
     if keep_base not in ("auto", "always", "never"):
         raise ValueError(f"keep_base={keep_base!r}: must be 'auto', 'always' or 'never'")
     layers = {name: layer for name, layer, _ in adapted(modules) if only is None or name in only}
-    if not layers:
-        raise ValueError("nothing to merge: the model has no adapter; call inject or load_adapter first")
-    traversal.require_enabled(modules, "merge")
     with contextlib.ExitStack() as undo:
-        undo.callback(activation.remember_choice(modules))
-        if adapter_name is not None:
-            names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-            activation.check_choice(modules, names)
-            activation.activate(modules, names, names)
-        _check_mergeable(layers, gathered)
+        _prepare(modules, layers, adapter_name, gathered, undo)
         size = sum(one.read().nbytes for _, layer, state in adapted(layers) for one in folded_weights(layer, state))
         keep = keep_base == "always" or (keep_base == "auto" and size <= KEEP_LIMIT)
         log.info("merge: %s the base weights (%.1f MiB)", "keeping" if keep else "not keeping", size / 2**20)
-        holders = Counter(id(one) for module in modules.values() for one in module._parameters.values())
-        for _, layer, state in adapted(layers):
-            undo.callback(_unmerge_layer, layer, state, gathered)
-            with gathered(layer):
-                state.merged, state.base = {}, {}
-                for weight in folded_weights(layer, state):
-                    state.merged[weight.part.parameter] = weight.merge(keep, device, holders)
-                state.layer_type.detach(layer)
-                layer.__dict__["oft_R"] = layer._modules.pop("oft_R")  # out of the module tree; `layer.oft_R` answers
+        _fold(modules, layers, "host" if keep else None, device, gathered, undo)
         undo.pop_all()
-    _untie_configs(modules, layers)
+    if untied := _untied(layers):
+        log.warning("merge: %s shared a weight with another module; it has a copy of its own now", some(untied))
+        _untie_configs(modules)
     if len(merged_layers(modules)) == sum(1 for _ in adapted(modules)):
         freezing.unfreeze_norms(modules)
     freezing.layers_changed(modules)
     return list(layers)
 
 
-def _check_mergeable(layers: dict[str, nn.Module], gathered: Gathered) -> None:
-    broken, packed = [], []
-    for name, layer, state in adapted(layers):
+def _prepare(
+    modules: Modules,
+    layers: dict[str, nn.Module],
+    adapter_name: str | list[str] | None,
+    gathered: Gathered,
+    undo: contextlib.ExitStack,
+) -> None:
+    """Make the adapters active that are to be merged, and raise where that cannot be done; `undo` gets the way back."""
+    if not layers:
+        raise ValueError("nothing to merge: the model has no adapter; call inject or load_adapter first")
+    traversal.require_enabled(modules, "merge")
+    reshard(modules.values())
+    undo.callback(activation.remember_choice(modules, gradients=adapter_name is not None))
+    if adapter_name is not None:
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        activation.check_choice(modules, names)
+        activation.activate(modules, names, names)
+    _check_mergeable(layers, gathered)
+
+
+@torch.no_grad()
+def _fold(
+    modules: Modules,
+    layers: dict[str, nn.Module],
+    keep: Keep,
+    device: Device,
+    gathered: Gathered,
+    undo: contextlib.ExitStack,
+) -> None:
+    """Merge layer by layer; `undo` gets the way back of each."""
+    holders = Counter(id(one) for module in modules.values() for one in module._parameters.values())
+    for _, layer, state in adapted(layers):
+        undo.callback(_unmerge_layer, layer, state, gathered)
         with gathered(layer):
-            active = [rotation for one in state.active for rotation in rotations_of(layer, one).values()]
-            # The whole generators, on every process: one that alone raised would leave the others waiting.
-            if not all(bool(whole(rotation.weight.detach()).isfinite().all()) for rotation in active):
-                broken.append(name)
-        codecs = [codec_of(layer, part.parameter) for part in state.layer_type.rotated_weights(layer).values()]
-        if not all(codec is not None and codec.is_exact for codec in codecs):
+            state.merged, state.base = {}, {}
+            for weight in folded_weights(layer, state):
+                state.merged[weight.part.parameter] = weight.merge(keep, device, holders)
+            state.layer_type.detach(layer)
+            layer.__dict__["oft_R"] = layer._modules.pop("oft_R")  # out of the module tree; `layer.oft_R` answers
+
+
+def _check_mergeable(layers: dict[str, nn.Module], gathered: Gathered) -> None:
+    packed, absent, broken = [], [], []
+    for name, layer, state in adapted(layers):
+        parts = [part.parameter for part in state.layer_type.rotated_weights(layer).values()]
+        codecs = {parameter: codec_of(layer, parameter) for parameter in parts}
+        exact = {parameter: codec for parameter, codec in codecs.items() if codec is not None and codec.is_exact}
+        if len(exact) < len(parts):
             packed.append(name)
-    if broken:
-        what = f"cannot merge: generators of {some(broken)} are NaN or infinite; nothing was changed"
-        raise ValueError(f"{what}: load an earlier state of the adapter")
-    if packed:
-        what = f"cannot merge: the weights of {some(packed)} are quantized or packed; nothing was changed"
-        raise ValueError(f"{what}: load the base without quantization to merge")
+            continue
+        with gathered(layer):
+            rotations = [rotation for one in state.active for rotation in rotations_of(layer, one).values()]
+            # The whole generators, on every process: one that alone raised would leave the others waiting.
+            generators = [whole(rotation.weight.detach()) for rotation in rotations]
+            weights = [codec.read(layer, parameter) for parameter, codec in exact.items()]
+            if any(tensor.is_meta for tensor in (*generators, *weights)):
+                absent.append(name)
+            elif not all(map(is_finite, generators)):
+                broken.append(name)
+    for names, what, remedy in (
+        (packed, "the weights of {} are quantized or packed", "load the base without quantization to merge"),
+        (absent, "the weights of {} are on the meta device, not loaded or offloaded", "load them onto a device first"),
+        (broken, "generators of {} are NaN or infinite", "load an earlier state of the adapter"),
+    ):
+        if names:
+            raise ValueError(f"cannot merge: {what.format(some(names))}; nothing was changed: {remedy}")
 
 
 @torch.no_grad()
@@ -127,30 +162,23 @@ def unmerge(model: nn.Module) -> list[str]:
     """
     modules = walk(model)
     layers = merged_layers(modules)
+    reshard(modules.values())
     if not layers:
         raise RuntimeError("nothing to unmerge: no layer of the model is merged; call merge(model) first")
-    changed = {
-        name: None
-        for name, layer, state in adapted(layers)
-        for weight in folded_weights(layer, state)
-        if not fingerprint.same_base(weight.fingerprint(), (state.merged or {}).get(weight.part.parameter))
-    }
-    if changed:  # going back to the base would lose the change
+    if changed := _changed(layers):  # going back to the base would lose the change
         what = (
             f"cannot unmerge {some(changed)}: the weights were changed after the merge (another checkpoint was loaded?)"
         )
         raise RuntimeError(f"{what}; call unload(model) to keep them as the new base")
     for _, layer, state in adapted(layers):
         _unmerge_layer(layer, state)
-    for _, module, record in traversal.records(modules):
-        if record.tied:
-            record.tied = False
-            module.config.tie_word_embeddings = True  # type: ignore[union-attr]
+    _tie_configs(module for _, module, record in traversal.records(modules) if record.tied)
     freezing.freeze_unmerged(modules)
     freezing.layers_changed(modules)
     return list(layers)
 
 
+@torch.no_grad()
 def _unmerge_layer(layer: nn.Module, state: LayerState, gathered: Gathered = contextlib.nullcontext) -> None:
     """Give a layer its base weights and its rotations back; a layer merged in part too."""
     with gathered(layer):
@@ -160,20 +188,109 @@ def _unmerge_layer(layer: nn.Module, state: LayerState, gathered: Gathered = con
         state.merged, state.base = None, {}
         rotations = layer.__dict__.pop("oft_R", None)
         if rotations is not None:
-            sharded = any(is_sharded(parameter) for parameter in rotations.parameters())
-            layer.oft_R = (rotations if sharded else rotations.to(device)).train(layer.training)
+            if any(not is_sharded(one) and one.device != device for one in rotations.parameters()):
+                rotations.to(device)
+            layer.oft_R = rotations.train(layer.training)
         state.layer_type.attach(layer)
 
 
-def _untie_configs(modules: Modules, layers: dict[str, nn.Module]) -> None:
-    """A merged weight is tied no longer, and a transformers model must say so or its reload would tie it again."""
+@contextlib.contextmanager
+def merged(model: nn.Module, adapter_name: str | list[str] | None = None) -> Iterator[None]:
+    """Within this context the model is merged, and generates and validates at the speed of its base; after it the model
+    is as before: base weights to the bit, parameters the same objects, adapters active, modes and what trains.
+
+    Entering folds each weight once and leaving exchanges tensors, so both together cost less than ten tokens. Base
+    and merged weights lie on the model's device together (of a sharded model, its parts). Modes, flags and tied
+    weights that are changed inside are changed back; values that are not the merged weights' stay: generators, biases
+    and modules that an adapter trains whole, statistics. A model that is merged already stays as it is, so contexts
+    may be nested. Compiled code is dropped on entering and on leaving, where torch.compile is in use: each costs a
+    compilation.
+
+    Args:
+        model: a model with adapters.
+        adapter_name: adapters to merge, in order; the active ones by default.
+
+    Raises:
+        ValueError: as `merge`.
+        RuntimeError: inside disable_adapters; the model is merged with other adapters; or, on leaving, a merged weight
+            was changed inside: the model stays merged, and `unload` keeps the change.
+    """
+    modules = walk(model)
+    layers = {name: layer for name, layer, state in adapted(modules) if state.merged is None}
+    if merged_layers(modules):
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if names is not None and list(names) != traversal.active_names(modules):
+            traversal.require_unmerged(modules, f"merge {some(names)}")
+        if not layers:
+            yield
+            return
+    with contextlib.ExitStack() as undo:
+        undo.callback(freezing.layers_changed, modules)
+        undo.callback(activation.remember_flags(model, modules))
+        _prepare(modules, layers, adapter_name, contextlib.nullcontext, undo)
+        _fold(modules, layers, "here", None, contextlib.nullcontext, undo)
+        if _untied(layers):
+            undo.callback(_tie_configs, _untie_configs(modules))
+        freezing.layers_changed(modules)
+        checksums = _checksums(layers)
+        try:
+            yield
+        finally:
+            reshard(modules.values())
+            if len(list(adapted(layers))) < len(layers):  # unloaded inside: nothing is left to undo
+                undo.pop_all()
+            elif changed := _changed(layers, checksums):
+                undo.pop_all()
+                what = f"cannot leave merged(model): the weights of {some(changed)} were changed inside, so it stays merged"
+                raise RuntimeError(f"{what}; call unload(model) to keep them as the new base")
+
+
+def _merged_weights(layers: dict[str, nn.Module]) -> Iterator[tuple[str, FoldedWeight]]:
+    """The weights that hold rotations now, with the names of their layers."""
+    for name, layer, state in adapted(layers):
+        if state.merged is not None:
+            yield from ((name, weight) for weight in folded_weights(layer, state))
+
+
+def _checksums(layers: dict[str, nn.Module]) -> dict[tuple[str, str, torch.dtype], int]:
+    """Checksums of the merged weights; of one that was cast since, nothing can be told that way."""
+    found = [(name, weight.part.parameter, weight.read()) for name, weight in _merged_weights(layers)]
+    return {(name, parameter, values.dtype): fingerprint.checksum(values) for name, parameter, values in found}
+
+
+def _changed(
+    layers: dict[str, nn.Module], checksums: dict[tuple[str, str, torch.dtype], int] | None = None
+) -> list[str]:
+    """Names of the layers whose weights are no longer what a merge made of them; exactly, where given checksums."""
+    others = [
+        name
+        for name, weight in _merged_weights(layers)
+        if not fingerprint.same_base(weight.fingerprint(), (weight.state.merged or {}).get(weight.part.parameter))
+    ]
+    now = _checksums(layers) if checksums is not None else {}
+    others += [key[0] for key, number in now.items() if checksums is not None and checksums.get(key, number) != number]
+    return [name for name in layers if name in others]
+
+
+def _untied(layers: dict[str, nn.Module]) -> list[str]:
+    """Names of the layers that shared a weight with another module and have a merged one of their own."""
     bases = {name: state.base.values() for name, _, state in adapted(layers)}
-    untied = [name for name, own in bases.items() if any(isinstance(one, nn.Parameter) for one in own)]
-    if not untied:
-        return
-    log.warning("merge: %s shared a weight with another module; it has a copy of its own now", some(untied))
+    return [name for name, own in bases.items() if any(isinstance(one, nn.Parameter) for one in own)]
+
+
+def _untie_configs(modules: Modules) -> list[nn.Module]:
+    """A transformers model must say that its weights are tied no longer, or its reload would tie them again."""
+    found = []
     for module in modules.values():
         config: Any = getattr(module, "config", None)
         if "PreTrainedModel" in traversal.class_names(module) and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
             make_record(module).tied = True
+            found.append(module)
+    return found
+
+
+def _tie_configs(models: Iterable[Any]) -> None:
+    for model in models:
+        make_record(model).tied, model.config.tie_word_embeddings = False, True
+        drop_empty_record(model)

@@ -136,6 +136,8 @@ CALLS = [
         "cannot unmerge body", "the weights were changed after the merge", "call unload(model) to keep them as the new base"),
     _call("merge: inside disable_adapters", _inside(merge), RuntimeError,
         "cannot merge", "inside disable_adapters", "leave its context first"),
+    _call("merge: weights that are not loaded", lambda b: merge(b.adapted(lambda model: model.to("meta"))), ValueError,
+        "the weights of body", "on the meta device, not loaded or offloaded", "load them onto a device first"),
     _call("save_adapter: a model without adapters", lambda b: save_adapter(b.net(), b.directory / "x"), ValueError,
         "no adapter 'default' here", "there are: none", "call inject first"),
     _call("save_adapter: generators that are NaN", lambda b: save_adapter(b.adapted(_broken), b.directory / "x"), ValueError,

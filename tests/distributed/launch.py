@@ -60,7 +60,7 @@ _SAVED = [f"{action}:{strategy}:{kind}" for strategy, kind in CELLS for action i
 _MORE = [*(f"fit:{name}" for name in FITS), *(f"bytes:{name}" for name in BYTES), *CROSSED, ROUNDED]
 _TASKS = [f"task:{name}" for name in ("vision", "split", "recipe", "bytes", "bytes-checkpointing")]
 GROUPS: dict[str, tuple[int, list[str]]] = {
-    "two": (2, [*_SAVED, *_MORE, "layers", "refusals", *_TASKS]),
+    "two": (2, [*_SAVED, *_MORE, "layers", "merged", "refusals", *_TASKS]),
     "one": (1, [f"resume:{strategy}:{kind}" for strategy, kind in RESUMED_ALONE]),
     "four": (4, ["fit:tp-fsdp2"]),
 }

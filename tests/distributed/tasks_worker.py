@@ -70,7 +70,7 @@ def fit_vision(strategy: Any, world: int, rank: int, root: Path) -> dict[str, An
     units = [name for name, module in task.named_modules() if isinstance(module, FSDPModule)]
     (validated,) = run.validate(task, images(world, rank), verbose=False)
     (tested,) = run.test(task, images(world, rank), verbose=False)
-    reshard(task)
+    reshard(task.modules())
     after = [name for name, module in task.named_modules() if isinstance(module, FSDPModule)]
     return {"state": whole_state(task), "units": units, "units after": after, "scores": {**validated, **tested}}
 
@@ -136,7 +136,7 @@ class Count(pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 1:
             self.traffic.__exit__(None, None, None)
-            reshard(pl_module)
+            reshard(pl_module.modules())
             rotations = [p for name, p in pl_module.named_parameters() if ".oft_R." in name]
             base = [p for name, p in pl_module.named_parameters() if ".oft_R." not in name]
             moments = [v for s in trainer.optimizers[0].state.values() for k, v in s.items() if k != "step"]

@@ -140,8 +140,15 @@ def test_generators_that_a_mixed_precision_unit_would_round_are_refused(runs: Ru
 def test_layers_cut_by_tensor_parallelism_compute_what_whole_ones_do(runs: Runs) -> None:
     for rank in runs.two:
         seen = _good(rank["layers"])
-        assert len(seen) == 6 * 5
+        assert len(seen) == 6 * 6
         assert max(seen.values()) < 1e-6, seen
+
+
+def test_units_of_fsdp2_are_merged_within_merged_and_as_before_after_it(runs: Runs) -> None:
+    for rank in runs.two:
+        seen = _good(rank["merged"])
+        assert len(seen) == 6
+        assert max(seen.values()) < 1e-5, seen
 
 
 def test_what_tensor_parallelism_cannot_do_is_refused_in_one_line(runs: Runs) -> None:

@@ -3,7 +3,7 @@
 A scenario is `fit:STRATEGY`, `save:STRATEGY:KIND` (ten steps, checkpoint after five) or `resume:STRATEGY:KIND`
 (from that checkpoint to ten; `resume:STRATEGY:KIND:OTHER` from another strategy's), where KIND is `adapter` or `full`;
 `bytes:STRATEGY` counts the memory of a fit and of its
-merge, `layers` cuts single layers, and `refusals` tries what tensor parallelism does not take.
+merge, `layers` cuts single layers, `merged` enters and leaves that context, and `refusals` tries what tensor parallelism does not take.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from scenario import Model, callback, data, trainer
 from strategies import CPUFSDP, CPUDeepSpeed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
-from lightning_oft import OFTConfig, OFTFinetuning, inject, merge, oft_layers, unmerge
+from lightning_oft import OFTConfig, OFTFinetuning, inject, merge, merged, oft_layers, unmerge
 from lightning_oft.callback.strategies.fsdp1 import FSDP1Adapter
 from lightning_oft.codecs import reshard
 from lightning_oft.layers import Rotation
@@ -110,7 +111,7 @@ class Look(pl.Callback):
         self.when, self.seen = when, dict[str, torch.Tensor]()
 
     def look(self, pl_module: Any) -> None:
-        reshard(pl_module)  # an evaluation may have left parameters gathered
+        reshard(pl_module.modules())  # an evaluation may have left parameters gathered
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
         for optimizer in pl_module.trainer.optimizers:
             for parameter, state in optimizer.state.items():
@@ -130,6 +131,8 @@ class Look(pl.Callback):
 def run(scenario: str, output: Path) -> dict[str, Any]:
     if scenario == "layers":
         return dict(cut_layers())
+    if scenario == "merged":
+        return dict(enter_merged())
     if scenario == "refusals":
         return dict(refusals(output))
     action, name, *rest = scenario.split(":")
@@ -259,7 +262,40 @@ def cut_layers() -> dict[str, float]:
             for model in (plain, cut):
                 step(model)
             compare(f"{case}: {getattr(step, '__name__', 'merged')}", plain[0].weight, cut[0].weight)
+        with merged(plain), merged(cut), torch.no_grad():
+            compare(f"{case}: within merged", plain(inputs), cut(inputs))
     return seen
+
+
+def enter_merged() -> dict[str, float]:
+    """A model in units of FSDP2, which leave gathered what a forward gathered, beside a whole one: how far they are
+    apart, before and after a forward has made the units known to each other."""
+    mesh = init_device_mesh("cpu", (world(),))
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        inject(model, OFTConfig(oft_block_size=4))
+        for rotation in rotations(model):
+            nn.init.normal_(rotation.weight, std=0.2)
+        models.append(model)
+    plain, cut = models
+    before = [whole(layer.weight) for layer in plain]
+    for unit in [*rotations(cut), *cut]:
+        fully_shard(unit, mesh=mesh)
+    inputs, seen = torch.randn(6, 8), dict[str, float]()
+    for when in ("before any forward", "after one"):
+        with merged(plain), merged(cut), torch.no_grad():
+            seen[f"within, {when}"] = float((plain(inputs) - cut(inputs)).abs().max())
+        outputs = [model(inputs) for model in models]
+        seen[f"outside, {when}"] = float((outputs[0] - outputs[1]).detach().abs().max())
+    for output in outputs:
+        output.square().sum().backward()
+    reshard(cut.modules())
+    gradients = [[whole(rotation.weight.grad) for rotation in rotations(model)] for model in models]  # type: ignore[arg-type]
+    seen["gradients"] = max(float((a - b).abs().max()) for a, b in zip(*gradients, strict=True))
+    returned = [torch.equal(whole(layer.weight), weight) for layer, weight in zip(cut, before, strict=True)]
+    return {**seen, "weights": 0.0 if all(returned) else 1.0}
 
 
 class Rows(ParallelStyle):

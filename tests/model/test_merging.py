@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import logging
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from layer_cases import config, randomize, relative
-from norm_net import same, snapshot
+from layer_cases import KINDS, config, randomize, relative
+from norm_net import batch, net, same, snapshot
 from torch import Tensor, nn
 
 from lightning_oft import (
@@ -21,6 +23,7 @@ from lightning_oft import (
     disable_adapters,
     inject,
     merge,
+    merged,
     oft_layers,
     project,
     set_adapter,
@@ -28,8 +31,9 @@ from lightning_oft import (
     unmerge,
 )
 from lightning_oft.layers import LayerState, state_of
+from lightning_oft.model.folding import is_finite
 
-pytestmark = pytest.mark.filterwarnings("ignore:adapter .* is not active")
+pytestmark = pytest.mark.filterwarnings("ignore:adapter .* is not active", "ignore:block sizes adjusted")
 
 
 def _stack(layers: int = 4, **options: Any) -> nn.Module:
@@ -64,7 +68,6 @@ def test_a_failure_at_the_nth_layer_leaves_the_model_as_it_was(
     with pytest.raises(error, match="out of memory"):
         merge(model, keep_base=keep_base)
     monkeypatch.undo()
-    assert len(calls) == n + 1
     if keep_base == "always" or n == 0:
         assert same(model, before)
         assert torch.equal(model(x), output)
@@ -140,7 +143,7 @@ def test_a_merged_model_refuses_what_needs_its_base_and_an_unmerged_one_has_noth
     with pytest.raises(RuntimeError, match="nothing to unmerge: no layer of the model is merged"):
         unmerge(model)
     merge(model)
-    merged = snapshot(model)
+    values = snapshot(model)
     for action in (
         lambda: inject(model, config(target_modules=["0"]), "second"),
         lambda: set_adapter(model, "default"),
@@ -150,7 +153,7 @@ def test_a_merged_model_refuses_what_needs_its_base_and_an_unmerged_one_has_noth
     ):
         with pytest.raises(RuntimeError, match=r"0, 1, 2, 3 are merged; call unmerge.model. first"):
             action()
-    assert same(model, merged)
+    assert same(model, values)
     unmerge(model)
     with pytest.raises(ValueError, match="nothing to merge: the model has no adapter; call inject or load_adapter"):
         merge(nn.Linear(8, 8))
@@ -392,3 +395,272 @@ def test_plain_modules_that_share_a_weight_are_merged_apart(caplog: pytest.LogCa
     assert torch.equal(model["b"](x), untouched)
     unmerge(model)
     assert model["b"].weight is model["a"].weight
+
+
+# ---- the context ---------------------------------------------------------------------------------------------------
+
+
+class _Leaves(Exception):
+    pass
+
+
+def _identities(model: nn.Module) -> dict[str, Any]:
+    """All that a context must give back as it found it: the same objects with the same memory, flags and modes."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {
+        "tensors": {name: (id(one), one.data_ptr(), one.requires_grad, id(one.grad)) for name, one in tensors},
+        "modules": {name: (id(one), type(one), one.training) for name, one in model.named_modules()},
+        "hooks": {name: len(one._forward_pre_hooks) + len(one._forward_hooks) for name, one in model.named_modules()},
+        "active": [(state.active, state.enabled, state.merged, state.base) for state in _states(model)],
+    }
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("leaves_by", ["end", "error"])
+def test_within_merged_a_model_is_plain_and_after_it_as_before(name: str, leaves_by: str) -> None:
+    model = KINDS[name].build()
+    keys, inputs = list(model.state_dict()), KINDS[name].inputs()
+    inject(model, config())
+    randomize(model, 0.2)
+    adapted = model(*inputs)
+    adapted.square().sum().backward()
+    before, identities = snapshot(model), _identities(model)
+    with contextlib.suppress(_Leaves), merged(model):
+        assert list(model.state_dict()) == keys
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert relative(model(*inputs), adapted) < 1e-5
+        assert not model(*inputs).requires_grad
+        if leaves_by == "error":
+            raise _Leaves
+    assert same(model, before)
+    assert _identities(model) == identities
+    assert torch.equal(model(*inputs), adapted)
+
+
+def _several() -> Any:
+    """Two adapters with biases and a head of their own, a norm, an encoder with its fused path, gradients."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    parts = [("body", nn.Linear(8, 8)), ("norm", nn.BatchNorm1d(5)), ("encoder", nn.TransformerEncoder(layer, 1))]
+    model: Any = nn.Sequential(OrderedDict([*parts, ("head", nn.Linear(8, 4))]))
+    for seed, name in enumerate(("one", "two")):
+        inject(model, config(target_modules="all-linear", bias="all", modules_to_save=["head"]), name)
+        randomize(model, 0.2, name, seed)
+    set_adapter(model, "two")
+    with torch.no_grad():
+        model.head.bias.add_(1)
+    set_adapter(model, "one")
+    model.train()(torch.randn(4, 5, 8)).square().sum().backward()
+    return model
+
+
+@pytest.mark.parametrize("adapters", [None, "two", ["two"]], ids=str)
+def test_merged_may_name_its_adapters_and_gives_the_choice_back(adapters: Any) -> None:
+    model, x = _several(), torch.randn(4, 5, 8)
+    set_adapter(model, adapters or "one")
+    expected = model.eval()(x)
+    set_adapter(model, "one")
+    model.train()(x).square().sum().backward()
+    before, identities = snapshot(model), _identities(model)
+    with merged(model, adapters):
+        assert relative(model.eval()(x), expected) < 1e-5
+        model.requires_grad_()
+    assert same(model, before)
+    assert _identities(model) == identities
+
+
+def test_norms_of_the_frozen_base_rest_within_merged() -> None:
+    model, x = net(), batch(4)
+    inject(model, config(target_modules=["fc"]))
+    model.train()
+    before, output = snapshot(model), model(x)
+    with merged(model):
+        assert relative(model(x), output) < 1e-6
+    assert same(model, before)
+    assert model.norm.training is False
+
+
+def test_a_merged_model_stays_merged_within_merged() -> None:
+    model, x = _stack(), torch.randn(3, 8)
+    output = model(x)
+    with merged(model):
+        inside = snapshot(model)
+        with merged(model), merged(model, "default"):
+            assert same(model, inside)
+        assert same(model, inside)
+        with (
+            pytest.raises(RuntimeError, match="cannot merge other: 0, 1, 2, 3 are merged; call unmerge"),
+            merged(model, "other"),
+        ):
+            pass
+    assert torch.equal(model(x), output)
+    merge(model[1])  # type: ignore[index]
+    part = snapshot(model)
+    with merged(model):
+        assert all(state.merged is not None for state in _states(model))
+        assert relative(model(x), output) < 1e-5
+    assert same(model, part)
+    merge_all = [state.merged is not None for state in _states(model)]
+    assert merge_all == [False, True, False, False]
+
+
+def _one_entry(model: Any) -> None:
+    model[1].weight.data[3, 3] += 1e-6
+
+
+def _two_rows(model: Any) -> None:
+    model[1].weight.data = model[1].weight.data.flip(0)
+
+
+def _optimizer_step(model: Any) -> None:
+    weight = model[1].weight.requires_grad_()
+    optimizer = torch.optim.AdamW([weight], lr=1e-6, fused=True)
+    model(torch.randn(3, 8)).square().sum().backward()
+    optimizer.step()
+
+
+def _other_checkpoint(model: Any) -> None:
+    model[1].load_state_dict(nn.Linear(8, 8).state_dict())
+
+
+@pytest.mark.parametrize("change", [_one_entry, _two_rows, _optimizer_step, _other_checkpoint])
+def test_a_merged_weight_that_is_changed_inside_is_not_dropped(change: Any) -> None:
+    model, x = _stack(), torch.randn(3, 8)
+    inside: dict[str, Tensor] = {}
+
+    def leave() -> None:
+        with merged(model):
+            change(model)
+            inside.update(snapshot(model))
+
+    with pytest.raises(RuntimeError, match=r"the weights of 1 were changed inside, so it stays merged; call unload"):
+        leave()
+    assert same(model, inside)
+    output = model(x)
+    unload(model)
+    assert torch.equal(model(x), output)
+    assert same(model, inside)
+
+
+def test_what_is_no_merged_weight_may_change_inside() -> None:
+    model, x = _several(), torch.randn(4, 5, 8)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    start = snapshot(model)
+    with merged(model):
+        optimizer.step()  # with the gradients of before
+    trained = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+    assert {name for name in trained if "oft_R.one" in name} != set()
+    assert "head.bias" in trained
+    assert not any(name.endswith("weight") and "oft_R" not in name and "head" not in name for name in trained)
+    with torch.no_grad():
+        assert model(x).isfinite().all()
+
+
+@pytest.mark.parametrize("end", [unmerge, unload])
+def test_a_model_may_be_unmerged_or_unloaded_inside(end: Any) -> None:
+    model, x = _stack(bias="all"), torch.randn(3, 8)
+    before, output = snapshot(model), model(x)
+    with merged(model):
+        end(model)
+        inside = snapshot(model)
+        assert relative(model(x), output) < 1e-5
+    assert same(model, before if end is unmerge else inside)
+    assert relative(model(x), output) < 1e-5
+    assert len(oft_layers(model)) == (4 if end is unmerge else 0)
+
+
+def test_a_cast_inside_is_no_change() -> None:
+    model, x = _stack(), torch.randn(3, 8)
+    output, base = model(x), snapshot(model)
+    with merged(model):
+        model.bfloat16()
+    assert torch.equal(model[0].weight, base["0.weight"].bfloat16())  # type: ignore[index]
+    assert relative(model(x.bfloat16()), output) < 3e-2
+
+
+@pytest.mark.parametrize("inside", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
+def test_a_backward_in_flight_finds_its_weights_again(inside: Any) -> None:
+    model, x = _stack(), torch.randn(3, 8)
+    expected = torch.autograd.grad(model(x).square().sum(), model[0].oft_R.parameters())  # type: ignore[index]
+    loss = model(x).square().sum()
+    with inside(), merged(model):
+        model(x)
+    assert torch.equal(torch.autograd.grad(loss, model[0].oft_R.parameters())[0], expected[0])  # type: ignore[index]
+    again = torch.autograd.grad(model(x).square().sum(), model[0].oft_R.parameters())  # type: ignore[index]
+    assert torch.equal(again[0], expected[0])
+
+
+def test_tied_weights_are_apart_within_merged_and_tied_after_it(caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = _tied(), torch.randint(0, 32, (2, 5))
+    inject(model, config(target_modules=["lm_head", "q_proj"]))
+    randomize(model, 0.3)
+    adapted, shared = model(ids).logits, model.lm_head.weight
+    with merged(model):
+        assert relative(model(ids).logits, adapted) < 1e-5
+        assert model.lm_head.weight is not model.model.embed_tokens.weight
+        assert not model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight is shared
+    assert model.config.tie_word_embeddings
+    assert torch.equal(model(ids).logits, adapted)
+    assert "shared a weight" not in caplog.text
+
+
+def test_compiled_code_sees_the_merge_and_its_end() -> None:
+    model, x = _stack().eval(), torch.randn(3, 8)
+    compiled: Any = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        output = compiled(x)
+        with merged(compiled):
+            assert relative(compiled(x), output) < 1e-5
+        assert relative(compiled(x), output) < 1e-6
+
+
+def test_merged_refuses_what_merge_refuses_and_changes_nothing() -> None:
+    with torch.device("meta"):
+        absent = nn.Sequential(nn.Linear(8, 8))
+    inject(absent, config(target_modules=["0"]))
+    broken = _stack()
+    broken[2].oft_R["default"].weight.data.fill_(float("nan"))  # type: ignore[index, union-attr]
+    disabled = _stack()
+    for model, around, message in (
+        (nn.Linear(8, 8), contextlib.nullcontext(), "nothing to merge: the model has no adapter"),
+        (absent, contextlib.nullcontext(), "the weights of 0 are on the meta device, not loaded or offloaded"),
+        (broken, contextlib.nullcontext(), "generators of 2 are NaN or infinite; nothing was changed"),
+        (disabled, disable_adapters(disabled), "cannot merge inside disable_adapters"),
+    ):
+        before = _identities(model)
+        with pytest.raises((ValueError, RuntimeError), match=message), around, merged(model):
+            pass
+        assert _identities(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_is_what_every_entry_is(dtype: torch.dtype) -> None:
+    largest = torch.full((40, 50), torch.finfo(dtype).max, dtype=dtype)
+    assert not largest.sum().isfinite()
+    assert is_finite(largest)
+    for layout in (lambda t: t, lambda t: t.t(), lambda t: t.view(2, 20, 5, 10).to(memory_format=torch.channels_last)):
+        for entries in ({}, {7: "inf"}, {7: "-inf"}, {7: "nan"}, {7: "inf", 9: "-inf"}):
+            tensor = torch.randn(40, 50).to(dtype)
+            for place, value in entries.items():
+                tensor[place, place] = float(value)
+            assert is_finite(layout(tensor)) == (not entries)
+    assert is_finite(torch.empty(0, 8, dtype=dtype))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_a_weight_of_many_pieces_is_folded_and_solved_to_its_precision(
+    dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_oft.model.folding.CPU_PIECE", 64)
+    for name in ("linear_2d", "conv1d_hf", "conv_transpose2d_groups", "embedding_1d", "conv2d_3x3"):
+        model = KINDS[name].build().to(dtype)
+        inject(model, config())
+        randomize(model, 0.3)
+        inputs = [x.to(dtype) if x.is_floating_point() else x for x in KINDS[name].inputs()]
+        base, adapted = snapshot(model), model(*inputs)
+        held = model.layer.weight.detach()  # type: ignore[union-attr, operator]
+        merge(model, keep_base="never")
+        assert relative(model(*inputs), adapted) < max(4 * bound, 1e-6)
+        assert torch.equal(held, base["layer.weight"])  # others may hold it
+        unmerge(model)
+        assert relative(model.state_dict()["layer.weight"], base["layer.weight"]) < bound

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Iterator, ValuesView
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning_oft import (
     inject,
     load_adapter,
     merge,
+    merged,
     oft_layers,
     project,
     save_adapter,
@@ -85,17 +87,18 @@ def _no_op(model: nn.Module, tmp_path: Path) -> None:
     return None
 
 
-def _disable(model: nn.Module) -> None:
-    with disable_adapters(model):
+def _within(context: Callable[[nn.Module], AbstractContextManager[None]], model: nn.Module) -> None:
+    with context(model):
         pass
 
 
 CALLS: dict[str, tuple[list[str], Callable[[nn.Module, Path], object], Callable[[nn.Module, Path], object]]] = {
     "inject": ([], _no_op, lambda m, _: inject(m, OFTConfig(oft_block_size=4, modules_to_save=["out"], bias="all"))),
     "set_adapter": (["a", "b"], _no_op, lambda m, _: set_adapter(m, "b")),
-    "disable_adapters": (["a"], _no_op, lambda m, _: _disable(m)),
+    "disable_adapters": (["a"], _no_op, lambda m, _: _within(disable_adapters, m)),
     "merge": (["a"], _no_op, lambda m, _: merge(m)),
     "merge_named": (["a", "b"], _no_op, lambda m, _: merge(m, "b")),
+    "merged": (["a"], _no_op, lambda m, _: _within(merged, m)),
     "unmerge": (["a"], lambda m, _: merge(m), lambda m, _: unmerge(m)),
     "project": (["a"], _no_op, lambda m, _: project(m)),
     "oft_layers": (["a"], _no_op, lambda m, _: oft_layers(m)),
