@@ -6,13 +6,17 @@ y = base(x . blockdiag(R)), hence W' = W . blockdiag(R)^T. One block (n = 1) may
 """
 
 from lightning_oft.functional.geometry import (
+    EXACT_RADIUS,
     SERIES_TOLERANCE,
     angle_radius,
     eps_radius,
+    error_bound,
+    exact_generator,
     frobenius_norm,
     largest_angle,
     orthogonality_error,
     project,
+    reach_radius,
     rotation_angle,
     series_error,
     series_reach,
@@ -31,12 +35,15 @@ from lightning_oft.functional.products import rotate, rotate_weight, unrotate_we
 from lightning_oft.functional.tracing import is_traced, without_autocast
 
 __all__ = [
+    "EXACT_RADIUS",
     "SERIES_TOLERANCE",
     "angle_radius",
     "block_size_of",
     "cayley",
     "cayley_neumann",
     "eps_radius",
+    "error_bound",
+    "exact_generator",
     "frobenius_norm",
     "generator_size",
     "has_kernel",
@@ -44,6 +51,7 @@ __all__ = [
     "largest_angle",
     "orthogonality_error",
     "project",
+    "reach_radius",
     "rotate",
     "rotate_weight",
     "rotation_angle",
