@@ -10,7 +10,7 @@ class OFTConfig:
     """Configuration of an orthogonal finetuning adapter.
 
     Field names and meanings are PEFT's, so `adapter_config.json` of either library is read by the other. `max_angle`,
-    `coft_radius` and `neumann_series` are this library's own.
+    `series_guard`, `coft_radius` and `neumann_series` are this library's own.
 
     Raises:
         ValueError: a field has a wrong type or value; the message names the field, what it got and what it takes.
@@ -50,6 +50,9 @@ class OFTConfig:
     """Compute rotations by the truncated Cayley-Neumann series (fast) rather than the exact Cayley map."""
     num_cayley_neumann_terms: int = 6
     """Terms of the series. Prefer even numbers: 6 costs what 5 does and is a hundred times closer to orthogonal."""
+    series_guard: Literal["exact", "project", "warn"] = "exact"
+    """What becomes of a layer that training turns as far as its series is orthogonal to 1e-6: it goes on with the exact
+    map, is held there, or is warned of, as is one loaded from beyond."""
     init_weights: bool = True
     """Start from the identity; false starts from small random rotations."""
     fan_in_fan_out: bool = False
@@ -99,7 +102,7 @@ class OFTConfig:
     @property
     def constrained(self) -> bool:
         """Whether rotations are projected after every optimizer step."""
-        return self.coft or self.max_angle is not None
+        return self.coft or self.max_angle is not None or (self.series_guard == "project" and self.use_cayley_neumann)
 
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")

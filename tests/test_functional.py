@@ -119,6 +119,33 @@ def test_series_reach_inverts_series_error(tolerance: float) -> None:
         assert maths.series_error(reach * 1.01, terms) > tolerance
 
 
+@pytest.mark.parametrize("halve_last", [True, False])
+def test_the_exact_map_turns_as_a_series_does_by_another_generator(halve_last: bool) -> None:
+    for terms in range(2, 11):
+        reach = maths.series_reach(terms, halve_last=halve_last)
+        norms = torch.tensor([0.0, 0.5, 1.0, 3.0, 1e4]) * reach
+        g = torch.randn(5, 28)
+        g *= (norms / torch.linalg.matrix_norm(maths.skew(g, 8), 2))[:, None]
+        exact = maths.exact_generator(g, 8, terms, halve_last)
+        series = maths.rotation_of(g[:3].double(), 8, terms, halve_last)
+        assert float(maths.orthogonality_error(series).max()) <= maths.SERIES_TOLERANCE * (1 + 1e-5)
+        turned = maths.rotation_of(exact[:3].double(), 8, None)
+        assert float(torch.linalg.matrix_norm(turned - series, 2).max()) < 0.6 * maths.SERIES_TOLERANCE
+        assert torch.equal(exact[0], g[0])
+        moved = torch.linalg.matrix_norm(maths.skew((exact - g).double(), 8), 2) / (1e-7 * norms + reach ** (terms - 1))
+        assert float(moved.max()) < 1.0  # also beyond the reach, where the series is no rotation
+
+
+@pytest.mark.parametrize("by_formula", [True, False])
+def test_the_exact_map_is_orthogonal_in_float32_however_far_it_turns(by_formula: bool) -> None:
+    for norm in (0.01, 1.0, 10.0, 100.0):
+        for b in (4, 16, 64):
+            q = _skew(24, b, norm, torch.float32)
+            rows, columns = torch.triu_indices(b, b, 1)
+            r_nbb = maths.cayley(q) if by_formula else maths.rotation_of(q[:, rows, columns], b, None)
+            assert float(maths.orthogonality_error(r_nbb.double()).max()) <= maths.SERIES_TOLERANCE
+
+
 def test_series_error_grows_without_overflow_and_the_identity_has_none() -> None:
     assert maths.series_error(1e9, 12) == math.inf
     assert maths.series_error(5.0, 1) == maths.series_error(0.0, 2) == maths.series_error(0.0, 6) == 0.0

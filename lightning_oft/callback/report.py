@@ -31,11 +31,12 @@ def report_start(adapter_name: str, layers: int, rotations: Mapping[str, Rotatio
             "which trains next to nothing: raise eps, or give max_angle in degrees",
         )
     terms = {name: terms for name in radii if (terms := rotations[name].terms) is not None}
-    if loose := [name for name in terms if radii[name] / 2**0.5 > functional.series_reach(terms[name])]:
+    warned = [name for name in terms if rotations[name].guard == "warn"]
+    if loose := [name for name in warned if radii[name] / 2**0.5 > functional.series_reach(terms[name])]:
         warnings.warn(
             f"the constraint lets {some(loose)} turn by up to {max(angles[name] for name in loose):.3g} degrees, where "
-            "the truncated series is no longer orthogonal to float32: set use_cayley_neumann=false, or a smaller eps "
-            "or max_angle",
+            "the truncated series is no longer orthogonal to float32: set series_guard='exact', "
+            "use_cayley_neumann=false, or a smaller eps or max_angle",
         )
 
 

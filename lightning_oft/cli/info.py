@@ -17,6 +17,7 @@ from lightning_oft.cli.errors import OneLineParser
 from lightning_oft.config import OFTConfig
 from lightning_oft.formats import adapters, checkpoint, checkpoint_file
 from lightning_oft.model.adapter_state import AdapterState
+from lightning_oft.model.traversal import joined, some
 
 _CONTENTS = {
     "adapter": "with an adapter and without its base",
@@ -75,8 +76,10 @@ def lines(state: AdapterState, each_layer: bool = False) -> list[str]:
     layers, errors, angles = state.generators(), {}, {}
     if not layers:
         return [*text, "  layers       none: their rotations are in the weights already"]
+    exact = {joined(name, part) for name, one in state.layers.items() for part in one.exact_parts}
     for name, generator in layers.items():
-        errors[name], angles[name] = geometry(generator, state.config)
+        config = dataclasses.replace(state.config, use_cayley_neumann=False) if name in exact else state.config
+        errors[name], angles[name] = geometry(generator, config)
     sizes = {name: (functional.block_size_of(generator.shape[1]), len(generator)) for name, generator in layers.items()}
     blocks = ", ".join(f"{count} of {n} x {b}" for (b, n), count in sorted(Counter(sizes.values()).items()))
     worst, widest = max(errors, key=errors.__getitem__), max(angles, key=angles.__getitem__)
@@ -87,6 +90,8 @@ def lines(state: AdapterState, each_layer: bool = False) -> list[str]:
         f"  error        {errors[worst]:.1e} = largest ||R^T R - I||, in {worst}",
         f"  angle        {angles[widest]:.2f} degrees = largest turn of a plane, in {widest}",
     ]
+    if exact:
+        text.append(f"  map          exact in {some(sorted(exact))}, which left the series in training")
     if each_layer:
         width = max(map(len, layers))
         text.append(f"  {'layer':<{width}}  blocks  size  parameters    error  degrees")

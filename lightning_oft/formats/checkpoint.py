@@ -17,10 +17,11 @@ from lightning_oft.formats.checkpoint_file import ENTRY as ENTRY
 from lightning_oft.formats.checkpoint_file import VERSION, generator_key, read_states, to_primitives
 from lightning_oft.formats.checkpoint_file import is_rotation_key as is_rotation_key
 from lightning_oft.formats.errors import CheckpointError as CheckpointError
-from lightning_oft.model import AdapterError, put, saved_modules
+from lightning_oft.model import AdapterError, AdapterState, put, saved_modules
 from lightning_oft.model.activation import activate
 from lightning_oft.model.adapter_state import describe
 from lightning_oft.model.fingerprint import other_bases
+from lightning_oft.model.loading import use_maps
 from lightning_oft.model.traversal import Modules, active_names, adapted, adapter_names, merged_layers, some, walk
 
 Content = Literal["adapter", "full", "plain", "merged"]
@@ -107,7 +108,7 @@ def complete(model: nn.Module, checkpoint: dict[str, Any]) -> Content:
         fill = rotations if content == "plain" else {name: torch.zeros_like(value) for name, value in rotations.items()}
     else:
         if ENTRY in checkpoint:
-            _check(modules, checkpoint, with_base=content == "adapter")
+            _use_maps(modules, _check(modules, checkpoint, with_base=content == "adapter"))
         frozen = frozen_names(model, modules) if content == "adapter" else set()
         fill = {name: value for name, value in current.items() if name in frozen}
         _choose_as(modules, checkpoint.get(ENTRY, {}))
@@ -128,11 +129,13 @@ def check_loaded(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             "this strategy loads checkpoints of adapters only, and the file holds a model without one: load its "
             "weights in configure_model, before they are sharded"
         )
-    _check(walk(model), checkpoint, with_base=True)
+    modules = walk(model)
+    _use_maps(modules, _check(modules, checkpoint, with_base=True))
 
 
-def _check(modules: Modules, checkpoint: Mapping[str, Any], with_base: bool) -> None:
-    """Raise CheckpointError where the adapters of a checkpoint, or the base of these, are others than the model's."""
+def _check(modules: Modules, checkpoint: Mapping[str, Any], with_base: bool) -> list[AdapterState]:
+    """The adapters of a checkpoint. Raises CheckpointError where they, or the base of these, are others than the
+    model's."""
     states = read_states(checkpoint)
     mine, theirs = (
         {  # size of the blocks, and whether one is shared
@@ -156,6 +159,14 @@ def _check(modules: Modules, checkpoint: Mapping[str, Any], with_base: bool) -> 
                 f"the checkpoint was trained on another base: {some(different)} differ; load the base it was trained "
                 "on, or use load_adapter to put its rotations on this one"
             )
+    return states
+
+
+def _use_maps(modules: Modules, states: Iterable[AdapterState]) -> None:
+    """Turn by the maps that a checkpoint's adapters turned by."""
+    for state in states:
+        layers = state.rooted("").layers.items()
+        use_maps(modules, state.name, state, {(name, part) for name, one in layers for part in one.exact_parts})
 
 
 def put_adapters(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:

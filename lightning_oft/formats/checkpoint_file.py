@@ -73,6 +73,7 @@ def to_primitives(state: AdapterState) -> dict[str, Any]:
         "layers": {name: one.block_sizes for name, one in full.layers.items()},
         "kinds": {name: one.layer_type for name, one in full.layers.items()},
         "known_to_peft": full.known_to_peft(),
+        "exact": {name: list(one.exact_parts) for name, one in full.layers.items() if one.exact_parts},
         "fingerprints": full.fingerprints,
         "owned": list(full.saved),
         "modules_to_save": full.modules_to_save,
@@ -122,7 +123,8 @@ def _read_state(
                 generators[part] = tensors[key]
         # Files that do not say it may hold convolutions, of which PEFT computes some otherwise.
         is_known = layer in known if known is not None else kinds.get(layer) in IMPLIED_TYPES
-        layers[layer] = LayerRotations(kinds.get(layer, ""), is_known, dict(sizes), generators)
+        exact = tuple(part for part in sizes if part in content.get("exact", {}).get(layer, ()))
+        layers[layer] = LayerRotations(kinds.get(layer, ""), is_known, dict(sizes), generators, exact)
     owned = list(content["owned"])
     if "modules_to_save" not in content:  # earlier versions name a tied tensor once
         memory = {tensors[key].data_ptr() for key in owned if key in tensors}

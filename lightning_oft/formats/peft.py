@@ -25,7 +25,7 @@ OWN_VERSION = 1  # of what stands under our own key; a reader refuses a higher o
 PEFT_VERSION = "0.21.2"  # whose format we write
 UNHALVED_VERSION = "0.17.1"  # the last whose series did not halve its last term
 
-_UNKNOWN_TO_PEFT = ("max_angle", "coft_radius", "neumann_series")
+_UNKNOWN_TO_PEFT = ("max_angle", "series_guard", "coft_radius", "neumann_series")
 PEFT_DEFAULTS: dict[str, Any] = {
     **{field.name: field.default for field in fields(OFTConfig) if field.name not in _UNKNOWN_TO_PEFT},
     "target_modules": None,
@@ -43,6 +43,7 @@ _SIZE_LIMIT = 16 * 2**20
 
 def write_peft(state: AdapterState, directory: str | Path) -> Path:
     """Write an adapter as `save_adapter` does. Raises AdapterFileError where the directory cannot be written."""
+    state = state.in_one_map()
     tensors = save(to_tensors(state), metadata={"format": "pt"})
     text = to_json(state, hashlib.sha256(tensors).hexdigest())
 

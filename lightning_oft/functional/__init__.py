@@ -6,13 +6,17 @@ y = base(x . blockdiag(R)), hence W' = W . blockdiag(R)^T. One block (n = 1) may
 """
 
 from lightning_oft.functional.geometry import (
+    EXACT_RADIUS,
     SERIES_TOLERANCE,
     angle_radius,
     eps_radius,
+    error_bound,
+    exact_generator,
     frobenius_norm,
     largest_angle,
     orthogonality_error,
     project,
+    reach_radius,
     rotation_angle,
     series_error,
     series_reach,
@@ -31,6 +35,7 @@ from lightning_oft.functional.products import RotatedInput, inverse, rotate, rot
 from lightning_oft.functional.tracing import full_float32, is_traced, without_autocast
 
 __all__ = [
+    "EXACT_RADIUS",
     "SERIES_TOLERANCE",
     "RotatedInput",
     "angle_radius",
@@ -38,6 +43,8 @@ __all__ = [
     "cayley",
     "cayley_neumann",
     "eps_radius",
+    "error_bound",
+    "exact_generator",
     "frobenius_norm",
     "full_float32",
     "generator_size",
@@ -47,6 +54,7 @@ __all__ = [
     "largest_angle",
     "orthogonality_error",
     "project",
+    "reach_radius",
     "rotate",
     "rotate_weight",
     "rotated_linear",

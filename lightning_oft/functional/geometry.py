@@ -5,8 +5,14 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_oft.functional.maps import rotation_of, skew
+
 SERIES_TOLERANCE = 1e-6
 """Largest ||R^T R - I||_2 of a truncated series that passes without a word: float32's own accuracy."""
+
+EXACT_RADIUS = math.sqrt(2) * 10.0
+"""Radius in ||Q_i||_F of the ball in which a plain float32 solve of the exact map, such as PEFT's, is good to 1e-5:
+planes turn by up to 169 degrees. Beyond it a generator can hardly turn its rotation any further."""
 
 
 def series_error(norm: float, terms: int) -> float:
@@ -18,13 +24,26 @@ def series_error(norm: float, terms: int) -> float:
     return power**2 if k % 2 == 0 else 2 * power + power**2
 
 
-def series_reach(terms: int, tolerance: float = SERIES_TOLERANCE) -> float:
-    """Largest t = ||Q||_2 at which a series of `terms` terms stays within `tolerance`; the inverse of series_error."""
-    if terms <= 2:
-        return math.sqrt(tolerance) / 2 if terms == 2 else math.inf
+def series_reach(terms: int, tolerance: float = SERIES_TOLERANCE, halve_last: bool = True) -> float:
+    """Largest t = ||Q||_2 at which a series of `terms` terms stays within `tolerance`; the inverse of series_error.
+
+    Where the last term is not halved the error is below 4 t^k for even k and below 4 t^(k+1) for odd k.
+    """
+    if terms <= 1:
+        return math.inf
+    if not halve_last:
+        return float((tolerance / 4) ** (1 / (terms + terms % 2)))
+    if terms == 2:
+        return math.sqrt(tolerance) / 2
     k = max(terms, 4)
     power = math.sqrt(tolerance) if k % 2 == 0 else math.sqrt(1 + tolerance) - 1
     return float(power ** (1 / (k - 1)))
+
+
+def reach_radius(terms: int, halve_last: bool = True) -> float:
+    """Radius in ||Q_i||_F of the ball in which a series is orthogonal to SERIES_TOLERANCE, with room for float32's
+    rounding, which adds up to 1.2e-7 (measured): sqrt(2) of its reach."""
+    return math.sqrt(2) * series_reach(terms, 0.8 * SERIES_TOLERANCE, halve_last)
 
 
 def frobenius_norm(generator: Tensor) -> Tensor:
@@ -74,3 +93,38 @@ def rotation_angle(rotation: Tensor) -> Tensor:
     """Largest angle in degrees by which each block turns a plane. R: (n, b, b) -> (n,), each in [0, 180]."""
     angles: Tensor = torch.linalg.eigvals(rotation).angle().abs().amax(-1)
     return torch.rad2deg(angles)
+
+
+def error_bound(generator: Tensor, block_size: int, terms: int | None, halve_last: bool = True) -> float:
+    """Upper bound of ||R^T R - I||_2 over the blocks of a generator, (n, b(b-1)/2); 0 where `terms` is None, which is
+    the exact map. Waits for the device."""
+    if terms is None or generator.numel() == 0:
+        return 0.0
+    if not halve_last:
+        return float(orthogonality_error(rotation_of(generator, block_size, terms, halve_last)).max())
+    norm = float(frobenius_norm(generator).max()) / 2**0.5
+    if series_error(norm, terms) > SERIES_TOLERANCE:  # the exact norm costs more
+        norm = float(torch.linalg.matrix_norm(skew(generator, block_size), 2).max())
+    return series_error(norm, terms)
+
+
+@torch.no_grad()
+def exact_generator(generator: Tensor, block_size: int, terms: int, halve_last: bool = True) -> Tensor:
+    """The generator by which the exact Cayley map turns as a truncated series does by this one.
+
+    The two maps of one generator differ by t^(k-1), t = ||Q||_2: by 1e-3 at the reach of k = 6, where the series is
+    orthogonal to 1e-6, since Cayley(Q) (I - Q^5) turns a little less. Its rotation is Cayley(Q'), where Q' is the skew
+    part of (R_k - I)(R_k + I)^-1, up to its own orthogonality error; ||Q' - Q||_2 is below t^(k-1). A block beyond the
+    reach, where the series is no rotation, is moved as if it lay on its edge. Computed in float64.
+    (n, b(b-1)/2) -> the same, of the same dtype.
+    """
+    q = skew(generator.double(), block_size)
+    norm = torch.linalg.matrix_norm(q, 2)
+    inside = (series_reach(terms, halve_last=halve_last) / norm).clamp(max=1).nan_to_num(1.0)[:, None, None]
+    generator_in, eye = generator.double() * inside[:, 0], torch.eye(block_size, dtype=q.dtype, device=q.device)
+    r_nbb = rotation_of(generator_in, block_size, terms, halve_last)
+    whole = torch.linalg.solve(r_nbb + eye, r_nbb - eye)
+    moved = (whole - whole.mT) / 2 - q * inside
+    rows, columns = torch.triu_indices(block_size, block_size, 1, device=q.device)
+    exact: Tensor = generator.double() + moved[:, rows, columns]
+    return exact.to(generator.dtype)

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -76,8 +77,10 @@ class Rotation(nn.Module):
         self.block_size = block_size
         self.blocks = fan_in // block_size
         self.dropout = config.module_dropout
-        self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+        self.series_terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+        self.terms = self.series_terms  # of the map in use; None is the exact one
         self.halve_last = config.neumann_series == "halved"
+        self.guard = config.series_guard
         self.identity_init = config.init_weights
         shape = (1 if config.block_share else self.blocks, functional.generator_size(block_size))
         self.radius: float | None = None
@@ -86,6 +89,9 @@ class Rotation(nn.Module):
         elif config.coft:
             size = block_size if config.coft_radius == "paper" else 1
             self.radius = functional.eps_radius(config.eps, size, shape[0])
+        if self.terms is not None and self.guard == "project":
+            reach = functional.reach_radius(self.terms, self.halve_last)
+            self.radius = reach if self.radius is None else min(self.radius, reach)
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
         self._cache: _Cache | None = None
         self.shared: SharedMap | None = None  # what computes R together with those of the layers beside
@@ -182,31 +188,60 @@ class Rotation(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._cache = None
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Say which map it is in the metadata that torch keeps with a state dict: as a tensor it would be a new key."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if prefix[:-1] in (metadata := getattr(destination, "_metadata", {})):
+            metadata[prefix[:-1]]["exact"] = self.terms is None
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            self.use_map(local_metadata.get("exact", self.terms is None))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None, "shared": None}
 
-    def project(self) -> None:
-        """Pull every block back into the constraint's ball, in place; nothing where there is none."""
-        weight = _local(self.weight)  # blocks are rows: each shard has its own
-        if self.radius is not None and weight.numel():
-            functional.project(weight, self.radius)
+    def project(self, radius: float | None = None) -> None:
+        """Pull every block into the ball ||Q_i||_F <= radius, in place: by default its own, where it has one."""
+        weight, radius = _local(self.weight), self.ball if radius is None else radius
+        if radius is not None and weight.numel():  # blocks are rows: each shard has its own
+            functional.project(weight, radius)
+
+    @property
+    def ball(self) -> float | None:
+        """The radius in ||Q_i||_F that every block is held in after a step: the constraint's, and that of the exact map
+        where the series was left; None where there is neither."""
+        has_left = self.terms is None and self.series_terms is not None
+        return min(self.radius or math.inf, functional.EXACT_RADIUS) if has_left else self.radius
+
+    @property
+    def reach(self) -> float | None:
+        """The radius in ||Q_i||_F at which the series is left for the exact map; None where it is not to be."""
+        if self.terms is None or self.guard != "exact":
+            return None
+        return functional.reach_radius(self.terms, self.halve_last)
+
+    def largest_norm(self) -> Tensor:
+        """The largest ||Q_i||_F of the blocks that this process has, (), on their device."""
+        weight = _local(self.weight)
+        return functional.frobenius_norm(weight).amax() if weight.numel() else weight.new_zeros(())
+
+    def leave_series(self) -> None:
+        """Go on with the exact map, without a jump: the generators become those by which it turns as the series did."""
+        weight = _local(self.weight)
+        if self.terms is not None and weight.numel():
+            weight.copy_(functional.exact_generator(weight, self.block_size, self.terms, self.halve_last))
+        self.use_map(exact=True)
+
+    def use_map(self, exact: bool) -> None:
+        """Compute R by the exact Cayley map from now on, or by the configuration's map again; the generators stay."""
+        self.terms = None if exact else self.series_terms
+        self._cache = None
 
     def error_bound(self) -> float:
-        """Upper bound of ||R^T R - I||_2 over the blocks; 0 for the exact Cayley map. Waits for the device."""
-        if self.terms is None or self.weight.numel() == 0:
-            return 0.0
-        if not self.halve_last:
-            with torch.no_grad():
-                return float(functional.orthogonality_error(self.matrix()).max())
-        weight = _local(self.weight)
-        norm = float(functional.frobenius_norm(weight).max()) / 2**0.5 if weight.numel() else 0.0
-        if functional.series_error(norm, self.terms) > functional.SERIES_TOLERANCE:  # the exact norm costs more
-            norm = float(torch.linalg.matrix_norm(functional.skew(weight, self.block_size), 2).max())
-        return functional.series_error(norm, self.terms)
+        """Upper bound of ||R^T R - I||_2 over the blocks here; 0 for the exact Cayley map. Waits for the device."""
+        return functional.error_bound(_local(self.weight), self.block_size, self.terms, self.halve_last)
 
     @override
     def extra_repr(self) -> str:

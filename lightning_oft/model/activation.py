@@ -1,15 +1,23 @@
 """Choosing which adapters are active, projecting them, and running the base without them."""
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator, Mapping
+import logging
+import math
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_oft.codecs import is_sharded
+from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import every_rotation, rotations_of
 from lightning_oft.model import freezing, saved_modules, traversal
 from lightning_oft.model.traversal import Modules, adapted, records, walk
+
+log = logging.getLogger(__name__)
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def set_adapter(model: nn.Module, names: str | list[str], trainable: str | list[str] | None = None) -> None:
@@ -139,19 +147,59 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def _is_compiled(modules: Modules) -> bool:
-    """Whether torch.compile holds code of this process, or will of this model. Lightning imports it in any case."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None:
-        return False
+    """Whether torch.compile holds code of this process, or will of this model."""
     waiting = modules.compiled or any(module._compiled_call_impl is not None for module in modules.values())
-    return bool(dynamo.convert_frame.input_codes.seen_ids) or bool(waiting)
+    return traversal.has_compiled_code() or bool(waiting)
 
 
 @torch.no_grad()
 def project(model: nn.Module) -> None:
-    """Pull every constrained rotation below a module back into its ball (COFT), in place. Idempotent.
-    Layers that are merged stay as they are: their rotation is in the weight, and `unmerge` must find the same one."""
-    for _, layer, state in adapted(walk(model)):
-        if state.merged is None:
-            for rotation in every_rotation(layer):
-                rotation.project()
+    """Do what OFTFinetuning does after an optimizer step, in place; a training loop of one's own calls it there.
+
+    Constrained rotations are pulled back into their ball (COFT, `max_angle`, `series_guard="project"`). Those that have
+    turned as far as their truncated series stays orthogonal go on with the exact map, which is logged
+    (`series_guard="exact"`). Idempotent. Layers that are merged stay as they are: their rotation is in the weight, and
+    `unmerge` must find the same one. Where rotations are sharded every process must call it. It waits for an
+    accelerator, as OFTFinetuning does not.
+    """
+    held = {
+        (name, adapter, part): rotation
+        for name, layer, state in adapted(walk(model))
+        if state.merged is None
+        for adapter in state.configs
+        for part, rotation in rotations_of(layer, adapter).items()
+    }
+    guarded = {key: rotation for key, rotation in held.items() if rotation.reach is not None}
+    if guarded:
+        norms = zip(guarded, largest_norms(guarded.values()).tolist(), strict=True)
+        if left := beyond_reach(guarded, norms):
+            for key in left:
+                guarded[key].leave_series()
+            log.info("%s", left_message(dict.fromkeys(traversal.joined(name, part) for name, _, part in left)))
+    for rotation in held.values():
+        rotation.project()
+
+
+def largest_norms(rotations: Collection[Rotation]) -> Tensor:
+    """The largest ||Q_i||_F of each rotation, (rotations,), infinite where one is not finite. Every process must call
+    it where rotations are sharded, and gets the same."""
+    found = [rotation.largest_norm() for rotation in rotations]
+    norms = torch.stack([norm.to(found[0].device) for norm in found]).nan_to_num(nan=math.inf, posinf=math.inf)
+    if any(is_sharded(rotation.weight) for rotation in rotations):
+        torch.distributed.all_reduce(norms, torch.distributed.ReduceOp.MAX)
+    return norms
+
+
+def beyond_reach(rotations: Mapping[Name, Rotation], norms: Iterable[tuple[Name, float]]) -> list[Name]:
+    """Those of these norms that are at the edge of their series' reach or beyond it. A projection leaves a block
+    within 1e-6 of the edge, so one that was held there for a step is still found."""
+    reaches = ((name, norm, rotations[name].reach) for name, norm in norms)
+    return [name for name, norm, reach in reaches if reach is not None and norm > reach * (1 - 1e-5)]
+
+
+def left_message(names: Iterable[str]) -> str:
+    """What a user reads of rotations that have left their series."""
+    return (
+        f"OFT: {traversal.some(names)} turned as far as a truncated series stays orthogonal, and go on with the exact "
+        "Cayley map (series_guard='exact'); the adapter's file will say use_cayley_neumann=false"
+    )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_oft.codecs import whole
 from lightning_oft.config import OFTConfig
+from lightning_oft.functional import exact_generator
 from lightning_oft.layers.state import rotations_of, state_of
 from lightning_oft.model import saved_modules, traversal
 from lightning_oft.model.targets import matches, saved_names
@@ -27,6 +28,7 @@ class LayerRotations(NamedTuple):
     is_known_to_peft: bool  # whether PEFT computes the same with them
     block_sizes: dict[str, int]  # size b of the blocks by part
     generators: dict[str, Tensor]  # by part
+    exact_parts: tuple[str, ...] = ()  # those that have left the series of the configuration for the exact map
 
 
 class Base(NamedTuple):
@@ -67,6 +69,25 @@ class AdapterState:
     def known_to_peft(self) -> list[str]:
         """Names of the layers with which PEFT computes the same."""
         return [name for name, rotations in self.layers.items() if rotations.is_known_to_peft]
+
+    def in_one_map(self) -> "AdapterState":
+        """The same rotations by the exact map alone, where some have left the series: a file has one map for all. The
+        others get the generators by which the exact map turns as their series does."""
+        if not any(one.exact_parts for one in self.layers.values()):
+            return self
+        terms, halved = self.config.num_cayley_neumann_terms, self.config.neumann_series == "halved"
+
+        def exact(part: str, generator: Tensor, one: LayerRotations) -> Tensor:
+            is_exact = part in one.exact_parts
+            return generator if is_exact else exact_generator(generator, one.block_sizes[part], terms, halved)
+
+        layers = {
+            name: one._replace(generators={p: exact(p, g, one) for p, g in one.generators.items()}, exact_parts=())
+            for name, one in self.layers.items()
+        }
+        return replace(
+            self, layers=layers, config=replace(self.config, use_cayley_neumann=False, neumann_series="halved")
+        )
 
     def rooted(self, root: str) -> "AdapterState":
         """The same adapter with names that start at another module; at '' they are those of the whole model. Raises
@@ -117,7 +138,8 @@ def describe(modules: Modules, adapter_name: str, value_of: Any = torch.Tensor.d
         parts, is_known = rotations_of(layer, adapter_name), state.layer_type.is_known_to_peft(layer)
         sizes = {part: rotation.block_size for part, rotation in parts.items()}
         generators = {part: value_of(rotation.weight) for part, rotation in parts.items()}
-        found[name] = LayerRotations(state.layer_type.name, is_known, sizes, generators)
+        exact = tuple(part for part, one in parts.items() if one.terms is None and config.use_cayley_neumann)
+        found[name] = LayerRotations(state.layer_type.name, is_known, sizes, generators, exact)
     own = getattr(root, "config", None)
     path = own.get("_name_or_path") if isinstance(own, Mapping) else getattr(own, "_name_or_path", None)
     described = AdapterState(

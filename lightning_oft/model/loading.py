@@ -3,10 +3,12 @@
 import logging
 import warnings
 from collections import defaultdict
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 
+from lightning_oft import functional
 from lightning_oft.codecs import cut_like, local_part
 from lightning_oft.model import fingerprint, injection, traversal
 from lightning_oft.model.adapter_state import AdapterState
@@ -62,7 +64,33 @@ def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) 
     with torch.no_grad():
         for mine, theirs in values:
             local_part(mine).copy_(cut_like(theirs, mine))
+    use_maps(modules, name, state, place.exact)
     return list(place.layers)
+
+
+def use_maps(modules: Modules, adapter_name: str, state: AdapterState, exact: Collection[tuple[str, str]]) -> None:
+    """Have a model's adapter compute what a state of it does: by the exact map where the state has left its series, in
+    these layers and parts of the model. A series that is beyond its reach stays, since no other map computes the same."""
+    is_beyond = _is_beyond_reach(state)
+    for key, rotation in traversal.rotations(modules, adapter_name).items():
+        rotation.use_map(exact=key in exact or not state.config.use_cayley_neumann)
+        if is_beyond and rotation.guard == "exact":
+            rotation.guard = "warn"
+
+
+def _is_beyond_reach(state: AdapterState) -> bool:
+    """Whether an adapter's own series is off orthogonality by more than float32 is."""
+    config = state.config
+    if not config.use_cayley_neumann:
+        return False
+    terms, halved = config.num_cayley_neumann_terms, config.neumann_series == "halved"
+    errors = (
+        functional.error_bound(generator.float(), one.block_sizes[part], terms, halved)
+        for one in state.layers.values()
+        for part, generator in one.generators.items()
+        if part not in one.exact_parts
+    )
+    return any(error > functional.SERIES_TOLERANCE for error in errors)
 
 
 def _torn(modules: Modules, place: Place) -> list[str]:
@@ -97,6 +125,8 @@ def _difference(modules: Modules, state: AdapterState, place: Place, adapter_nam
         return f"which trains {some(torn)} together with what shares its memory"
     config = next(one.configs[adapter_name] for _, _, one in adapted(modules) if adapter_name in one.configs)
     for field in _MATHS:
+        if field == "use_cayley_neumann" and config.series_guard == "exact" and not state.config.use_cayley_neumann:
+            continue  # it may have been saved from here, after the series was left
         if getattr(config, field) != getattr(state.config, field):
             return f"{field} is {getattr(config, field)!r} there and {getattr(state.config, field)!r} in the file"
     resized = [name for name, part in mine if mine[name, part] != theirs[name, part]]

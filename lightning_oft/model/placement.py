@@ -39,19 +39,22 @@ class Place(NamedTuple):
     layers: dict[str, dict[str, int]]  # block sizes by part
     generators: dict[tuple[str, str], Tensor]
     saved: dict[str, PlacedTensor]
+    exact: set[tuple[str, str]]  # the rotations that have left their series
 
 
 def find_place(modules: Modules, state: AdapterState) -> Place:
     """Find the module that the state's names start at, and check every name and shape against the model."""
     owners = owners_of(modules)  # where another layer reads a layer's weight, the rotation is a part of that one's
     root = _find_root(modules, owners, state)
-    generators = {}
+    generators, exact = {}, set()
     for name, found in state.layers.items():
         for part, generator in found.generators.items():
             full = joined(root, name)
             key = owners.get(full, (full, "")) if not part else (full, part)
             _check_rotation(modules, key, name, found, generator, state.config.block_share)
             generators[key] = generator
+            if part in found.exact_parts:
+                exact.add(key)
     sizes = {key: block_size_of(generator.shape[1]) for key, generator in generators.items()}
     names = {layer for layer, _ in sizes}
     layers = {
@@ -59,7 +62,7 @@ def find_place(modules: Modules, state: AdapterState) -> Place:
         for name, module in modules.items()
         if name in names
     }
-    return Place(root, layers, generators, _place_tensors(modules, state, root))
+    return Place(root, layers, generators, _place_tensors(modules, state, root), exact)
 
 
 def _tensor_place(modules: Modules, name: str) -> tuple[nn.Module, str] | None:

@@ -179,6 +179,12 @@ def some(names: Iterable[str], limit: int = 4) -> str:
     return ", ".join(listed[:limit]) + more
 
 
+def has_compiled_code() -> bool:
+    """Whether torch.compile has compiled anything in this process. Lightning imports it in any case."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and bool(dynamo.convert_frame.input_codes.seen_ids)
+
+
 def reset_compiled_code() -> None:
     """Drop what torch.compile has compiled: it does not see hooks change, and old code would go on answering."""
     if "torch._dynamo" in sys.modules:

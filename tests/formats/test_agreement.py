@@ -55,7 +55,7 @@ def train(model: nn.Module, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d) and module.weight.requires_grad:
             module.running_mean = torch.rand(module.num_features, generator=generator)

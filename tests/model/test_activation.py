@@ -118,7 +118,7 @@ def test_a_choice_that_cannot_be_is_refused_and_nothing_changes(names: Any, trai
 
 def test_project_holds_every_adapter_and_only_the_constrained() -> None:
     model = nn.Sequential(nn.Linear(8, 6))
-    for name, options in (("held", {"max_angle": 5.0}), ("free", {})):
+    for name, options in (("held", {"max_angle": 5.0}), ("free", {"series_guard": "warn"})):
         inject(model, config(target_modules=["0"], **options), name)
         randomize(model, 1.0, name)
     layer: Any = oft_layers(model)["0"]

@@ -4,6 +4,7 @@ Its optimizers step on those parts and then write the parameters, so no hook of 
 parameter changed by itself would be overwritten at the next step.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_oft import functional
 from lightning_oft.callback import checks
 from lightning_oft.callback.strategies.base import StrategyAdapter
 from lightning_oft.callback.strategies.steps import Steps
@@ -19,16 +19,14 @@ from lightning_oft.layers.rotation import Rotation
 
 
 @torch.no_grad()
-def _project(rotation: Rotation) -> None:
-    """Project the float32 copy that the optimizer trains too; on all processes."""
-    if rotation.radius is None or not bool((functional.frobenius_norm(rotation.weight) > rotation.radius).any()):
-        return
-    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+def _change(rotation: Rotation, act: Callable[[Rotation], None]) -> None:
+    """Change a rotation, and the float32 copy that the optimizer trains too; on all processes."""
+    before = rotation.weight.clone()
+    act(rotation)
+    if not torch.equal(before, rotation.weight):
+        from deepspeed.utils import safe_set_full_fp32_param
 
-    whole = safe_get_full_fp32_param(rotation.weight)
-    functional.project(whole, rotation.radius)
-    safe_set_full_fp32_param(rotation.weight, whole)
-    rotation.weight.copy_(whole)
+        safe_set_full_fp32_param(rotation.weight, rotation.weight.detach().clone())
 
 
 class DeepSpeedAdapter(StrategyAdapter):
@@ -56,7 +54,7 @@ class DeepSpeedAdapter(StrategyAdapter):
         for name, rotation in rotations.items():
             hook: Any = rotation.weight.register_hook
             undo.callback(hook(lambda _, name=name: idle.discard(name)).remove)
-        steps = Steps([], rotations, undo, project=_project)
+        steps = Steps([], rotations, undo, change=_change)
 
         def step(*args: Any, **kwargs: Any) -> Any:
             before = engine.global_steps
