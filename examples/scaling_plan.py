@@ -71,10 +71,11 @@ def activations(m: Llama, tokens: int, checkpointing: bool) -> int:
 
 
 def traffic(m: Llama) -> dict[str, int]:
-    """Whole bytes gathered and reduced in a step, and calls: blocks and rotations are gathered twice, the rest once."""
+    """Whole bytes gathered and reduced in a step, and calls: blocks and rotations are gathered twice, the rest once.
+    A norm of each rotation says whether one leaves its series."""
     gathered = 2 * (2 * m.layers * m.layer + m.rest) + 2 * 4 * m.generators
     calls = {"gathers": 2 * m.layers + 1 + 2 * 7 * m.layers, "reductions": 7 * m.layers}
-    return {"gathered": gathered, "reduced": 4 * m.generators, **calls}
+    return {"gathered": gathered, "reduced": 4 * m.generators, "norms": 4 * 7 * m.layers, **calls}
 
 
 def plan(m: Llama, gpus: int, tokens: int) -> list[float]:

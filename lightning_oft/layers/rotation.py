@@ -222,10 +222,12 @@ class Rotation(nn.Module):
             return None
         return functional.reach_radius(self.terms, self.halve_last)
 
-    def largest_norm(self) -> Tensor:
-        """The largest ||Q_i||_F of the blocks that this process has, (), on their device."""
+    def largest_generator(self) -> Tensor:
+        """The largest ||generator_i||, which is ||Q_i||_F / sqrt(2), of the blocks that this process has: (), on their
+        device."""
         weight = _local(self.weight)
-        return functional.frobenius_norm(weight).amax() if weight.numel() else weight.new_zeros(())
+        largest: Tensor = torch.linalg.vector_norm(weight, dim=-1).amax() if weight.numel() else weight.new_zeros(())
+        return largest
 
     def leave_series(self) -> None:
         """Go on with the exact map, without a jump: the generators become those by which it turns as the series did."""

@@ -183,8 +183,9 @@ def project(model: nn.Module) -> None:
 def largest_norms(rotations: Collection[Rotation]) -> Tensor:
     """The largest ||Q_i||_F of each rotation, (rotations,), infinite where one is not finite. Every process must call
     it where rotations are sharded, and gets the same."""
-    found = [rotation.largest_norm() for rotation in rotations]
-    norms = torch.stack([norm.to(found[0].device) for norm in found]).nan_to_num(nan=math.inf, posinf=math.inf)
+    found = [rotation.largest_generator() for rotation in rotations]
+    norms = math.sqrt(2) * torch.stack([norm.to(found[0].device) for norm in found])
+    norms = norms.nan_to_num(nan=math.inf, posinf=math.inf)
     if any(is_sharded(rotation.weight) for rotation in rotations):
         torch.distributed.all_reduce(norms, torch.distributed.ReduceOp.MAX)
     return norms

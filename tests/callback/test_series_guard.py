@@ -150,6 +150,13 @@ def test_on_an_accelerator_a_rotation_is_held_for_a_step_and_then_leaves(
     assert errors.left[:2] == [set(), {"net.0"}]
 
 
+def test_code_that_is_compiled_is_made_anew_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "has_compiled_code", lambda: True)
+    errors = Errors()
+    trainer(tmp_path, oft(**SERIES, merge_on_fit_end=False), errors, max_steps=1).fit(Diverging(), loader(False))
+    assert errors.left == [{"net.0", "net.3"}]
+
+
 @pytest.mark.parametrize("adapter_only", [True, False])
 @pytest.mark.parametrize("on_host", [True, False])
 def test_a_run_resumed_after_a_layer_left_its_series_ends_to_the_bit(

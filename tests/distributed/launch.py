@@ -52,12 +52,16 @@ CROSSED = {
 }
 """Checkpoints of one strategy under another: exact, or refused."""
 
+GUARDED = ["ddp", "fsdp2-block", "fsdp1"]
+"""Where rotations leave their series while they train."""
+
 ROUNDED = "fit:fsdp2-block-late-injects-bf16"
 BYTES = ["fsdp2-layer-wide", "fsdp2-block-wide-conv1d"]
 RESUMED_ALONE = [cell for cell in CELLS if cell[0] in ("ddp", "fsdp2-block-distributed", "tp")]
 
 _SAVED = [f"{action}:{strategy}:{kind}" for strategy, kind in CELLS for action in ("save", "resume")]
 _MORE = [*(f"fit:{name}" for name in FITS), *(f"bytes:{name}" for name in BYTES), *CROSSED, ROUNDED]
+_MORE += [f"guard:{name}" for name in GUARDED]
 _TASKS = [f"task:{name}" for name in ("vision", "split", "recipe", "bytes", "bytes-checkpointing")]
 GROUPS: dict[str, tuple[int, list[str]]] = {
     "two": (2, [*_SAVED, *_MORE, "layers", "merged", "refusals", *_TASKS]),

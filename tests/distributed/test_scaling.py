@@ -88,10 +88,12 @@ def test_bytes_held_and_moved_are_the_formulas(runs: Runs, scenario: str) -> Non
         assert result["bytes"] == {
             "_allgather_base_": moved["gathered"],
             "_reduce_scatter_base_": moved["reduced"],
+            "allreduce_": moved["norms"],
         }
         assert result["calls"] == {
             "_allgather_base_": moved["gathers"],
             "_reduce_scatter_base_": moved["reductions"],
+            "allreduce_": 1,
         }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from launch import BYTES, CELLS, CROSSED, FITS, RESUMED_ALONE, ROUNDED, Runs
+from launch import BYTES, CELLS, CROSSED, FITS, GUARDED, RESUMED_ALONE, ROUNDED, Runs
 from safetensors.torch import load_file
 from scenario import Model, callback, data, trainer
 
@@ -102,6 +102,20 @@ def test_a_checkpoint_of_another_strategy_is_exact_or_refused(runs: Runs, scenar
         else:
             assert refusal in resumed["error"]
             assert "\n" not in resumed["error"]
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_all_processes_leave_the_series_at_the_same_step_and_resume_after_it(runs: Runs, name: str) -> None:
+    first, second = (_good(rank[f"guard:{name}"]) for rank in runs.two)
+    assert first["left"] == second["left"]
+    whole, resumed = first["left"]
+    assert whole[0] == []
+    assert len(whole[len(whole) // 2 - 1]) == 4  # before the checkpoint
+    assert ([0] in whole) == (name != "fsdp1")  # the one that starts near its reach leaves first
+    assert resumed == whole[-len(resumed) :] != []
+    for rank in (first, second):
+        assert _difference(*rank["states"]) == 0.0
+        assert _difference(rank["states"][0], first["states"][0]) == 0.0
 
 
 def test_adapter_only_checkpoints_leave_the_base_out(runs: Runs) -> None:

@@ -138,6 +138,8 @@ def run(scenario: str, output: Path) -> dict[str, Any]:
     action, name, *rest = scenario.split(":")
     if action == "bytes":
         return dict(count_bytes(name, output))
+    if action == "guard":
+        return leave_series(name, output / f"{name}-guard")
     kind = rest[0] if rest else "adapter"
     place = output / f"{name}-{kind}"
     static = "static" in name or "bucket" in name  # torch fails an assertion where a static graph meets no_sync
@@ -169,6 +171,38 @@ def run(scenario: str, output: Path) -> dict[str, Any]:
     run_.fit(model, data(parts, part), data(parts, part), ckpt_path=checkpoint)
     dtypes = {str(rotation.weight.dtype) for rotation in rotations(model)}
     return {"state": whole_state(model, run_), "steps": run_.global_step, "seen": look.seen, "dtypes": dtypes}
+
+
+class Left(pl.Callback):
+    """Which rotations have left their series, after every step. The first one starts near the reach of its series, by
+    a block that one process alone holds where rotations are sharded."""
+
+    def __init__(self, starts: bool) -> None:
+        self.starts, self.left = starts, list[list[int]]()
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        weight = rotations(pl_module)[0].weight.detach()
+        is_part, weight = hasattr(weight, "to_local"), getattr(weight, "to_local", lambda: weight)()
+        if self.starts and weight.dim() == 2 and (rank() == world() - 1 or not is_part):
+            weight[-1] = 0.035  # of the flat parts of FSDP1 nobody can say which block they are of
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.left.append([index for index, rotation in enumerate(rotations(pl_module)) if rotation.terms is None])
+
+
+def leave_series(name: str, place: Path) -> dict[str, Any]:
+    """Rotations leave a series of small reach; and a run resumed after that."""
+    states, left = [], []
+    for checkpoint in (None, str(place / "epoch=0.ckpt")):
+        model, look = model_for(name), Left(starts=checkpoint is None)
+        oft = callback(max_angle=None, num_cayley_neumann_terms=4, bias="none", merge_on_fit_end=False)
+        keeper = ModelCheckpoint(place, filename="{epoch}", monitor="val_loss", save_top_k=-1)
+        options: dict[str, Any] = {"enable_checkpointing": True, "gradient_clip_val": None}
+        run_ = trainer(strategy(name), str(place), devices=world(), callbacks=[oft, look, keeper], **options)
+        run_.fit(model, data(world(), rank()), data(world(), rank()), ckpt_path=checkpoint)
+        states.append(whole_state(model, run_))
+        left.append(look.left)
+    return {"states": states, "left": left}
 
 
 class Counted(OFTFinetuning):

@@ -203,6 +203,18 @@ def test_which_layers_have_left_goes_along_to_the_bit(way: Callable[[nn.Module],
     assert _exact(again) == ["up", "mid"]
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_code_follows() -> None:
+    model = _fresh()
+    _turn(model, 0.9)
+    compiled = torch.compile(model, backend=lambda graph, _: graph, fullgraph=True)
+    before = compiled(X)
+    for layer in oft_layers(model).values():
+        layer.oft_R["default"].use_map(exact=True)  # type: ignore[index, union-attr, operator]
+    assert not torch.equal(compiled(X), before)
+    torch.testing.assert_close(compiled(X), model(X))
+
+
 def test_an_earlier_state_brings_the_series_back() -> None:
     model = _fresh()
     _turn(model, 0.9)

@@ -24,6 +24,8 @@ from lightning_oft.model.traversal import adapted, oft_layers, walk
 class FSDP2Adapter(StrategyAdapter):
     """FSDP2 (ModelParallelStrategy): a process holds some rows of each parameter, and some blocks of each rotation."""
 
+    _steps: Steps | None = None
+
     @override
     def injects_early(self) -> bool:
         """torch's parallelize_module splits a layer with all that is below it, and fails on rotations."""
@@ -57,7 +59,12 @@ class FSDP2Adapter(StrategyAdapter):
                     f"gradient_clip_val={self.trainer.gradient_clip_val}: torch cannot clip together rotations, biases "
                     f"and modules_to_save that are split in different ways: {ways}set bias='none', or do not clip"
                 )
-        return super().watch_steps(rotations, undo)
+        self._steps = super().watch_steps(rotations, undo)
+        return self._steps
+
+    def _set_real(self, is_real: bool) -> None:
+        if self._steps is not None:
+            self._steps.is_real = is_real
 
     @override
     def merge_device(self) -> torch.device | None:
@@ -73,7 +80,12 @@ class FSDP2Adapter(StrategyAdapter):
         def load_checkpoint(path: Any, *args: Any, **kwargs: Any) -> Any:
             if self.trainer.state.fn == "fit" and Path(path).is_file():
                 _check_optimizer_states(path, self.trainer)
-            return type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
+            # torch makes an optimizer's state by a step without a gradient, on parameters that are loaded already.
+            self._set_real(False)
+            try:
+                return type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
+            finally:
+                self._set_real(True)
 
         strategy.load_checkpoint = load_checkpoint
         undo.callback(strategy.__dict__.pop, "load_checkpoint", None)

@@ -31,7 +31,7 @@ class Steps:
 
     A post hook of the raw optimizer is the only place that equals real updates under accumulation, manual
     optimization, gradient scalers that skip, and LBFGS (measured). Without optimizers, whoever knows of a step calls
-    `stepped`. Generators are whole within `gathered(rotations)`; `change` lets a function change one rotation in place.
+    `stepped`, and who knows of one that is not real says so by `is_real`. Generators are whole within `gathered(rotations)`; `change` lets a function change one rotation in place.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Steps:
         gathered: Callable[[list[Any]], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self._rotations, self._change, self._gathered = rotations, change, gathered
-        self._warned, self._count = False, 0
+        self._warned, self._count, self.is_real = False, 0, True
         self._unread: dict[int, Callable[[], dict[str, float]]] = {}  # norms on their way from an accelerator
         trained = []
         for optimizer in optimizers:
@@ -56,6 +56,8 @@ class Steps:
             self._hold(own)
 
     def _after_step(self, own: dict[str, Rotation], unchecked: dict[str, Rotation], *_: Any) -> None:
+        if not self.is_real:
+            return
         idle = {name: rotation.weight for name, rotation in unchecked.items() if rotation.weight.grad is None}
         # An FSDP1 process that holds nothing of a rotation gets no gradient for it.
         checks.check_gradients([name for name, weight in idle.items() if weight.requires_grad and weight.numel()])
