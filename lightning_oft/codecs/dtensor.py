@@ -80,9 +80,10 @@ class DTensorCodec(Codec):
 
         by_rows = [Shard(row_dim) if dim in across else place for dim, place in enumerate(weight.placements)]
         rows = weight.redistribute(placements=by_rows)
-        local = rows.to_local()
+        local, like = rows.to_local(), {"shape": rows.shape, "stride": rows.stride()}
         changed = change(local, slice(None)) if local.numel() else local
-        again = DTensor.from_local(changed, mesh, by_rows, run_check=False, shape=rows.shape, stride=rows.stride())
+        del rows, local  # so as not to hold them while the changed rows are traded for columns
+        again = DTensor.from_local(changed, mesh, by_rows, run_check=False, **like)
         return again.redistribute(placements=weight.placements).to_local()
 
 

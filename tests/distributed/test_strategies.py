@@ -138,9 +138,11 @@ def test_a_sharded_merge_holds_a_layers_generators_and_no_whole_weight(runs: Run
         seen = _good(rank[f"bytes:{name}"])
         assert seen["merge"] <= seen["train"] + seen["generators"], seen
         # Above what lies there anyway: the part of one weight twice, and what a rotation is made of. Where columns are
-        # traded for rows also what is sent and received, and gloo lets go of the last trade when it likes.
-        parts = 5 if "conv1d" in name else 2
-        assert seen["merge"] - seen["before"] <= parts * (seen["weight"] // 2) + 12 * seen["generators"], seen
+        # traded for rows and back, while no rotation is made: the part that was changed, the weight as all processes
+        # sent it and as it is cut again; and once more as it was sent before, since gloo's own thread still holds what
+        # it sent last until it has its turn, which nothing here can wait for.
+        parts, made = (1 + 2 + 2 + 2, 1) if "conv1d" in name else (2, 12)
+        assert seen["merge"] - seen["before"] <= parts * (seen["weight"] // 2) + made * seen["generators"], seen
         # A trade of columns for rows gathers the weight where the backend has no all-to-all, as gloo.
         largest = seen["weight"] if "conv1d" in name else seen["weight"] // 2
         assert seen["generators"] < seen["largest"] <= largest, seen
