@@ -34,7 +34,7 @@ class OFTConfig:
     modules_to_save: list[str] | None = None
     """Modules trained whole and saved with the adapter, such as a new classification head."""
     bias: Literal["none", "all", "oft_only"] = "none"
-    """Which biases are trained: none, all of the model, or those of the adapted layers."""
+    """Biases that train: none, all, or those of adapted layers."""
     coft: bool = False
     """Constrain each block to the ball of radius `eps` after every optimizer step (COFT)."""
     eps: float = 6e-5
@@ -51,10 +51,9 @@ class OFTConfig:
     num_cayley_neumann_terms: int = 6
     """Terms of the series. Prefer even numbers: 6 costs what 5 does and is a hundred times closer to orthogonal."""
     series_guard: Literal["exact", "project", "warn"] = "exact"
-    """What becomes of a layer that training turns as far as its series is orthogonal to 1e-6: it goes on with the exact
-    map, is held there, or is warned of, as is one loaded from beyond."""
+    """Where a layer's series is orthogonal to 1e-6 no longer: go on with the exact map, hold it inside, or only warn."""
     init_weights: bool = True
-    """Start from the identity; false starts from small random rotations."""
+    """Start from the identity, not from random rotations."""
     fan_in_fan_out: bool = False
     """Kept for PEFT's files; the storage order of a layer's weight is found out from the layer."""
     task_type: str | None = None
