@@ -58,7 +58,8 @@ class SharedMap:
 def _key(rotation: Any, dtype: torch.dtype) -> tuple[Any, ...]:
     weight = rotation.weight
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)  # an activation checkpoint has its own
-    return (dtype, id(weight), weight.data_ptr(), weight._version, None if hooks is None else weakref.ref(hooks[0]))
+    stamp = (dtype, rotation.terms, id(weight), weight.data_ptr(), weight._version)
+    return (*stamp, None if hooks is None else weakref.ref(hooks[0]))
 
 
 def _are_alike(one: Any, other: Any) -> bool:

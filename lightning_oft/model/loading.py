@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_oft import functional
 from lightning_oft.codecs import cut_like, local_part
+from lightning_oft.layers.state import rotations_of
 from lightning_oft.model import fingerprint, injection, traversal
 from lightning_oft.model.adapter_state import AdapterState
 from lightning_oft.model.placement import AdapterError, Place, find_place
@@ -72,10 +73,11 @@ def use_maps(modules: Modules, adapter_name: str, state: AdapterState, exact: Co
     """Have a model's adapter compute what a state of it does: by the exact map where the state has left its series, in
     these layers and parts of the model. A series that is beyond its reach stays, since no other map computes the same."""
     is_beyond = _is_beyond_reach(state)
-    for key, rotation in traversal.rotations(modules, adapter_name).items():
-        rotation.use_map(exact=key in exact or not state.config.use_cayley_neumann)
-        if is_beyond and rotation.guard == "exact":
-            rotation.guard = "warn"
+    for name, layer, one in adapted(modules):
+        for part, rotation in rotations_of(layer, adapter_name).items() if adapter_name in one.configs else ():
+            rotation.use_map(exact=(name, part) in exact or not state.config.use_cayley_neumann)
+            guard = one.configs[adapter_name].series_guard
+            rotation.guard = "warn" if is_beyond and guard == "exact" else guard
 
 
 def _is_beyond_reach(state: AdapterState) -> bool:

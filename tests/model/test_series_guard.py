@@ -215,6 +215,17 @@ def test_compiled_code_follows() -> None:
     torch.testing.assert_close(compiled(X), model(X))
 
 
+def test_a_map_computed_beside_another_layers_is_not_used_after_the_change() -> None:
+    model = _fresh().train()
+    _turn(model, 0.99)
+    series = copy.deepcopy(model).mid(torch.ones(1, 16))
+    model.up(X)  # computes the maps of its neighbours too
+    model.mid.oft_R["default"].use_map(exact=True)  # type: ignore[index, union-attr, operator]
+    exact = model.mid(torch.ones(1, 16))
+    assert not torch.equal(exact, series)
+    torch.testing.assert_close(exact, copy.deepcopy(model).eval().mid(torch.ones(1, 16)), rtol=0, atol=1e-6)
+
+
 def test_an_earlier_state_brings_the_series_back() -> None:
     model = _fresh()
     _turn(model, 0.9)
@@ -265,7 +276,18 @@ def test_a_series_that_is_loaded_from_beyond_its_reach_stays_pefts(tmp_path: Pat
     load_adapter(ours, tmp_path)
     project(ours)
     assert _exact(ours) == []
-    torch.testing.assert_close(ours(X), theirs.eval()(X))
+    expected = theirs.eval()(X).detach()
+    torch.testing.assert_close(ours(X), expected)
+    for name, parameter in theirs.named_parameters():
+        if "oft_R" in name:
+            nn.init.constant_(parameter, 1e-3)
+    theirs.save_pretrained(tmp_path / "inside")
+    load_adapter(ours, tmp_path / "inside")
+    _turn(ours, 2.0)
+    project(ours)
+    assert _exact(ours) == NAMES  # its guard is what its configuration says again
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(X), expected)
     save_adapter(ours, tmp_path / "ours")
     stored = read_adapter(tmp_path / "ours").generators()
     assert all(torch.equal(value, read_adapter(tmp_path).generators()[name]) for name, value in stored.items())
