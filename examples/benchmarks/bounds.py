@@ -93,7 +93,7 @@ MERGING = [
     for name, other in ((OURS, OFT), (OURS_EXACT, OFT_EXACT))
 ]
 MEMORY = [
-    Bound(4, "linear 4096", "peak above before, merge, base not kept", "ours in weights", alone(OURS), "<", 1.0),
+    Bound(4, "linear 4096", "extra memory, merge, base not kept", "ours in weights", alone(OURS), "<", 1.0),
     *(
         Bound(5, "Llama *", "kept for backward*", f"above base, {name} / PEFT's", figure, "<=", 1.0, dtype)
         for dtype in ("float32", "bfloat16")

@@ -18,11 +18,8 @@ from models import BASE, CHOSEN, OURS, Case, Targets, adapt, adapted_layers, bui
 from report import Row
 from torch import nn
 
-import lightning_oft
-from lightning_oft import load_adapter, merge, save_adapter, unmerge
+from lightning_oft import load_adapter, merge, merged, save_adapter, unmerge
 
-MERGED: Any = getattr(lightning_oft, "merged", None)
-"""The context manager; where there is none, merge() stands for it."""
 TOKENS = 16
 """Tokens generated in one go; figures are for one of them."""
 
@@ -132,13 +129,12 @@ def generation(case: Case, setup: Setup) -> Iterator[Row]:
         yield from _tokens(case.name, "generated token, merged", models, setup)
         counts = {name: count_operators(partial(_generate, model, setup.device, 1)) for name, model in models.items()}
         yield _above_base(case.name, "operators above the limit, merged token", counts, models, setup, layers)
-    if MERGED is not None:
-        yield from _entering(case.name, models, setup)
+    yield from _entering(case.name, models, setup)
 
 
 def _entering(title: str, models: dict[str, nn.Module], setup: Setup) -> Iterator[Row]:
     def enter_and_leave(model: nn.Module) -> None:
-        with MERGED(model):
+        with merged(model):
             pass
 
     what = "entering and leaving `merged`, against ten tokens of the base"
@@ -151,10 +147,8 @@ def _entering(title: str, models: dict[str, nn.Module], setup: Setup) -> Iterato
 def _enter(stack: ExitStack, name: str, model: Any) -> None:
     if name.startswith("PEFT"):
         model.merge_adapter()
-    elif name.startswith(OURS) and MERGED is not None:
-        stack.enter_context(MERGED(model))
     elif name.startswith(OURS):
-        merge(model)
+        stack.enter_context(merged(model))
 
 
 def _tokens(title: str, what: str, models: dict[str, nn.Module], setup: Setup) -> Iterator[Row]:
@@ -195,14 +189,15 @@ def merging(title: str, base: nn.Module, targets: Targets, setup: Setup) -> Iter
 
 
 def _merge_memory(title: str, models: dict[str, Any], setup: Setup) -> Iterator[Row]:
-    """The most that merging holds at a time beyond what was there, in sizes of the largest weight."""
+    """The most that merging holds at a time beyond what was there and one merged weight, which takes the place of the
+    base's in the end; in sizes of the largest weight."""
     peaks = {}
     for name, model in models.items():
         largest = max(tensor.nbytes for tensor in tensors_of(model))
         with LiveBytes(tensors_of(model)) as live:
             model.merge_adapter() if name.startswith("PEFT") else merge(model, keep_base="never")
-        peaks[name] = live.peak / largest
-    yield setup.row(title, "peak above before, merge, base not kept", "live tensors", "largest weights", peaks)
+        peaks[name] = live.peak / largest - 1
+    yield setup.row(title, "extra memory, merge, base not kept", "live tensors", "largest weights", peaks)
 
 
 def injecting(title: str, base: nn.Module, targets: Targets, setup: Setup) -> Iterator[Row]:
