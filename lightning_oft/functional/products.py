@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lightning_oft.functional.tracing import is_traced, without_autocast
+from lightning_oft.functional.tracing import full_float32, is_traced, without_autocast
 
 
 def _plain_product(x: Tensor, r_nbb: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def rotate_weight(weight: Tensor, rotation: Tensor, out: Tensor | None = None) -
     copy stay in a core's cache. Raises RuntimeError where the fan-in is not n*b.
     """
     blocks_onb = weight.view(weight.shape[0], -1, rotation.shape[-1])
-    with without_autocast(weight.device):
+    with full_float32(weight.device):
         if rotation.shape[0] == 1:
             turned_onb = blocks_onb @ rotation[0].mT
         else:
