@@ -162,6 +162,7 @@ def _six_terms_backward(grad: Tensor, q: Tensor, s: Tensor, p: Tensor) -> Tensor
 def _exact(q: Tensor, eye: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     one_plus = q + eye
     solved: Tensor = torch.linalg.solve_ex(one_plus.mT, one_plus)[0]  # I - Q = (I + Q)^T
+    # The step of Newton's method, as in `cayley`; of a rotation it is none, so the backward need not know of it.
     r = torch.baddbmm(solved, solved, torch.baddbmm(eye, solved.mT, solved, alpha=-1), alpha=0.5)
     return r, (r,)
 

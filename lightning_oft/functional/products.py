@@ -116,6 +116,8 @@ class _RotatedLinear(torch.autograd.Function):
                 through = grad @ weight
                 return rotate(through, r_nbb.mT), _outer(x, through, r_nbb), None, grad_bias
             grad_x = grad @ rotate(weight, r_nbb.mT)
+            if not ctx.needs_input_grad[1]:
+                return grad_x, None, None, grad_bias
             # x^T (grad W) = x^T (grad W') R^-T, for grad W' = grad W R^T is at hand.
             outer = _outer(x, grad_x, r_nbb)
             wide = torch.float64 if outer.dtype == torch.float64 else torch.float32

@@ -88,7 +88,7 @@ def every_rotation(layer: nn.Module) -> Iterator[Rotation]:
 
 def applied_rotations(layer: nn.Module, part: str) -> Sequence[Rotation]:
     """The rotations that a forward applies to one part of a layer now, in order."""
-    state = layer.__dict__[_ATTRIBUTE].layer if _ATTRIBUTE in layer.__dict__ else None
+    state = state_of(layer)
     if state is None or not state.enabled or state.merged is not None:
         return ()
     adapters: Any = layer.oft_R

@@ -261,7 +261,8 @@ def _checksums(layers: dict[str, nn.Module]) -> dict[tuple[str, str, torch.dtype
 def _changed(
     layers: dict[str, nn.Module], checksums: dict[tuple[str, str, torch.dtype], int] | None = None
 ) -> list[str]:
-    """Names of the layers whose weights are no longer what a merge made of them; exactly, where given checksums."""
+    """Names of the layers whose weights are no longer what a merge made of them. A fingerprint reads
+    some entries; checksums, where given, tell of any single one that has changed."""
     others = [
         name
         for name, weight in _merged_weights(layers)

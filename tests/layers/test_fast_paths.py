@@ -310,6 +310,16 @@ def _operators(model: nn.Module, x: Tensor, with_gradient: bool) -> int:
     return sum(counted.counts.values())
 
 
+def test_a_frozen_rotation_costs_no_gradient_of_its_own() -> None:
+    model, x = _linear()
+    _rotations(model)["0"].requires_grad_(False)
+    counted = Operators()
+    with counted:
+        model(x).sum().backward()
+    assert x.grad is not None
+    assert counted.counts["_linalg_solve_ex"] == 0
+
+
 @pytest.mark.parametrize("exact", [False, True], ids=["series", "exact"])
 @pytest.mark.parametrize("tokens", [1, 16, 256])
 def test_operators_above_the_frozen_limit(tokens: int, exact: bool) -> None:

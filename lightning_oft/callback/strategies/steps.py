@@ -31,7 +31,8 @@ class Steps:
 
     A post hook of the raw optimizer is the only place that equals real updates under accumulation, manual
     optimization, gradient scalers that skip, and LBFGS (measured). Without optimizers, whoever knows of a step calls
-    `stepped`, and who knows of one that is not real says so by `is_real`. Generators are whole within `gathered(rotations)`; `change` lets a function change one rotation in place.
+    `stepped`, and who knows of one that is not real says so by `is_real`. Generators are whole within
+    `gathered(rotations)`; `change` lets a function change one rotation in place.
     """
 
     def __init__(
@@ -122,9 +123,9 @@ class Steps:
             self._warned = True
             warnings.warn(
                 f"{name}: its rotation has grown so large that a series of {self._rotations[name].terms} terms is off "
-                f"orthogonality by {errors[name]:.1e} (above {SERIES_TOLERANCE:.0e}): set "
-                "series_guard='exact' or use_cayley_neumann=false for the exact map, more num_cayley_neumann_terms (even), "
-                "or max_angle; an adapter that was loaded like this keeps its series",
+                f"orthogonality by {errors[name]:.1e} (above {SERIES_TOLERANCE:.0e}): set series_guard='exact' or "
+                "use_cayley_neumann=false for the exact map, more num_cayley_neumann_terms (even), or max_angle; an "
+                "adapter that was loaded like this keeps its series",
             )
 
 
