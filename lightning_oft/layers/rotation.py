@@ -217,10 +217,12 @@ class Rotation(nn.Module):
 
     @property
     def reach(self) -> float | None:
-        """The radius in ||Q_i||_F at which the series is left for the exact map; None where it is not to be."""
+        """The radius in ||Q_i||_F at which the series is left for the exact map; None where it is not to be, or where a
+        constraint brings every step that goes so far back before it is used."""
         if self.terms is None or self.guard != "exact":
             return None
-        return functional.reach_radius(self.terms, self.halve_last)
+        reach = functional.reach_radius(self.terms, self.halve_last)
+        return reach if self.radius is None or self.radius >= reach else None
 
     def largest_generator(self) -> Tensor:
         """The largest ||generator_i||, which is ||Q_i||_F / sqrt(2), of the blocks that this process has: (), on their
