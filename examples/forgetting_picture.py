@@ -1,10 +1,10 @@
-"""Draw docs/forgetting.png, the picture in the README, from what examples/forgetting.py measured.
+"""Draw docs/forgetting.png from what examples/forgetting.py measured, and print it as the table in docs/forgetting.md.
 
     pip install '.[plot]'
     python examples/forgetting_picture.py
 
 A point is the mean of the seeds at one learning rate. Outlined points are on the frontier: no other point of any method
-is better on both sets of digits.
+is as good on both sets of digits.
 """
 
 import json
@@ -38,14 +38,29 @@ def points(measured: Path) -> dict[str, list[Point]]:
 
 
 def frontier(methods: dict[str, list[Point]]) -> list[Point]:
-    """The points that no other is better than on both sets."""
+    """The points that no other is as good as on both sets."""
     every = [point for series in methods.values() for point in series]
     return [p for p in every if not any(q[1] >= p[1] and q[2] >= p[2] and q[1:] != p[1:] for q in every)]
+
+
+def table(methods: dict[str, list[Point]]) -> list[str]:
+    """Accuracy on the new digits and on the original ones by learning rate, in Markdown; frontier in bold."""
+    rates = len(next(iter(methods.values())))
+    lines = [f"| method, smallest rate | {' | '.join(f'x {2**i}' for i in range(rates))} |", "|---" * (rates + 1) + "|"]
+    best = frontier(methods)
+    for method, series in methods.items():
+        cells = [
+            f"**{new:.2f}, {old:.2f}**" if (lr, old, new) in best else f"{new:.2f}, {old:.2f}"
+            for lr, old, new in series
+        ]
+        lines.append(f"| {method}, from {series[0][0]:g} | {' | '.join(cells)} |")
+    return lines
 
 
 def main(target: Path = ROOT / "docs" / "forgetting.png", measured: Path = ROOT / "docs" / "forgetting.json") -> None:
     """Write the picture."""
     methods = points(measured)
+    print("\n".join(table(methods)))
     best = frontier(methods)
     figure, (plane, rates) = plt.subplots(1, 2, figsize=(11.5, 4.3), layout="constrained", width_ratios=[1.2, 1])
     for method, (colour, marker) in STYLE.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -11,11 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from lightning_oft.data import DigitsDataModule
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 FILES = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py"))
-TOOLS = {"architecture.py", "bases/make_digits_vit.py", "compare_with_peft.py", "picture.py", "scaling_plan.py"}
+TOOLS = {
+    "architecture.py", "bases/make_digits_vit.py", "compare_with_peft.py", "forgetting.py", "forgetting_picture.py",
+    "picture.py", "scaling_plan.py",
+}  # fmt: skip
 """What makes a table, a picture or a file, and the benchmarks; the others show one idea each."""
 COMMANDS = [name for name in FILES if "__main__" in (EXAMPLES / name).read_text(encoding="utf-8")]
 """What is run; a benchmark keeps its parts in files beside it."""
@@ -105,9 +112,8 @@ def test_every_idea_has_its_check() -> None:
 
 
 def test_the_documented_comparison_is_what_the_command_prints() -> None:
-    documented = table(
-        (ROOT / "docs" / "coming-from-peft.md").read_text(encoding="utf-8").split("Where the numbers differ")[1]
-    )
+    page = (ROOT / "docs" / "coming-from-peft.md").read_text(encoding="utf-8")
+    documented = table(page.split("Where the numbers differ")[1].split("\n## ")[0])
     pytest.importorskip("peft", "0.21.2")
     printed = [list(row) for row in load("compare_with_peft.py").main()]
     if printed[0] != documented[0]:
@@ -123,11 +129,48 @@ def test_the_documented_comparison_is_what_the_command_prints() -> None:
                 assert float(now) == pytest.approx(float(then), rel=0.1)
 
 
-def test_the_picture_is_drawn_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "drawn"), [("picture.py", "oft.png"), ("forgetting_picture.py", "forgetting.png")])
+def test_the_picture_is_drawn_and_small(name: str, drawn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="the extra `plot`")
     monkeypatch.setenv("MPLBACKEND", "agg")
-    target = tmp_path / "oft.png"
-    load("picture.py").main(target)
-    for picture in (target, ROOT / "docs" / "oft.png"):
+    target = tmp_path / drawn
+    load(name).main(target)
+    for picture in (target, ROOT / "docs" / drawn):
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert 10_000 < picture.stat().st_size < 150_000
+
+
+def test_every_method_that_the_picture_compares_trains_what_it_says() -> None:
+    pytest.importorskip("peft", "0.21.2")
+    example, data = load("forgetting.py"), DigitsDataModule()
+    data.setup("fit")
+    splits = {k: [torch.stack([x[c] for x in rows[:64]]) for c in data.columns] for k, rows in data.splits.items()}
+    measured = json.loads((ROOT / "docs" / "forgetting.json").read_text(encoding="utf-8"))["runs"]
+    trained = {run["method"]: run["trained"] for run in measured}
+    assert list(trained) == list(example.METHODS)
+    for method, (lr, adapter) in example.METHODS.items():
+        assert example.run(adapter, lr, 0, splits, epochs=1)["trained"] == trained[method]
+
+
+def test_what_is_said_of_forgetting_is_what_was_measured() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot`")
+    picture = load("forgetting_picture.py")
+    found = picture.points(ROOT / "docs" / "forgetting.json")
+    assert "\n".join(picture.table(found)) in (ROOT / "docs" / "forgetting.md").read_text(encoding="utf-8")
+    best = picture.frontier(found)
+    shown = {}
+    for method, lr in (("full finetuning", 2e-4), ("LoRA r=16", 1e-3), ("OFT held at 20°", 2e-3)):
+        point = next(point for point in found[method] if point[0] == lr)
+        assert point in best
+        shown[method] = tuple(round(accuracy, 2) for accuracy in point[:0:-1])
+    assert shown == {"full finetuning": (0.91, 0.95), "LoRA r=16": (0.93, 0.92), "OFT held at 20°": (0.94, 0.91)}
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        "0.91 of the new digits and still 0.95 of the old, LoRA 0.93 and 0.92, OFT held at 20 degrees 0.94 and 0.91"
+        in readme
+    )
+    assert "from 4 to 64 times the smallest rate OFT at 20 degrees reads 0.94 and keeps 0.87 or more" in readme
+    for _, old, new in found["OFT held at 20°"][2:]:
+        assert (round(new, 2), round(old, 2) >= 0.87) == (0.94, True)
+    assert max(found[method][-1][1] for method in ("full finetuning", "LoRA r=16", "OFT")) < 0.12
+    assert not set(best) & set(found["OFT"])

@@ -35,6 +35,8 @@ QUICK = {
 pytestmark = [
     # PEFT, of every field that it does not know: ours stand under one key.
     pytest.mark.filterwarnings(r"ignore:Unexpected keyword arguments \['lightning_oft'\]:UserWarning"),
+    # The README's convolution, which PEFT cannot rotate.
+    pytest.mark.filterwarnings("ignore:PEFT cannot represent the rotations of conv:UserWarning"),
     # PEFT asks transformers 5 by an old name.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
@@ -97,7 +99,20 @@ def test_commands_parse(page: str, words: list[str], monkeypatch: pytest.MonkeyP
 def test_every_command_of_the_program_has_an_example() -> None:
     from lightning_oft.cli import COMMANDS
 
-    assert {words[0] for page, words in commands() if page == "README.md"} == set(COMMANDS)
+    assert {words[0] for page, words in commands() if page == "docs/command-line.md"} == set(COMMANDS)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(read("README.md").split()) <= 700
+
+
+def test_the_readmes_rows_of_speed_are_those_of_the_page() -> None:
+    short, whole = (
+        [line for line in read(page).splitlines() if "x |" in line] for page in ("README.md", "docs/speed.md")
+    )
+    assert short
+    assert set(short) < set(whole)
+    assert blocks("README.md", "bash")[-1] == blocks("docs/speed.md", "bash")[0]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -108,6 +123,17 @@ def test_paths_exist(page: str) -> None:
     here = (ROOT / page).parent
     assert [path for path in sorted(mentioned) if not (ROOT / path).exists()] == []
     assert [link for link in sorted(links) if link and not (here / link).exists()] == []
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, ahead = set(), [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop().resolve()
+        if page.suffix == ".md" and page.is_file() and page not in reached:
+            reached.add(page)
+            links = re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8"))
+            ahead += [page.parent / link for link in links]
+    assert [page for page in PAGES if ROOT / page not in reached] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
