@@ -15,21 +15,31 @@ from lightning_oft.callback.strategies.base import strategy_adapter
 
 
 def after_configure_model(pl_module: nn.Module, then: Callable[[nn.Module], None]) -> None:
-    """Call `then` after the module's next configure_model, whether it has one or not; once. Several callbacks chain.
+    """Call `then` after the module's next configure_model, whether it has one or not. Several callbacks chain.
 
     The method removes itself before it calls the user's, so that Lightning's own question whether the user has
-    overridden the hook gets the true answer afterwards.
+    overridden the hook gets the true answer afterwards. It comes back where the call was another callback's:
+    WeightAveraging makes one in its setup, and Lightning's own may build the layers once more.
     """
     before = pl_module.__dict__.get("configure_model")
 
     def configure_model(module: Any) -> None:
-        module.__dict__.pop("configure_model", None)
-        if before is not None:
-            module.__dict__["configure_model"] = types.MethodType(before.__func__, module)
+        mine = module.__dict__.pop("configure_model", None)
+        if before is not None:  # another callback's, or the user's, who may have set any callable
+            is_method = isinstance(before, types.MethodType)
+            module.__dict__["configure_model"] = types.MethodType(before.__func__, module) if is_method else before
         module.configure_model()
         then(module)
+        if module._current_fx_name == "setup":
+            module.__dict__["configure_model"] = mine
 
     pl_module.__dict__["configure_model"] = types.MethodType(configure_model, pl_module)
+
+
+def remove_configure_model(pl_module: nn.Module) -> None:
+    """Undo `after_configure_model`, where nobody has called the method."""
+    if getattr(pl_module.__dict__.get("configure_model"), "__module__", None) == __name__:
+        del pl_module.__dict__["configure_model"]
 
 
 def add_checkpoint_hooks(pl_module: nn.Module) -> None:

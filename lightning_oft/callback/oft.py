@@ -211,7 +211,7 @@ class OFTFinetuning(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when a run ends: a merge that setup took back is made again."""
-        pl_module.__dict__.pop("configure_model", None)  # ours, where nobody has called it
+        checkpoint_hooks.remove_configure_model(pl_module)
         if (run := self._run) is None:
             return
         self._forget_run()

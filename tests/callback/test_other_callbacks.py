@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
     EarlyStopping,
+    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    ModelPruning,
     ModelSummary,
     Timer,
 )
@@ -335,3 +338,67 @@ def test_the_tuner_leaves_no_trace(tmp_path: Path) -> None:
     plain.lr, plain.batch_size = model.lr, model.batch_size
     trainer(tmp_path, oft()).fit(plain)
     assert difference(state(model), state(plain)) == 0.0
+
+
+class Skipping(Small):
+    """Skips batches, as Lightning lets a training_step do, and may never call one of its layers."""
+
+    def __init__(self, skipped: int, calls_all: bool) -> None:
+        super().__init__(batch_norm=False)
+        self.skipped, self.calls_all = skipped, calls_all
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        return None if batch_idx < self.skipped else loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        net: Any = self.net
+        return net(x) if self.calls_all else net[6](net[:2](x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("skipped", [0, 1, 8], ids=["none", "the first", "all"])
+def test_a_skipped_batch_is_no_layer_without_gradient(tmp_path: Path, skipped: int) -> None:
+    model, base = Skipping(skipped, True), state(Skipping(skipped, True))
+    trainer(tmp_path, oft()).fit(model, loader())
+    assert (difference(state(model), base) > 0) is (skipped < 8)
+    if skipped < 8:
+        with pytest.raises(RuntimeError, match=r"net\.3.*got no gradient"):
+            trainer(tmp_path, oft()).fit(Skipping(skipped, False), loader())
+
+
+class Rebuilding(Small):
+    """Builds its layers anew whenever it is asked to, as no configure_model should."""
+
+    def __init__(self) -> None:
+        super().__init__("configure_model")
+
+    def configure_model(self) -> None:
+        self.net = Small(batch_norm=False).net
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_layers_that_an_average_had_built_before_lightning_are_adapted_again(tmp_path: Path) -> None:
+    model, average = Rebuilding(), EMAWeightAveraging(decay=0.8)
+    trainer(tmp_path, oft(merge_on_fit_end=False), average).fit(model, loader())
+    rotations: Any = {name: layer.oft_R["default"].weight for name, layer in oft_layers(model).items()}
+    assert list(rotations) == ["net.0", "net.3"]
+    assert all(bool(weight.any()) for weight in rotations.values())
+    assert "configure_model" not in model.__dict__
+
+
+def test_a_configure_model_set_on_the_instance_is_called_and_stays(tmp_path: Path) -> None:
+    model: Any = Small("late")
+    model.configure_model = own = functools.partial(Small.build, model)
+    trainer(tmp_path, oft(merge_on_fit_end=False)).fit(model, loader())
+    assert list(oft_layers(model)) == ["net.0", "net.3"]
+    assert model.__dict__["configure_model"] is own
+
+
+def test_a_merged_model_is_pruned_in_a_fit_of_its_own(tmp_path: Path) -> None:
+    model: Any = Small(batch_norm=False)
+    trainer(tmp_path, oft()).fit(model, loader())
+    trainer(tmp_path, ModelPruning("l1_unstructured", amount=0.5)).fit(model, loader())
+    weights = torch.cat([model.net[layer].weight.flatten() for layer in (0, 3)])
+    assert 0.4 < float((weights == 0).float().mean()) < 0.6
+    assert list(state(model)) == list(state(Small(batch_norm=False)))

@@ -46,6 +46,8 @@ class Steps:
         self._rotations, self._change, self._gathered = rotations, change, gathered
         self._warned, self._count, self.is_real = False, 0, True
         self._unread: dict[int, Callable[[], dict[str, float]]] = {}  # norms on their way from an accelerator
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._optimized = [tensor for group in groups for tensor in group["params"]]
         trained = []
         for optimizer in optimizers:
             held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
@@ -60,9 +62,11 @@ class Steps:
         if not self.is_real:
             return
         idle = {name: rotation.weight for name, rotation in unchecked.items() if rotation.weight.grad is None}
-        # An FSDP1 process that holds nothing of a rotation gets no gradient for it.
-        checks.check_gradients([name for name, weight in idle.items() if weight.requires_grad and weight.numel()])
-        unchecked.clear()
+        # Where training_step returns None, to skip a batch, Lightning steps without a backward: the next step is asked.
+        if not idle or any(tensor.grad is not None for tensor in self._optimized):
+            # An FSDP1 process that holds nothing of a rotation gets no gradient for it.
+            checks.check_gradients([name for name, weight in idle.items() if weight.requires_grad and weight.numel()])
+            unchecked.clear()
         self.stepped(own)
 
     def stepped(self, own: dict[str, Rotation]) -> None:
