@@ -28,13 +28,13 @@ class OFTConfig:
     exclude_modules: str | list[str] | None = None
     """Layers to leave alone: a list of names or a regular expression."""
     layers_to_transform: int | list[int] | None = None
-    """Only adapt these layer indices; needs `target_modules` as a list."""
+    """Adapt only these layer indices; `target_modules` is a list or null."""
     layers_pattern: str | list[str] | None = None
     """Name of the module list that `layers_to_transform` counts in, where it is not the first number of a name."""
     modules_to_save: list[str] | None = None
     """Modules trained whole and saved with the adapter, such as a new classification head."""
     bias: Literal["none", "all", "oft_only"] = "none"
-    """Biases that train: none, all, or those of adapted layers."""
+    """Biases that train: none, all, or of adapted layers."""
     coft: bool = False
     """Constrain each block to the ball of radius `eps` after every optimizer step (COFT)."""
     eps: float = 6e-5
@@ -45,7 +45,7 @@ class OFTConfig:
     block_share: bool = False
     """Share one block among all blocks of a layer."""
     module_dropout: float = 0.0
-    """Probability that a block is the identity in a training step."""
+    """Probability that a training step leaves a block out."""
     use_cayley_neumann: bool = True
     """Compute rotations by the truncated Cayley-Neumann series (fast) rather than the exact Cayley map."""
     num_cayley_neumann_terms: int = 6
@@ -57,7 +57,8 @@ class OFTConfig:
     fan_in_fan_out: bool = False
     """Kept for PEFT's files; the storage order of a layer's weight is found out from the layer."""
     task_type: str | None = None
-    """PEFT's task type; SEQ_CLS and TOKEN_CLS add the heads `classifier` and `score` to `modules_to_save`."""
+    """PEFT's task type; SEQ_CLS and TOKEN_CLS add `classifier` and `score` to `modules_to_save`, QUESTION_ANS adds
+    `qa_outputs`."""
     coft_radius: Literal["paper", "peft"] = "paper"
     """Which radius `eps` stands for: the paper's eps * b^2 / sqrt(n), or eps / sqrt(n) as PEFT 0.16 and later."""
     neumann_series: Literal["halved", "unhalved"] = "halved"
@@ -85,8 +86,8 @@ class OFTConfig:
         self._refuse(terms > 1000, "num_cayley_neumann_terms", too_many)
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
-        if self.layers_to_transform is not None and not isinstance(self.target_modules, list):
-            needs = f"needs target_modules as a list of names, got {self.target_modules!r}"
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            needs = f"needs target_modules as a list of names, or null, got {self.target_modules!r}"
             remedy = "list the names, or put the indices into the regular expression"
             raise ValueError(f"layers_to_transform={self.layers_to_transform!r} {needs}: {remedy}")
         known = f"must be one of PEFT's, {', '.join(TASK_TYPES)}, or null"

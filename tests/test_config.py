@@ -62,7 +62,7 @@ def test_tuples_and_sets_become_lists() -> None:
         ({"layers_pattern": "layers", "target_modules": ["q"]}, "layers_pattern='layers' needs layers_to_transform"),
         (
             {"layers_to_transform": 0, "target_modules": ".*q_proj"},
-            "layers_to_transform=0 needs target_modules as a list of names, got '.*q_proj': list the names",
+            "layers_to_transform=0 needs target_modules as a list of names, or null, got '.*q_proj': list the names",
         ),
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": ["q", 3]}, r"target_modules=\['q', 3\]: must be a string or a list of strings or null"),

@@ -21,6 +21,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
+    DistilBertForQuestionAnswering,
     DistilBertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
@@ -130,7 +131,8 @@ def _build(model: Model) -> nn.Module:
 
 def _logits(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = module.eval()(**inputs).logits
+        output = module.eval()(**inputs)
+    logits: Tensor = output.logits if "logits" in output else output.start_logits
     return logits
 
 
@@ -268,21 +270,22 @@ def test_transformers_own_loader_reads_our_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("direction", ["from_peft", "to_peft"])
-@pytest.mark.parametrize("task", ["llama", "distilbert"])
+@pytest.mark.parametrize("task", ["llama", "distilbert", "questions"])
 def test_a_task_type_saves_its_head(direction: str, task: str, tmp_path: Path) -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
         if task == "llama":
             options = {**_SMALL, "num_key_value_heads": 2, "vocab_size": 40, "num_labels": 3, "pad_token_id": 0}
             return LlamaForSequenceClassification(LlamaConfig(**options)).eval()
-        return DistilBertForSequenceClassification(
-            DistilBertConfig(dim=32, hidden_dim=48, n_layers=2, n_heads=4, vocab_size=40)
-        ).eval()
+        config = DistilBertConfig(dim=32, hidden_dim=48, n_layers=2, n_heads=4, vocab_size=40)
+        if task == "questions":
+            return DistilBertForQuestionAnswering(config).eval()
+        return DistilBertForSequenceClassification(config).eval()
 
     fields: dict[str, Any] = {
         "oft_block_size": 8,
         "target_modules": ["q_proj", "q_lin", "k_lin"],
-        "task_type": "SEQ_CLS",
+        "task_type": "QUESTION_ANS" if task == "questions" else "SEQ_CLS",
     }
     inputs = {"input_ids": TEXT}
     if direction == "from_peft":

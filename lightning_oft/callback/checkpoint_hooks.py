@@ -4,6 +4,7 @@ Lightning asks an instance for its hooks, so an instance attribute answers befor
 be used: Lightning would unwrap it and take the hook for the user's own.
 """
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_oft.callback.strategies.base import strategy_adapter
+from lightning_oft.model.traversal import adapter_names, some, walk
 
 
 def after_configure_model(pl_module: nn.Module, then: Callable[[nn.Module], None]) -> None:
@@ -49,7 +51,30 @@ def add_checkpoint_hooks(pl_module: nn.Module) -> None:
     save_weights_only), and first when it loads, before a tensor is touched.
     """
     for hook in (on_save_checkpoint, on_load_checkpoint):
-        pl_module.__dict__[hook.__name__] = types.MethodType(hook, pl_module)
+        _put(pl_module, hook.__name__, hook)
+
+
+def remove_checkpoint_hooks(pl_module: nn.Module) -> None:
+    """Give the module its class's own hooks back."""
+    for name in ("on_save_checkpoint", "on_load_checkpoint"):
+        pl_module.__dict__.pop(name, None)
+
+
+def refuse_adapters(pl_module: nn.Module) -> None:
+    """Have checkpoints of an adapter refused by a module without one, in place of Lightning's list of names."""
+    if not adapter_names(walk(pl_module)):
+        _put(pl_module, "on_load_checkpoint", refuse_on_load)
+
+
+def allow_adapters(pl_module: nn.Module) -> None:
+    """Undo `refuse_adapters`."""
+    if getattr(pl_module.__dict__.get("on_load_checkpoint"), "func", None) is refuse_on_load:
+        remove_checkpoint_hooks(pl_module)
+
+
+def _put(pl_module: nn.Module, name: str, hook: Callable[..., None]) -> None:
+    # A bound method would be pickled by its name, and be the class's own when it is read again.
+    pl_module.__dict__[name] = functools.partial(hook, pl_module)
 
 
 def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
@@ -82,6 +107,19 @@ def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         rank_zero_info(
             f"OFT: the checkpoint is a {content} model: it becomes the base, {kept}, and the optimizer state and epoch "
             "count of that run are left behind"
+        )
+    type(self).on_load_checkpoint(self, checkpoint)
+
+
+def refuse_on_load(self: Any, checkpoint: dict[str, Any]) -> None:
+    """Raise CheckpointError for a checkpoint of an adapter, where OFTFinetuning is switched off."""
+    from lightning_oft.formats.checkpoint import ENTRY, CheckpointError, content_of
+
+    if content_of(checkpoint) in ("adapter", "full"):
+        names = some(checkpoint.get(ENTRY, {}).get("adapters", ("of no name",)))
+        raise CheckpointError(
+            f"the checkpoint holds an adapter ({names}), for which OFTFinetuning(enabled=False) makes no place: set "
+            "enabled=True, or give a checkpoint without one"
         )
     type(self).on_load_checkpoint(self, checkpoint)
 

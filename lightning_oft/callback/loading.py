@@ -50,6 +50,8 @@ def load_from_checkpoint(cls: type[T], path: str | Path, **kwargs: Any) -> T:
     if content in ("adapter", "full"):
         adapter_checkpoint.put_adapters(model, checkpoint)
         adapter_checkpoint.complete(model, checkpoint)
+    # A hook of the class's own, such as one that gives tensors their names back, has seen the file without them so far.
+    cls.on_load_checkpoint(model, checkpoint)
     adapter_checkpoint.load_state(model, checkpoint["state_dict"], path)
     if content == "full":
         refresh_fingerprints(walk(model))

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_oft.formats import checkpoint_file
 from lightning_oft.formats.errors import AdapterFileError
-from lightning_oft.formats.peft import read_peft, write_peft
+from lightning_oft.formats.peft import CONFIG_FILE, read_peft, write_peft
 from lightning_oft.model import AdapterError, AdapterState, put, take
 from lightning_oft.model.traversal import some
 
@@ -59,6 +59,12 @@ def read_adapters(path: str | Path, adapter_name: str | None = None) -> list[Ada
     return find_format(path).read(Path(path), adapter_name)
 
 
+def check_name(path: str | Path, adapter_name: str | None) -> None:
+    """Raise AdapterFileError where a name is asked of a directory that is an adapter itself, and says none."""
+    if adapter_name is not None and (Path(path) / CONFIG_FILE).is_file():
+        raise AdapterFileError(f"{path}: is an adapter, and its files say no name: leave {adapter_name!r} out")
+
+
 def read_adapter(path: str | Path, adapter_name: str | None = None, or_only: bool = False) -> AdapterState:
     """The adapter at a path, of any known format; of this name, where one is given.
     With `or_only` a single adapter is taken whatever its name is.
@@ -102,7 +108,9 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
     return write_peft(take(model, adapter_name), directory)
 
 
-def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> list[str]:
+def load_adapter(
+    model: nn.Module, directory: str | Path, adapter_name: str = "default", ignore_mismatched_base: bool = False
+) -> list[str]:
     """Put an adapter from a directory of this library or of PEFT into a model, in place, and freeze the rest.
 
     The file decides which layers are adapted and how; names in it may start at the model or at any module below. The
@@ -114,16 +122,18 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
         directory: holds `adapter_config.json` and `adapter_model.safetensors`, or a directory named like the adapter
             that does, as PEFT writes it. A checkpoint file, or any other registered format, will do too.
         adapter_name: the name it gets in the model.
+        ignore_mismatched_base: take an adapter that was trained on another base all the same.
 
     Returns:
         The names of the layers adapted, relative to `model`, in the order of the model.
 
     Raises:
-        AdapterFileError: the directory cannot be read or does not fit the model. The model is untouched.
+        AdapterFileError: the directory cannot be read, does not fit the model, or was trained on another base. The
+            model is untouched.
         RuntimeError: the model is merged.
     """
     state = read_adapter(directory, adapter_name, or_only=True)
     try:
-        return put(model, state, adapter_name)
+        return put(model, state, adapter_name, ignore_mismatched_base)
     except AdapterError as error:
         raise AdapterFileError(f"{directory}: {error}") from None

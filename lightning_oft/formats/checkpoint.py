@@ -2,7 +2,8 @@
 
 Only plain dictionaries are read and written here: no Trainer, no Lightning. A checkpoint carries, beside `state_dict`,
 one entry `lightning_oft` of primitives and tensors, so that `torch.load(weights_only=True)` reads all of it. Generators
-stand in the state dict alone; names in the entry are those of the LightningModule.
+stand in the state dict alone, where that has the names of the modules; names in the entry are those of the
+LightningModule.
 """
 
 import warnings
@@ -17,6 +18,7 @@ from lightning_oft.formats.checkpoint_file import ENTRY as ENTRY
 from lightning_oft.formats.checkpoint_file import VERSION, generator_key, read_states, to_primitives
 from lightning_oft.formats.checkpoint_file import is_rotation_key as is_rotation_key
 from lightning_oft.formats.errors import CheckpointError as CheckpointError
+from lightning_oft.formats.peft_tensors import strip_wrappers
 from lightning_oft.model import AdapterError, AdapterState, put, saved_modules
 from lightning_oft.model.activation import activate
 from lightning_oft.model.adapter_state import describe
@@ -25,6 +27,13 @@ from lightning_oft.model.loading import use_maps
 from lightning_oft.model.traversal import Modules, active_names, adapted, adapter_names, merged_layers, some, walk
 
 Content = Literal["adapter", "full", "plain", "merged"]
+
+NOTE = (
+    "lightning_oft: rotations of an adapter: resume with OFTFinetuning in Trainer(callbacks=[...]), read with "
+    "lightning_oft.load_from_checkpoint"
+)
+"""For a reader without the callback. It stands as a name in the state dict of an adapter-only checkpoint too: torch's
+list of unexpected keys is the only thing that such a run says, and begins with it."""
 
 
 def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool, kept: Iterable[Tensor] = ()) -> None:
@@ -37,6 +46,8 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
     if not states:
         return
     merged = bool(merged_layers(modules))
+    apart = {} if merged else _without_a_name(states, checkpoint)
+    adapter_only = adapter_only and not merged and _has_own_names(model, checkpoint)
     # Values trained whole that the state dict lacks, since another adapter's are in their place.
     ids = {id(value) for _, _, slot in saved_modules.saved_tensors(modules) for value in slot.waiting.values()}
     waiting: dict[str, dict[str, Tensor]] = {}
@@ -46,20 +57,47 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
                 waiting.setdefault(name, {})[state.name] = value
     checkpoint[ENTRY] = {
         **checkpoint.get(ENTRY, {}),
+        "note": NOTE,
         "version": VERSION,
         "adapters": {state.name: to_primitives(state) for state in states},
         "active": active_names(modules),
         "active_on": {name: state.active for name, _, state in adapted(modules)},
         "merged": merged,
-        "adapter_only": adapter_only and not merged,
+        "adapter_only": adapter_only,
         "waiting": waiting,
+        "apart": apart,
         # What another callback has unfrozen.
         "unfrozen": [] if merged else [name for name, p in _base_parameters(model, modules) if p.requires_grad],
     }
-    if adapter_only and not merged:
+    if adapter_only:
         dropped = frozen_names(model, modules, kept)
         for holder, key in _state_dicts(checkpoint):
             holder[key] = {name: value for name, value in holder[key].items() if name not in dropped}
+        checkpoint["state_dict"][NOTE] = torch.empty(0)
+
+
+def _adapter_tensors(states: Iterable[AdapterState]) -> dict[str, Tensor]:
+    """What adapters train, by the names that the modules give it."""
+    found: dict[str, Tensor] = {}
+    for state in (state.rooted("") for state in states):
+        for layer, one in state.layers.items():
+            found |= {generator_key(layer, state.name, part): value for part, value in one.generators.items()}
+        found |= state.saved
+    return found
+
+
+def _without_a_name(states: list[AdapterState], checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What adapters train and a state dict has not under these names: a user's `state_dict` or on_save_checkpoint may
+    have left it out, or cut a prefix off."""
+    present = {strip_wrappers(name) for name in checkpoint["state_dict"]}
+    return {name: value.detach() for name, value in _adapter_tensors(states).items() if name not in present}
+
+
+def _has_own_names(model: nn.Module, checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a state dict has the names of the modules: under others, nobody could tell the base from the rest."""
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    own = {strip_wrappers(name) for name, _ in tensors}
+    return all(strip_wrappers(n) in own or n.endswith("_extra_state") for n in checkpoint["state_dict"])
 
 
 def _state_dicts(checkpoint: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
@@ -90,7 +128,7 @@ def content_of(checkpoint: Mapping[str, Any]) -> Content:
     entry = checkpoint.get(ENTRY, {})
     if entry.get("merged"):
         return "merged"
-    if not any(is_rotation_key(name) for name in checkpoint.get("state_dict", {})):
+    if not any(is_rotation_key(name) for name in (*checkpoint.get("state_dict", ()), *entry.get("apart", ()))):
         return "plain"
     return "adapter" if entry.get("adapter_only") else "full"
 
@@ -112,13 +150,26 @@ def complete(model: nn.Module, checkpoint: dict[str, Any]) -> Content:
         frozen = frozen_names(model, modules) if content == "adapter" else set()
         fill = {name: value for name, value in current.items() if name in frozen}
         _choose_as(modules, checkpoint.get(ENTRY, {}))
+        _load_apart(modules, checkpoint.get(ENTRY, {}))
         stored = checkpoint.get(ENTRY, {}).get("waiting", {})
         for name, _, slot in saved_modules.saved_tensors(modules):
             values = {owner: value.clone() for owner, value in stored.get(name, {}).items() if owner in slot.owners}
             slot.waiting.update({owner: value for owner, value in values.items() if owner != slot.live})
     for holder, key in _state_dicts(checkpoint):
-        holder[key] = {**fill, **holder[key]}
+        holder[key] = {**fill, **{name: value for name, value in holder[key].items() if name != NOTE}}
     return content
+
+
+@torch.no_grad()
+def _load_apart(modules: Modules, entry: Mapping[str, Any]) -> None:
+    """Give adapters what no state dict has under its name; what that has is for the module's own load_state_dict."""
+    if values := entry.get("apart", {}):
+        mine = _adapter_tensors(describe(modules, name) for name in adapter_names(modules))
+        shapes = ({name: found[name].shape for name in values if name in found} for found in (mine, values))
+        if difference := _difference(*shapes):
+            raise CheckpointError(f"the checkpoint's adapter {difference}; build the model that it was written from")
+        for name, value in values.items():
+            mine[name].copy_(value)
 
 
 def check_loaded(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -157,7 +208,7 @@ def _check(modules: Modules, checkpoint: Mapping[str, Any], with_base: bool) -> 
         if different := other_bases(modules, prints):
             raise CheckpointError(
                 f"the checkpoint was trained on another base: {some(different)} differ; load the base it was trained "
-                "on, or use load_adapter to put its rotations on this one"
+                "on, or put its rotations on this one by load_adapter(model, checkpoint, ignore_mismatched_base=True)"
             )
     return states
 
@@ -174,9 +225,9 @@ def put_adapters(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     states = read_states(checkpoint)
     try:
         with warnings.catch_warnings():  # about what is decided below
-            warnings.filterwarnings("ignore", message="adapter .* is not active on|.* was trained on another base")
+            warnings.filterwarnings("ignore", message="adapter .* is not active on")
             for state in states:
-                put(model, state)
+                put(model, state, ignore_mismatched_base=True)
     except AdapterError as error:
         raise CheckpointError(f"the checkpoint does not fit the model: {error}") from None
     _choose_as(walk(model), checkpoint.get(ENTRY, {}))
@@ -192,9 +243,9 @@ def _choose_as(modules: Modules, entry: Mapping[str, Any]) -> None:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
-    """`load_state_dict`; a CheckpointError says in one line what does not fit."""
+    """`load_state_dict`, as strict as the module asks for; a CheckpointError says in one line what does not fit."""
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state, strict=getattr(model, "strict_loading", True))
     except RuntimeError:
         shapes = ({n: getattr(v, "shape", None) for n, v in found.items()} for found in (model.state_dict(), state))
         difference = _difference(*shapes)

@@ -93,7 +93,7 @@ def read_states(checkpoint: Mapping[str, Any]) -> list[AdapterState]:
         if not all(isinstance(names, list) for names in (entry.get("active", []), *on.values())):
             raise ValueError("its active adapters")
         merged = bool(entry.get("merged"))
-        state_dict = checkpoint.get("state_dict", {}).items()
+        state_dict = (checkpoint.get("state_dict", {}) | entry.get("apart", {})).items()
         tensors = {strip_wrappers(name): v for name, v in state_dict if not (merged and is_rotation_key(name))}
         # Checkpoints of earlier versions do not name the base; the shipped tasks keep it where they were given it.
         path = (checkpoint.get("hyper_parameters") or {}).get("pretrained")

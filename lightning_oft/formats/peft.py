@@ -125,7 +125,7 @@ def read_peft(directory: str | Path, adapter_name: str | None = None) -> Adapter
                     f"is not the file that {CONFIG_FILE} was written with: an interrupted write, or damaged since; "
                     "save or copy the adapter again"
                 )
-    tensors = read_tensors(file, own.get("layer_types", {}), config)
+    tensors = read_tensors(file, own.get("layer_types", {}), config, unprojected=raw.get("coft") is True)
     base, path = raw.get("auto_mapping"), raw.get("base_model_name_or_path")
     base = base if isinstance(base, dict) else {}
     class_name, library = str(base.get("base_model_class", "")), str(base.get("parent_library", ""))

@@ -74,12 +74,14 @@ def strip_wrappers(name: str) -> str:
     return ".".join(piece for piece in name.split(".") if piece not in _WRAPPERS)
 
 
-def read_tensors(file: Path, layer_types: Collection[str], config: OFTConfig) -> dict[Key, Tensor]:
+def read_tensors(
+    file: Path, layer_types: Collection[str], config: OFTConfig, unprojected: bool = False
+) -> dict[Key, Tensor]:
     """The tensors by what their keys mean; generators in this library's convention and float32.
 
     PEFT's exact map is (I - Q)(I + Q)^-1, the transpose of what its series approximates and of our exact map. It
-    projects at each forward, so a file written after an optimizer step is not projected yet. The header is checked
-    before memory is taken. Raises AdapterFileError.
+    projects at each forward, so a file that it has written after an optimizer step is `unprojected`. The header is
+    checked before memory is taken. Raises AdapterFileError.
     """
     with refusing("not a whole safetensors file", file), safe_open(file, framework="pt") as opened:
         dtypes = {key: str(opened.get_slice(key).get_dtype()) for key in opened.keys()}  # noqa: SIM118 - no dictionary
@@ -89,7 +91,7 @@ def read_tensors(file: Path, layer_types: Collection[str], config: OFTConfig) ->
             if meaning.layer_type is not None:
                 check_generator(key, tensors[meaning])
                 generator = tensors[meaning].float() if config.use_cayley_neumann else -tensors[meaning].float()
-                if config.coft and config.coft_radius == "peft":
+                if unprojected:
                     functional.project(generator, functional.eps_radius(config.eps, 1, generator.shape[0]))
                 tensors[meaning] = generator
     return tensors

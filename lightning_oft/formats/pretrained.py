@@ -18,28 +18,33 @@ from lightning_oft.model.saved_modules import saved_tensors
 from lightning_oft.model.traversal import LIBRARY_MODELS, adapted, class_names, library_root, walk
 
 
-def root_of(model: nn.Module) -> nn.Module:
-    """The model that is written: the transformers or diffusers model that holds everything an adapter trained."""
+def roots_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The models that are written, by name: the transformers or diffusers models that hold what an adapter trained,
+    where there are several; else the one module that holds all of it, nameless."""
     modules = walk(model)
-    trained = (saved.name for saved in saved_tensors(modules) if saved.slot.owners)
-    return modules[library_root(modules, [*(name for name, _, _ in adapted(modules)), *trained])]
+    trained = [name for name, _, _ in adapted(modules)]
+    trained += [saved.name for saved in saved_tensors(modules) if saved.slot.owners]
+    tops = dict.fromkeys(library_root(modules, [name]) for name in trained)
+    if len(tops) > 1 and "" not in tops:
+        return {name: modules[name] for name in tops}
+    return {"": modules[library_root(modules, trained)]}
 
 
 def write_pretrained(
-    model: nn.Module, directory: str | Path, companions: Iterable[Any] = (), state: dict[str, Tensor] | None = None
+    root: nn.Module, directory: str | Path, companions: Iterable[Any] = (), state: dict[str, Tensor] | None = None
 ) -> Path:
-    """Write a merged model's weights into a directory.
+    """Write the weights of a merged model, one of `roots_of`, into a directory.
 
     A transformers or diffusers model goes through its own `save_pretrained`; any other module into
     `model.safetensors` under its state-dict names. The directory appears complete or not at all; one that is there
-    is replaced. `companions` are processors and tokenizers to save beside it; `state` the whole tensors of
-    `root_of(model)`, where the model holds only parts of them.
+    is replaced. `companions` are processors and tokenizers to save beside it, of which one that fails is a warning;
+    `state` the whole tensors, where the model holds only parts of them.
 
     Raises:
         FileExistsError: something is there that is no model.
         OSError: the directory cannot be written; what was there is untouched.
     """
-    root, target = root_of(model), Path(directory)
+    target = Path(directory)
     check_replaceable(target)
 
     def write(place: Path) -> None:
@@ -50,7 +55,13 @@ def write_pretrained(
         else:
             save_model(root, str(place / "model.safetensors"), metadata={"format": "pt"})
         for companion in companions:
-            companion.save_pretrained(place)
+            try:
+                companion.save_pretrained(place)
+            except Exception as error:  # the weights are worth more
+                warnings.warn(
+                    f"{directory}: without {type(companion).__name__}, which cannot be saved ({first_line(error)}): save "
+                    "it there yourself"
+                )
 
     try:
         write_directory(target, write)
@@ -60,6 +71,21 @@ def write_pretrained(
             "space there or give another directory"
         ) from None
     return target
+
+
+def save_config(root: nn.Module, directory: str | Path) -> None:
+    """Write what stands beside a model's weights, as `write_pretrained` will, or raise what that would raise."""
+    model: Any = root
+    if "PreTrainedModel" in class_names(root):
+        model.config.save_pretrained(directory)
+        if model.can_generate():
+            model.generation_config.save_pretrained(directory)
+    elif "ModelMixin" in class_names(root):
+        model.save_config(directory)
+    for name, module in root.named_modules():
+        has_state = type(module).get_extra_state is not nn.Module.get_extra_state
+        if has_state and not isinstance(module.get_extra_state(), Tensor):
+            raise TypeError(f"the extra state of {name or 'the model'} is no tensor, which safetensors cannot hold")
 
 
 def check_replaceable(directory: str | Path) -> None:
@@ -90,7 +116,7 @@ class Companions(NamedTuple):
                 folder = Path(snapshot_download(self.base, allow_patterns=_COMPANIONS))
             except Exception as error:
                 warnings.warn(
-                    f"{self.base}: its tokenizer and image processor were not copied to {directory} "
+                    f"{self.base}: its tokenizer and image processor cannot be copied beside the merged model "
                     f"({type(error).__name__}): save them there with their own save_pretrained",
                     stacklevel=2,
                 )

@@ -153,6 +153,18 @@ def _is_compiled(modules: Modules) -> bool:
 
 
 @torch.no_grad()
+def has_learned(modules: Modules) -> bool:
+    """Whether any adapter is more than the identity, or has other values than the base of what it trains whole. Of
+    shards, which one process cannot judge, this is assumed."""
+    weights = [rotation.weight for _, layer, _ in adapted(modules) for rotation in every_rotation(layer)]
+    saved = [(one, owner) for one in saved_modules.saved_tensors(modules) for owner in one.slot.owners]
+    values = [(one.value(owner), one.value(saved_modules.BASE)) for one, owner in saved]
+    if any(is_sharded(tensor) for tensor in (*weights, *(mine for mine, _ in values))):
+        return True
+    return any(bool(weight.any()) for weight in weights) or not all(torch.equal(*pair) for pair in values)
+
+
+@torch.no_grad()
 def project(model: nn.Module) -> None:
     """Do what OFTFinetuning does after an optimizer step, in place; a training loop of one's own calls it there.
 

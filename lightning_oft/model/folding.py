@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from lightning_oft import functional
 from lightning_oft.codecs import Codec, codec_of, is_sharded, parameter_of
 from lightning_oft.layers import LayerState, RotatedWeight, Rotation, rotations_of
 from lightning_oft.model.fingerprint import fingerprint
+from lightning_oft.model.traversal import adapted
 
 CPU_PIECE, PIECE = 2**19, 2**24
 """Entries of a weight that are folded at a time: what a core's cache holds, and what fills a GPU without a float32 copy
@@ -112,6 +113,19 @@ def folded_weights(layer: nn.Module, state: LayerState) -> Iterator[FoldedWeight
         codec = codec_of(layer, part.parameter)
         if rotations and codec is not None:
             yield FoldedWeight(layer, state, part, codec, rotations)
+
+
+def exact_codecs(layer: nn.Module, state: LayerState) -> dict[str, Codec] | None:
+    """The codecs of a layer's rotated weights; None where one of them gives back other values than it was given."""
+    parts = [part.parameter for part in state.layer_type.rotated_weights(layer).values()]
+    codecs = {parameter: codec_of(layer, parameter) for parameter in parts}
+    exact = {parameter: codec for parameter, codec in codecs.items() if codec is not None and codec.is_exact}
+    return exact if len(exact) == len(parts) else None
+
+
+def packed_layers(layers: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the adapted layers whose weights are quantized or packed, so that nothing can be folded into them."""
+    return [name for name, layer, state in adapted(layers) if exact_codecs(layer, state) is None]
 
 
 def is_finite(tensor: Tensor) -> bool:

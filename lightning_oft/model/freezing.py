@@ -1,11 +1,13 @@
 """What freezing means: no gradient, no drifting statistics, and a way back."""
 
+from collections.abc import Iterator, Mapping
+
 from torch import nn
 
 from lightning_oft.layers.base import SwappedClass, restore_class, swap_class
 from lightning_oft.layers.state import drop_empty_record, make_record, record_of
 from lightning_oft.model.saved_modules import BASE, saved_tensors
-from lightning_oft.model.traversal import Modules, adapted, records, reset_compiled_code
+from lightning_oft.model.traversal import Modules, adapted, joined, records, reset_compiled_code
 
 
 class _FrozenNorm(SwappedClass):
@@ -50,6 +52,14 @@ def freeze(modules: Modules) -> None:
     freeze_norms(modules)
 
 
+def frozen_parameters(modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of what trained before an adapter froze the base."""
+    for name, module, record in records(modules):
+        for key in sorted(record.frozen):
+            if (parameter := module._parameters.get(key)) is not None:
+                yield joined(name, key), parameter
+
+
 def freeze_norms(modules: Modules) -> None:
     """Let every norm that was ever frozen train or rest by whose statistics are in it now."""
     for _, module, record in records(modules):
@@ -57,6 +67,21 @@ def freeze_norms(modules: Modules) -> None:
             asked = record.norm_mode if isinstance(module, _FrozenNorm) else module.training
             swap_class(module, _FrozenNorm)
             module.train(asked)
+
+
+def asked_mode(module: nn.Module) -> bool:
+    """The mode that was asked of a module, which a norm of the frozen base need not be in."""
+    record = record_of(module)
+    asked = record.norm_mode if record is not None and isinstance(module, _FrozenNorm) else None
+    return module.training if asked is None else asked
+
+
+def ask_norms(modules: Modules, modes: Mapping[nn.Module, bool]) -> None:
+    """Ask norms of the frozen base for modes again. Who notes the modes of a model and gives them back, as Lightning does
+    around a validation, notes that they rest, and they would rest for good when they are frozen no more."""
+    for _, module, record in records(modules):
+        if record.norm_mode is not None and module in modes:
+            record.norm_mode = modes[module]
 
 
 def unfreeze_norms(modules: Modules) -> None:

@@ -1,7 +1,6 @@
 """Putting an AdapterState into a model: everything is checked first, so it is there whole or not at all."""
 
 import logging
-import warnings
 from collections import defaultdict
 from collections.abc import Collection
 
@@ -23,7 +22,9 @@ log = logging.getLogger(__name__)
 _MATHS = ("use_cayley_neumann", "num_cayley_neumann_terms", "neumann_series", "block_share")
 
 
-def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) -> list[str]:
+def put(
+    model: nn.Module, state: AdapterState, adapter_name: str | None = None, ignore_mismatched_base: bool = False
+) -> list[str]:
     """Put an adapter into a model, in place, and freeze the rest.
 
     The state decides which layers are adapted and how; its names may start at the model or at any module below. The
@@ -31,7 +32,8 @@ def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) 
     structure that is there already takes over the state's values. Returns the names of the layers adapted.
 
     Raises:
-        AdapterError: it does not fit the model, which is untouched.
+        AdapterError: it does not fit the model, which is untouched; or it was trained on another base, and
+            `ignore_mismatched_base` does not say to take it all the same.
         RuntimeError: the model is merged.
     """
     name = state.name if adapter_name is None else adapter_name
@@ -42,12 +44,10 @@ def put(model: nn.Module, state: AdapterState, adapter_name: str | None = None) 
     if is_there and (difference := _difference(modules, state, place, name)):
         what = f"the model has another adapter {name!r} already, {difference}"
         raise AdapterError(f"{what}; call unload(model) first, or load it under another adapter_name")
-    changed = fingerprint.other_bases(
-        modules, {joined(place.root, layer): value for layer, value in state.fingerprints.items()}
-    )
-    if changed:
-        what = f"{state.source or 'the adapter'} was trained on another base, {some(changed)} differ"
-        warnings.warn(f"{what}; load the one it was trained on", stacklevel=3)
+    prints = {joined(place.root, layer): value for layer, value in state.fingerprints.items()}
+    if not ignore_mismatched_base and (changed := fingerprint.other_bases(modules, prints)):
+        what = f"the adapter was trained on another base, {some(changed)} differ"
+        raise AdapterError(f"{what}; load the base it was trained on, or set ignore_mismatched_base=True")
     if not is_there:
         plan = Plan(name, state.config, place.layers, [(one.module, one.key) for one in place.saved.values()])
         check(modules, plan)

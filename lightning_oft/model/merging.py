@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_oft.codecs import codec_of, is_sharded, reshard, whole
+from lightning_oft.codecs import is_sharded, reshard, whole
 from lightning_oft.layers.state import LayerState, drop_empty_record, make_record, rotations_of
 from lightning_oft.model import activation, fingerprint, freezing, traversal
-from lightning_oft.model.folding import Device, FoldedWeight, Keep, folded_weights, is_finite
+from lightning_oft.model.folding import Device, FoldedWeight, Keep, exact_codecs, folded_weights, is_finite
 from lightning_oft.model.traversal import Modules, adapted, merged_layers, some, walk
 
 log = logging.getLogger(__name__)
@@ -126,17 +126,14 @@ def _fold(
 def _check_mergeable(layers: dict[str, nn.Module], gathered: Gathered) -> None:
     packed, absent, broken = [], [], []
     for name, layer, state in adapted(layers):
-        parts = [part.parameter for part in state.layer_type.rotated_weights(layer).values()]
-        codecs = {parameter: codec_of(layer, parameter) for parameter in parts}
-        exact = {parameter: codec for parameter, codec in codecs.items() if codec is not None and codec.is_exact}
-        if len(exact) < len(parts):
+        if (codecs := exact_codecs(layer, state)) is None:
             packed.append(name)
             continue
         with gathered(layer):
             rotations = [rotation for one in state.active for rotation in rotations_of(layer, one).values()]
             # The whole generators, on every process: one that alone raised would leave the others waiting.
             generators = [whole(rotation.weight.detach()) for rotation in rotations]
-            weights = [codec.read(layer, parameter) for parameter, codec in exact.items()]
+            weights = [codec.read(layer, parameter) for parameter, codec in codecs.items()]
             if any(tensor.is_meta for tensor in (*generators, *weights)):
                 absent.append(name)
             elif not all(map(is_finite, generators)):

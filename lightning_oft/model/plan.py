@@ -116,6 +116,9 @@ def _saved_tensors(
         children = some(dict.fromkeys(name.partition(".")[0] for name in modules if name))
         raise ValueError(f"modules_to_save: {some(missing)} matches no module; the model's own are {children}")
     saved = [name for name in modules if name and matches(name, wanted)]
+    if wanted and not saved and strict:  # those of a task type alone, which need not be there
+        what = f"task_type={config.task_type!r}: the model has no {' or '.join(wanted)} to train whole"
+        warnings.warn(f"{what}: name its head in modules_to_save", stacklevel=4)
     below = set(map(id, modules.below(*saved).values()))
     found = [(module, key) for module in modules.values() if id(module) in below for key in own_tensors(module)]
     owners = {id(module) for name in layers for module in modules[name].modules()}

@@ -35,6 +35,13 @@ _ARCHITECTURES: dict[tuple[str, ...], str | tuple[str, ...]] = {
 """What `target_modules=None` means by `config.model_type`; the choices are PEFT's, so that its files mean the same."""
 
 
+HEADS = {
+    **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Names of the heads that a task type trains whole, as in PEFT."""
+
+
 class Target(NamedTuple):
     """A module to adapt, and which of its parts (`in_proj`, `out_proj` ... of an attention)."""
 
@@ -80,7 +87,7 @@ def find_targets(modules: Modules, config: OFTConfig, strict: bool = True) -> di
 
 def saved_names(config: OFTConfig) -> dict[str, bool]:
     """Names of the modules to save, and whether they must exist: those that the task type adds need not."""
-    implied = ("classifier", "score") if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
+    implied = HEADS.get(config.task_type or "", ())
     return dict.fromkeys(implied, False) | dict.fromkeys(config.modules_to_save or (), True)
 
 
@@ -100,6 +107,9 @@ def _selected(modules: Modules, owners: dict[str, tuple[str, str]], config: OFTC
         found = {name: layer_type_of(m) for name, m in modules.items() if id(m) not in heads and name not in owners}
         names = [name for name, layer_type in found.items() if layer_type is not None and layer_type.in_all_linear]
     elif isinstance(wanted, str):
+        if config.layers_to_transform is not None:
+            what = f"layers_to_transform={config.layers_to_transform!r}: the architecture's own choice is a pattern"
+            raise ValueError(f"{what}, {wanted!r}: give it as target_modules, with the layers' numbers in it")
         pattern = _compiled(wanted, "target_modules")
         names = [name for name in modules if name and pattern.fullmatch(name)]
     else:

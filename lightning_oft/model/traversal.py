@@ -185,6 +185,11 @@ def has_compiled_code() -> bool:
     return dynamo is not None and bool(dynamo.convert_frame.input_codes.seen_ids)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def reset_compiled_code() -> None:
     """Drop what torch.compile has compiled: it does not see hooks change, and old code would go on answering."""
     if "torch._dynamo" in sys.modules:

@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from small import Small, difference, inputs, loader, oft, state, trainer
 from torch import Tensor
 
-from lightning_oft import unload
+from lightning_oft import load_adapter, unload
 from lightning_oft.callback.random_state import RandomState
-from lightning_oft.formats.checkpoint import content_of
+from lightning_oft.formats.checkpoint import NOTE, content_of
 from lightning_oft.formats.checkpoint_file import CheckpointError
 
 pytestmark = [
@@ -69,7 +69,7 @@ def test_resume_on_the_merged_model(
 def test_checkpoints_hold_what_trained_and_nothing_that_can_run(tmp_path: Path) -> None:
     fit(tmp_path, 1)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert set(saved["state_dict"]) == ADAPTER | BUFFERS
+    assert set(saved["state_dict"]) == ADAPTER | BUFFERS | {NOTE}
     fit(tmp_path / "full", 1, oft={"save_adapter_only": False})
     full = torch.load(tmp_path / "full" / "last.ckpt", weights_only=True)
     assert set(full["state_dict"]) == ADAPTER | BUFFERS | set(Small().state_dict())
@@ -79,7 +79,7 @@ def test_weights_only_checkpoints_are_adapter_only_too(tmp_path: Path) -> None:
     run, model = fit(tmp_path, 1, oft={"merge_on_fit_end": False})
     run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     saved = torch.load(tmp_path / "weights.ckpt", weights_only=True)
-    assert set(saved["state_dict"]) == ADAPTER | BUFFERS
+    assert set(saved["state_dict"]) == ADAPTER | BUFFERS | {NOTE}
     assert "optimizer_states" not in saved
     expected = run.validate(model, loader(False), verbose=False)
     fresh = Small()
@@ -149,6 +149,9 @@ def test_another_base_is_refused_before_anything_is_loaded(tmp_path: Path) -> No
         fit(tmp_path, 2, str(tmp_path / "last.ckpt"), model=other)
     after = state(other)
     assert all(torch.equal(after[name], value) for name, value in before.items())
+    load_adapter(other, tmp_path / "last.ckpt", ignore_mismatched_base=True)
+    trained = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(state(other)[name], trained[name]) for name in ADAPTER)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from lightning_oft import OFTConfig, inject, load_adapter, merge, oft_layers, save_adapter, set_adapter, unload, unmerge
+from lightning_oft import (
+    OFTConfig,
+    inject,
+    load_adapter,
+    merge,
+    oft_layers,
+    project,
+    save_adapter,
+    set_adapter,
+    unload,
+    unmerge,
+)
 from lightning_oft.formats import AdapterFileError, read_adapter
 from lightning_oft.formats.peft import to_json
 from lightning_oft.model.adapter_state import take
@@ -161,6 +172,28 @@ def test_the_configuration_returns_as_it_was_given(options: dict[str, Any], tmp_
     assert read_adapter(tmp_path).config == given
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"coft": True, "eps": 1e-3, "coft_radius": "peft"},
+        {"coft": True, "eps": 1e-3, "coft_radius": "peft", "use_cayley_neumann": False},
+        {"coft": True, "eps": 1e-3},
+        {"max_angle": 5.0},
+    ],
+    ids=str,
+)
+def test_a_file_is_what_memory_was_also_before_a_projection(options: dict[str, Any], tmp_path: Path) -> None:
+    model, again = _net(), _net()
+    inject(model, OFTConfig(oft_block_size=4, series_guard="warn", **options))
+    randomize(model)
+    save_adapter(model, tmp_path)
+    load_adapter(again, tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    for one in (model, again):
+        project(one)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 class Task(nn.Module):
     """A transformers model inside another module, beside a head of its own."""
 
@@ -296,7 +329,7 @@ def test_a_merged_model_loads_nothing(tmp_path: Path) -> None:
     load_adapter(model, tmp_path)
 
 
-def test_another_base_is_named_and_not_refused(tmp_path: Path) -> None:
+def test_another_base_is_named_and_refused_unless_one_insists(tmp_path: Path) -> None:
     model = _net()
     inject(model, OFTConfig(oft_block_size=4))
     randomize(model)
@@ -306,8 +339,9 @@ def test_another_base_is_named_and_not_refused(tmp_path: Path) -> None:
     again = _net()
     again.body[2].weight.data.add_(1)
     assert other_bases(walk(again), fingerprints) == ["body.2"]
-    with pytest.warns(UserWarning, match=r"was trained on another base, body\.2 differ"):
+    with pytest.raises(AdapterFileError, match=r"was trained on another base, body\.2 differ"):
         load_adapter(again, tmp_path)
+    load_adapter(again, tmp_path, ignore_mismatched_base=True)
     assert other_bases(walk(again), fingerprints) == ["body.2"]
     assert other_bases(walk(_net().bfloat16()), fingerprints) == []
 

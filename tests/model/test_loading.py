@@ -12,7 +12,7 @@ from layer_cases import randomize
 from norm_net import batch, flags, net, same, snapshot, train
 from torch import Tensor, nn
 
-from lightning_oft import AdapterState, OFTConfig, inject, merge, set_adapter, unload
+from lightning_oft import AdapterState, OFTConfig, inject, merge, oft_layers, set_adapter, unload
 from lightning_oft.layers import rotations_of
 from lightning_oft.model import put, take
 
@@ -84,11 +84,17 @@ def test_put_below_another_name_leaves_the_first_one_alone() -> None:
     assert torch.equal(other(x), model(x))
 
 
-def test_another_base_is_named_in_a_warning() -> None:
+def test_another_base_is_refused_by_name_unless_one_insists() -> None:
     _, state = _trained()
     torch.manual_seed(1)
-    with pytest.warns(UserWarning, match="was trained on another base, conv, fc differ"):
-        put(net(), state)
+    other = net()
+    with pytest.raises(
+        ValueError, match=r"was trained on another base, conv, fc differ; .* ignore_mismatched_base=True"
+    ):
+        put(other, state)
+    assert not oft_layers(other)
+    put(other, state, ignore_mismatched_base=True)
+    assert list(oft_layers(other)) == ["conv", "fc"]
 
 
 def _with(state: AdapterState, **saved: Tensor) -> AdapterState:

@@ -6,6 +6,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -89,11 +90,14 @@ def _peft_found(name: str, **options: Any) -> list[str]:
         ("llama", {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0], "layers_pattern": "layers"}),
         ("llama", {"target_modules": r".*\.(0|1)\.self_attn\.[qv]_proj"}),
         ("llama", {"target_modules": "all-linear", "modules_to_save": ["mlp"]}),
+        ("llama", {"target_modules": None, "layers_to_transform": [1]}),
         ("bert", {"target_modules": None}),
+        ("bert", {"target_modules": None, "layers_to_transform": 0, "layers_pattern": "layer"}),
         ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
         ("bert", {"target_modules": ["dense"], "layers_to_transform": [1], "layers_pattern": ["h", "layer"]}),
         ("vit", {"target_modules": "all-linear", "modules_to_save": ["classifier"]}),
         ("t5", {"target_modules": None}),
+        ("t5", {"target_modules": None, "layers_to_transform": [1], "layers_pattern": ["block", "layers"]}),
         ("t5", {"target_modules": ["q", "wo"], "layers_to_transform": 0, "layers_pattern": "block"}),
     ],
 )
@@ -103,6 +107,19 @@ def test_selects_what_peft_selects(name: str, options: dict[str, Any]) -> None:
     if options.get("task_type") == "SEQ_CLS":  # peft adapts `classifier` and then swaps it: we leave it out
         theirs = [key for key in theirs if not key.startswith("classifier")]
     assert _found(_model(name), **options) == theirs
+
+
+def test_layer_numbers_beside_a_choice_that_is_a_pattern_are_refused_and_the_remedy_selects() -> None:
+    model = nn.Module()
+    model.config, model.language_model = SimpleNamespace(model_type="gemma4"), nn.ModuleDict()
+    model.language_model["layers"] = nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(4, 4)}) for _ in range(2)])
+    outer = nn.ModuleDict({"model": model})
+    with pytest.raises(
+        ValueError, match=r"layers_to_transform=\[1\]: the architecture's own choice is a pattern, '.*lang"
+    ):
+        _found(outer, target_modules=None, layers_to_transform=[1])
+    pattern = r".*language_model\..*\.1\.(q_proj|v_proj)"
+    assert _found(outer, target_modules=pattern) == ["model.language_model.layers.1.q_proj"]
 
 
 def test_gpt2_has_conv1d_layers_which_peft_refuses() -> None:
