@@ -4,23 +4,28 @@ import dataclasses
 import difflib
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_oft.codecs import is_sharded, parameter_of
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.rotation import Rotation
-from lightning_oft.layers.state import rotations_of
+from lightning_oft.layers.state import rotations_of, state_of
+from lightning_oft.model.folding import packed_layers
 from lightning_oft.model.freezing import is_frozen_norm
 from lightning_oft.model.traversal import Modules, adapted, class_names, joined, some, walk
 
 _AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
 """Names of the callbacks that copy the model."""
 _CHOICES = {"keep_base": ("auto", "always", "never"), "export_from": ("last", "best")}
-_SWITCHES = ("enabled", "merge_on_fit_end", "save_adapter_only")
+_SWITCHES = ("enabled", "ignore_mismatched_base", "merge_on_fit_end", "save_adapter_only")
 _PATHS = ("pretrained_adapter", "export_dir")
+_SPARSE = 0.2
+"""Share of zeros from which on a weight is taken for a pruned one; pretrained weights have next to none."""
 
 
 def check_arguments(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -50,30 +55,75 @@ def submodule(modules: Modules, path: str | None) -> nn.Module:
 
 
 def check_callbacks(trainer: Any, callback: Any, stage: str) -> None:
-    """Raise ValueError where a callback that copies the model stands before this one, where two callbacks would write
-    into one directory, or where the launcher would lose the adapter."""
+    """Raise ValueError where a callback that copies the model stands before this one, where two callbacks are alike or
+    would write into one directory, or where the launcher would lose the adapter."""
     for other in trainer.callbacks[: trainer.callbacks.index(callback) if callback in trainer.callbacks else None]:
         if class_names(other) & _AVERAGES:
             raise ValueError(
                 f"{type(other).__name__} stands before OFTFinetuning in Trainer(callbacks=...) and would average a "
                 "model without rotations: put OFTFinetuning first"
             )
+    twins = [other for other in trainer.callbacks if isinstance(other, type(callback)) and other.enabled]
+    if sum(other.state_key == callback.state_key for other in twins) > 1:
+        raise ValueError(
+            f"two OFTFinetuning callbacks have module={callback.module!r} and adapter_name={callback.adapter_name!r}: "
+            "leave one out, or give it an adapter_name of its own"
+        )
     if stage != "fit":
         return
-    others = [other for other in trainer.callbacks if isinstance(other, type(callback)) and other.enabled]
-    places = [os.path.realpath(other.export_dir) for other in others if other.export_dir is not None]
+    places = [os.path.realpath(other.export_dir) for other in twins if other.export_dir is not None]
     if callback.export_dir is not None and places.count(os.path.realpath(callback.export_dir)) > 1:
         raise ValueError(
             f"two OFTFinetuning callbacks have export_dir={callback.export_dir!r}, and the second would replace what "
             "the first writes: give each a directory of its own"
         )
+    if not callback.merge_on_fit_end:
+        _check_launcher(trainer, "OFTFinetuning(merge_on_fit_end=False)", "leave merge_on_fit_end=True, or ")
+
+
+def _check_launcher(trainer: Any, what: str, remedy: str = "") -> None:
     # Lightning loads the first process's state dict into the main process's model, and passes over what that one lacks.
-    if "_MultiProcessingLauncher" in class_names(trainer.strategy.launcher) and not callback.merge_on_fit_end:
+    if "_MultiProcessingLauncher" in class_names(trainer.strategy.launcher):
         raise ValueError(
-            "OFTFinetuning(merge_on_fit_end=False): processes that are spawned or forked (ddp_spawn, ddp_notebook) "
-            "bring home weights and not the adapter, which would be lost: leave merge_on_fit_end=True, or use "
-            "strategy='ddp'"
+            f"{what}: processes that are spawned or forked (ddp_spawn, ddp_notebook) bring home weights and not the "
+            f"adapter, which would be lost: {remedy}use strategy='ddp'"
         )
+
+
+def can_merge(trainer: Any, callback: Any, modules: Modules) -> bool:
+    """Whether the fit ends with a merge; warns where it was to and the weights are quantized or packed, or pruned."""
+    packed = packed_layers(modules)
+    if packed and (callback.merge_on_fit_end or callback.export_dir is not None):
+        what = f"the weights of {some(packed)} are quantized or packed and cannot be merged"
+        _check_launcher(trainer, what)
+        alone = "" if callback.export_dir is None else ", and export_dir gets adapter/ alone"
+        warnings.warn(
+            f"{what}: the adapter stays beside them when the fit ends{alone}; load the base without quantization to merge"
+        )
+    merges = bool(callback.merge_on_fit_end) and not packed
+    if merges:
+        warn_of_sparse(modules)
+    return merges
+
+
+def check_given(given: set[str], mine: OFTConfig, theirs: OFTConfig) -> None:
+    """Raise ValueError for fields that were given beside a pretrained_adapter, whose file decides, and are not its."""
+    ours, files, default = (dataclasses.asdict(config) for config in (mine, theirs, OFTConfig()))
+    is_whole = given >= files.keys()  # a command line gives every field: what is not the default was meant
+    other = {
+        name: f"{name}={ours[name]!r} (the file has {files[name]!r})"
+        for name in sorted(given)
+        if _in_order(ours[name]) != _in_order(files[name]) and not (is_whole and ours[name] == default[name])
+    }
+    if other:
+        raise ValueError(
+            f"{', '.join(other.values())}: the file of pretrained_adapter decides how layers are adapted: leave "
+            f"{' and '.join(other)} out"
+        )
+
+
+def _in_order(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
 
 
 def check_layers(injected: list[str], present: list[str]) -> None:
@@ -99,24 +149,13 @@ def trainable_rotations(modules: Modules, adapter_name: str) -> dict[str, Rotati
     }
 
 
-def check_optimizers(optimized: Iterable[Tensor], rotations: Mapping[str, Rotation]) -> None:
-    """Raise RuntimeError where a rotation is not among what optimizers hold: a list of parameters was taken before
-    injection, and the rotation would never train."""
-    ids = {id(tensor) for tensor in optimized}
-    idle = [name for name, rotation in rotations.items() if id(rotation.weight) not in ids]
-    if idle:
-        raise RuntimeError(
-            f"the rotations of {some(idle)} are in no optimizer and would never train: build the optimizer in "
-            "configure_optimizers from self.parameters(), not from a list made before the Trainer ran"
-        )
-
-
 def check_gradients(idle: list[str]) -> None:
     """Raise RuntimeError where rotations got no gradient from the backward that preceded the first step."""
     if idle:
         raise RuntimeError(
-            f"the rotations of {some(idle)} got no gradient: their layers are not called through their forward, or "
-            "their output does not reach the loss; add them to exclude_modules"
+            f"the rotations of {some(idle)} got no gradient: where a target network or an average runs without one, "
+            "call requires_grad_(False) on it in configure_optimizers; where a layer is not called or does not reach "
+            "the loss, add it to exclude_modules"
         )
 
 
@@ -148,3 +187,44 @@ def _exact_average(average: Callable[..., Tensor], mine: Tensor, theirs: Tensor,
     """torch's exponential average of two equal numbers, d x + (1 - d) x, rounds: the frozen base drifted by 3e-8 in 32
     steps, other than after a resume, which starts from the base itself (measured)."""
     return torch.where(mine == theirs, theirs, average(mine, theirs, count))
+
+
+def check_pruning(trainer: Any, pl_module: nn.Module) -> None:
+    """Raise ValueError where Lightning's ModelPruning would prune rotations, all zero at first, or the weights that
+    they turn, whose zeros a merge fills."""
+    names = {id(module): name for name, module in pl_module.named_modules()}
+    for callback in trainer.callbacks:
+        if "ModelPruning" not in class_names(callback):
+            continue
+        listed = [module for module, _ in callback._parameters_to_prune or ()]
+        turned = [one for one in listed if isinstance(one, Rotation) or state_of(one) is not None]
+        if turned:
+            what = some(dict.fromkeys(names[id(one)] for one in turned))
+            raise ValueError(
+                f"ModelPruning would prune rotations and the weights they turn ({what}), whose zeros a merge "
+                "fills: give it other parameters_to_prune, or prune the merged model in a fit of its own"
+            )
+
+
+def warn_of_sparse(modules: Modules) -> None:
+    """Warn where a merge would fill the zeros of weights that were pruned before."""
+    sparse = [
+        name
+        for name, layer, state in adapted(modules)
+        for part in state.layer_type.rotated_weights(layer).values()
+        if (weight := parameter_of(layer, part.parameter)) is not None
+        and not (weight.is_meta or is_sharded(weight))
+        and _is_sparse(state.layer_type.to_matrix(layer, weight.detach()))
+    ]
+    if sparse:
+        warnings.warn(
+            f"the weights of {some(sparse)} are sparse, and the merge will fill their zeros: set merge_on_fit_end=False, "
+            "which keeps the rotations beside them, or prune the merged model again"
+        )
+
+
+def _is_sparse(matrix_oi: Tensor) -> bool:
+    """Whether rows have zeros among their entries. Rows that are zero altogether stay it, however they are turned."""
+    rows = matrix_oi[:: max(1, len(matrix_oi) // 64)]
+    rows = rows[rows.any(1)]
+    return len(rows) > 0 and float((rows == 0).to(torch.float32).mean()) > _SPARSE

@@ -15,46 +15,91 @@ from lightning_oft.callback.strategies.base import StrategyAdapter
 from lightning_oft.codecs import cut_like, local_part
 from lightning_oft.formats.checkpoint import frozen_names
 from lightning_oft.formats.checkpoint_file import CheckpointError, read
+from lightning_oft.formats.errors import first_line
 from lightning_oft.formats.peft import write_peft
-from lightning_oft.formats.pretrained import check_replaceable, root_of, write_pretrained
+from lightning_oft.formats.pretrained import check_replaceable, roots_of, save_config, write_pretrained
 from lightning_oft.model.adapter_state import take
+from lightning_oft.model.folding import packed_layers
 from lightning_oft.model.merging import merge, unmerge
-from lightning_oft.model.traversal import walk
+from lightning_oft.model.traversal import some, walk
 
 
 class Exporter:
-    """Writes `adapter/` and `merged/` when a fit ends; every process takes part, rank zero writes. Raises OSError on
-    every process, before the fit begins, where they could not be written."""
+    """Writes `adapter/` and `merged/` when a fit ends; every process takes part, rank zero writes. Raises OSError or
+    ValueError on every process, before the fit begins, where they could not be written.
 
-    def __init__(self, callback: Any, strategy: StrategyAdapter, pl_module: nn.Module) -> None:
+    `merged/` is left out where the weights take no merge. Where adapters turn several library models, such as the parts
+    of a pipeline, it has a directory for each, by its name in the module.
+    """
+
+    def __init__(self, callback: Any, strategy: StrategyAdapter, pl_module: nn.Module, merges: bool) -> None:
         self._callback, self._strategy, self._trainer = callback, strategy, strategy.trainer
         self._pl_module, self._root = pl_module, submodule(walk(pl_module), callback.module)
-        problem = _problem_with(Path(callback.export_dir)) if self._trainer.is_global_zero else None
+        self._merges, self._can_merge = merges, merges or not packed_layers(walk(self._root))
+        self._places = roots_of(self._root) if self._can_merge else {}
+        keepers = self._trainer.checkpoint_callbacks
+        if callback.export_from == "best" and not any(getattr(one, "save_top_k", 0) for one in keepers):
+            raise ValueError(
+                "export_from='best': no ModelCheckpoint keeps a best file: give Trainer(callbacks=...) one with a "
+                "monitor, or set export_from='last'"
+            )
+        self._companions: list[Any] = []
+        problem = self._problem() if self._trainer.is_global_zero else None
         if problem := self._trainer.strategy.broadcast(problem):
             raise OSError(problem)
+
+    def _problem(self) -> str | None:
+        """Why results cannot be written. A directory that holds something else than a model stays as it is."""
+        directory = Path(self._callback.export_dir)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for name in self._places:
+                check_replaceable(directory / "merged" / name)
+            if (directory / "adapter").is_file():
+                what = "is a file where a directory is wanted"
+                raise FileExistsError(f"{directory}/adapter: {what}: give another directory")
+            with tempfile.TemporaryDirectory(dir=directory) as scratch:
+                return self._try_companions(Path(scratch))
+        except OSError as error:  # ours say all by themselves, and have no number
+            said = f"export_dir={str(directory)!r}: cannot be written ({error.strerror}): give another directory"
+            return str(error) if error.errno is None else said
+
+    def _try_companions(self, scratch: Path) -> str | None:
+        """What stands beside the weights is saved once before the fit: the weights of hours must not fail with it."""
+        try:
+            what = "the processors"
+            if self._places:
+                owners = (self._pl_module, getattr(self._trainer, "datamodule", None))
+                self._companions = [one for owner in owners for one in _companions(owner)]
+            for companion in self._companions:
+                what = type(companion).__name__
+                companion.save_pretrained(scratch)
+            for root in self._places.values():
+                what = f"the configuration of {type(root).__name__}"
+                save_config(root, scratch)
+        except Exception as error:
+            reason = first_line(error)
+            return f"export_dir: {what} cannot be saved beside the merged model ({reason}): mend it, or set it to None"
+        return None
 
     @contextlib.contextmanager
     def exporting(self) -> Iterator[dict[str, str]]:
         """Write `adapter/`, and at the end of this context, within which the fit merges, `merged/`; or at once, where
         `merged/` is another state than the fit ends with. Gives where each was written."""
         written = {"adapter": str(Path(self._callback.export_dir) / "adapter")}
-        wants_best = self._callback.export_from == "best"
-        best = getattr(self._trainer.checkpoint_callback, "best_model_path", "") if wants_best else ""
-        if wants_best and not best:
-            warnings.warn(
-                "export_from='best': no ModelCheckpoint has a best file (give it a monitor): the last state is exported"
-            )
-        follows = self._callback.merge_on_fit_end and not best
-        with self._strategy.whole(), _state_of_checkpoint(self._pl_module, best):
-            state = take(self._root, self._callback.adapter_name)
-            if self._trainer.is_global_zero:
-                write_peft(state, written["adapter"])
-            if not follows:
-                merge(self._root, keep_base="always", device=self._strategy.merge_device())
-                try:
-                    self._write_merged(written)
-                finally:
-                    unmerge(self._root)
+        with self._strategy.whole():
+            best = self._best() if self._callback.export_from == "best" else {}
+            follows = self._merges and not best
+            with _with_tensors(self._pl_module, best):
+                state = take(self._root, self._callback.adapter_name)
+                if self._trainer.is_global_zero:
+                    write_peft(state, written["adapter"])
+                if self._can_merge and not follows:
+                    merge(self._root, keep_base="always", device=self._strategy.merge_device())
+                    try:
+                        self._write_merged(written)
+                    finally:
+                        unmerge(self._root)
         self._trainer.strategy.barrier("export")
         yield written
         if follows:
@@ -64,25 +109,28 @@ class Exporter:
 
     def _write_merged(self, written: dict[str, str]) -> None:
         written["merged model"] = str(Path(self._callback.export_dir) / "merged")
-        state = self._strategy.whole_state(root_of(self._root))
-        if self._trainer.is_global_zero:
-            companions = _companions(self._pl_module) + _companions(getattr(self._trainer, "datamodule", None))
-            write_pretrained(self._root, written["merged model"], companions, state)
+        for name, root in self._places.items():
+            state = self._strategy.whole_state(root)
+            if self._trainer.is_global_zero:
+                write_pretrained(root, Path(written["merged model"], name), self._companions, state)
 
-
-def _problem_with(directory: Path) -> str | None:
-    """Why results cannot be written into a directory. One that holds something else than a model stays as it is."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-        check_replaceable(directory / "merged")
-        if (directory / "adapter").is_file():
-            raise FileExistsError(f"{directory}/adapter: is a file where a directory is wanted: give another directory")
-    except OSError as error:  # ours say all by themselves, and have no number
-        said = f"export_dir={str(directory)!r}: cannot be written ({error.strerror}): give another directory"
-        return str(error) if error.errno is None else said
-    return None
+    def _best(self) -> dict[str, Tensor]:
+        """What trained, as it is in the best checkpoint; nothing, and a warning, where the last state must do."""
+        path = getattr(self._trainer.checkpoint_callback, "best_model_path", "")
+        frozen = frozen_names(self._pl_module, walk(self._pl_module))
+        names = [name for name in self._pl_module.state_dict() if name not in frozen]
+        problem, theirs = "" if path else "no ModelCheckpoint has a best file", {}
+        if path:
+            try:
+                theirs = read(path)["state_dict"]
+                lacking = [name for name in names if name not in theirs]
+                problem = f"{path} lacks {some(lacking)}, which this run trained" if lacking else ""
+            except (OSError, CheckpointError) as error:
+                problem = str(error)
+        if self._trainer.strategy.reduce_boolean_decision(not problem, all=True):
+            return {name: theirs[name] for name in names}
+        warnings.warn(f"export_from='best': {problem or 'another process cannot read it'}: the last state is exported")
+        return {}
 
 
 def _companions(owner: Any) -> list[Any]:
@@ -93,18 +141,10 @@ def _companions(owner: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _state_of_checkpoint(pl_module: nn.Module, path: str) -> Iterator[None]:
-    """Within this context the model has the trained tensors of a checkpoint, if one is given; its own return after it.
-    By name and not as an AdapterState: another callback may have merged its part of the model already."""
-    if not path:
-        yield
-        return
-    theirs, frozen = read(path)["state_dict"], frozen_names(pl_module, walk(pl_module))
-    mine = {name: tensor for name, tensor in pl_module.state_dict().items() if name not in frozen}
-    if missing := next((name for name in mine if name not in theirs), None):
-        raise CheckpointError(
-            f"{path}: lacks {missing}, which this run trained; nothing was exported: set export_from='last'"
-        )
+def _with_tensors(pl_module: nn.Module, theirs: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within this context the model has these tensors, if any are given; its own return after it. By name and not as an
+    AdapterState: another callback may have merged its part of the model already."""
+    mine = {name: tensor for name, tensor in pl_module.state_dict().items() if name in theirs} if theirs else {}
     last = {name: tensor.detach().clone() for name, tensor in mine.items()}
     try:
         _copy(mine, theirs)

@@ -13,12 +13,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from typing_extensions import override
 
-from lightning_oft.callback import checkpoint_hooks, checks, report
+from lightning_oft.callback import checkpoint_hooks, checks, optimizers, report
 from lightning_oft.callback.run import Run
 from lightning_oft.callback.strategies.base import strategy_adapter
 from lightning_oft.codecs import reshard
 from lightning_oft.config import OFTConfig
-from lightning_oft.model import fingerprint, freezing, injection, merging, plan, targets
+from lightning_oft.model import activation, fingerprint, freezing, injection, merging, plan, targets
 from lightning_oft.model.traversal import Modules, adapted, adapter_names, merged_layers, walk
 
 
@@ -40,6 +40,7 @@ class OFTFinetuning(Callback):
         adapter_name: name of this set of rotations.
         pretrained_adapter: directory of an adapter (this library's or PEFT's) to start from; its file decides which
             layers are adapted and how.
+        ignore_mismatched_base: accept a pretrained_adapter of another base.
         merge_on_fit_end: fold the rotations into the weights when the fit ends.
         keep_base: keep a CPU copy of the adapted weights to take the merge back to the bit: "auto" up to 8 GiB a
             process, "always" or "never".
@@ -59,6 +60,7 @@ class OFTFinetuning(Callback):
         module: str | None = None,
         adapter_name: str = "default",
         pretrained_adapter: str | None = None,
+        ignore_mismatched_base: bool = False,
         merge_on_fit_end: bool = True,
         keep_base: Literal["auto", "always", "never"] = "auto",
         save_adapter_only: bool = True,
@@ -71,13 +73,14 @@ class OFTFinetuning(Callback):
         self.module = module
         self.adapter_name = adapter_name
         self.pretrained_adapter = pretrained_adapter
+        self.ignore_mismatched_base = ignore_mismatched_base
         self.merge_on_fit_end = merge_on_fit_end
         self.keep_base = keep_base
         self.save_adapter_only = save_adapter_only
         self.export_dir = export_dir
         self.export_from = export_from
         checks.check_arguments(config, vars(self))
-        self.config = OFTConfig(**config)
+        self.config, self._given = OFTConfig(**config), set(config)
         self._run: Run | None = None
 
     @property
@@ -90,11 +93,13 @@ class OFTFinetuning(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when a run begins: takes an earlier merge back, and injects where the model is already built."""
         if not self.enabled:
+            checkpoint_hooks.refuse_adapters(pl_module)
             return
         self._forget_run()  # one that failed, and whose other callbacks failed at that
         checks.check_callbacks(trainer, self, stage)
         modules = walk(pl_module)
-        run = self._run = Run(strategy_adapter(trainer), not adapter_names(modules), list(merged_layers(modules)))
+        run = self._run = Run(strategy_adapter(trainer), adapter_names(modules), list(merged_layers(modules)))
+        run.keeps_adapter = not run.strategy.can_unload
         run.strategy.prepare(pl_module, checkpoint_hooks.writes_adapter_only(trainer), run.undo)
         if run.was_merged:
             merging.unmerge(pl_module)
@@ -109,6 +114,7 @@ class OFTFinetuning(Callback):
         since, and nothing else: what another callback's setup has frozen or unfrozen is as this one left it."""
         run, everything = self._run, walk(pl_module)
         assert run is not None
+        run.modes = {module: freezing.asked_mode(module) for module in everything.values()} | run.modes
         for parameter in run.trainable:
             parameter.requires_grad_(True)
         run.trainable = []
@@ -121,9 +127,11 @@ class OFTFinetuning(Callback):
         elif self.adapter_name not in adapter_names(modules) and (
             built or targets.find_targets(modules, self.config, strict=False)
         ):
-            from lightning_oft.formats import load_adapter
+            from lightning_oft.formats import load_adapter, read_adapter
 
-            load_adapter(root, self.pretrained_adapter, self.adapter_name)
+            theirs = read_adapter(self.pretrained_adapter, self.adapter_name, or_only=True).config
+            checks.check_given(self._given, self.config, theirs)
+            load_adapter(root, self.pretrained_adapter, self.adapter_name, self.ignore_mismatched_base)
         run.strategy.after_inject(root)
         run.layers = self._layers(modules)
         freezing.freeze(everything)
@@ -135,21 +143,26 @@ class OFTFinetuning(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when the fit begins: the model is built, restored and wrapped, the optimizers exist."""
+        """Called when the fit begins: the model is built, restored and wrapped, the optimizers exist. Whatever could
+        make its end fail is asked here."""
         if (run := self._run) is None:
             return
         modules = walk(checks.submodule(walk(pl_module), self.module))
         checks.check_layers(run.layers, self._layers(modules))
         rotations = checks.trainable_rotations(modules, self.adapter_name)
-        checks.check_optimizers(run.strategy.optimized(), rotations)
+        optimizers.check_rotations(run.strategy.optimized(), rotations, pl_module)
+        checkpoint_hooks.retrain(pl_module, run.unfrozen)
+        optimizers.check_frozen(trainer.optimizers, pl_module, self.module)
+        checks.check_pruning(trainer, pl_module)
+        run.merges = checks.can_merge(trainer, self, modules)
         run.steps = run.strategy.watch_steps(rotations, run.undo)
         if self.export_dir is not None:
             from lightning_oft.callback.export import Exporter
 
-            run.exporter = Exporter(self, run.strategy, pl_module)
+            run.exporter = Exporter(self, run.strategy, pl_module, run.merges)
         checks.check_averages(trainer, pl_module)
-        checkpoint_hooks.retrain(pl_module, run.unfrozen)
         report.report_start(self.adapter_name, len(run.layers), rotations, pl_module)
+        optimizers.report(trainer.optimizers, rotations, pl_module)
         for logger in trainer.loggers:
             logger.log_hyperparams({"oft": dataclasses.asdict(self.config)})
 
@@ -157,7 +170,7 @@ class OFTFinetuning(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before each batch: from the first on, what is trained is kept, however the fit ends."""
         if self._run is not None:
-            self._run.has_begun = True
+            self._run.has_begun = self._run.keeps_adapter = True
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -170,12 +183,13 @@ class OFTFinetuning(Callback):
         """Called when the fit has ended, after all checkpoints and averages: exports and merges."""
         if (run := self._run) is None:
             return
+        run.keeps_adapter = True
         run.undo.close()
         reshard(pl_module.modules())
         root = checks.submodule(walk(pl_module), self.module)
         with run.exporter.exporting() if run.exporter is not None else contextlib.nullcontext({}) as written:
             waiting = [name for name, _, state in adapted(walk(root)) if state.merged is None]
-            if self.merge_on_fit_end and waiting:  # another callback may have merged all of it already
+            if run.merges and waiting:  # another callback may have merged all of it already
                 self._merge(run, pl_module, root, waiting)
         report.report_end(self.adapter_name, walk(root), written)
 
@@ -186,6 +200,7 @@ class OFTFinetuning(Callback):
             return
         from lightning_oft.formats.checkpoint import ENTRY
 
+        self._run.keeps_adapter |= activation.has_learned(walk(pl_module))
         entry = checkpoint.get(ENTRY, {})
         if "state_dict" in checkpoint and not entry.get("adapter_only"):  # FSDP takes it out, and loads no other base
             fingerprint.refresh_fingerprints(walk(pl_module))
@@ -198,26 +213,37 @@ class OFTFinetuning(Callback):
         """Called when a run fails or is interrupted: nothing stays registered, and a fit that has begun merges nothing.
         What failed before that leaves the model as it was, without rotations or merged."""
         if (run := self._run) is not None:
-            begun = trainer.state.fn == "fit" and run.has_begun
+            begun = run.keeps_adapter = trainer.state.fn == "fit" and run.has_begun
             if begun or trainer.world_size > 1:  # a process that failed alone must not wait for others
                 run.was_merged = []
-            if run.was_plain and not begun:
-                with contextlib.suppress(RuntimeError):  # inside disable_adapters, which is about to be left
-                    injection.unload(pl_module)
-                for hook in ("on_save_checkpoint", "on_load_checkpoint"):
-                    pl_module.__dict__.pop(hook, None)
         self.teardown(trainer, pl_module, "")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called when a run ends: a merge that setup took back is made again."""
+        """Called when a run ends: a merge that setup took back is made again, and what trained and loaded nothing
+        leaves the model as it found it."""
         checkpoint_hooks.remove_configure_model(pl_module)
         if (run := self._run) is None:
+            if not self.enabled:
+                checkpoint_hooks.allow_adapters(pl_module)
             return
         self._forget_run()
+        freezing.ask_norms(walk(pl_module), run.modes)
+        if not run.keeps_adapter:
+            self._take_out(run, pl_module)
         modules = walk(pl_module)
         if run.was_merged and adapter_names(modules) and not merged_layers(modules):
             self._merge(run, pl_module, pl_module, run.was_merged)
+
+    def _take_out(self, run: Run, pl_module: nn.Module) -> None:
+        """Take out what the run has put in, and nothing that was there before."""
+        modules = walk(pl_module)
+        with contextlib.suppress(RuntimeError):  # inside disable_adapters, which is about to be left
+            if not run.found:
+                injection.unload(pl_module)
+                checkpoint_hooks.remove_checkpoint_hooks(pl_module)
+            elif self.adapter_name in set(adapter_names(modules)) - set(run.found):
+                injection.delete_adapter(pl_module, self.adapter_name)
 
     def _forget_run(self) -> None:
         if self._run is not None:
@@ -226,6 +252,7 @@ class OFTFinetuning(Callback):
 
     def _merge(self, run: Run, pl_module: nn.Module, root: nn.Module, only: list[str]) -> None:
         """Merge layers of a part; once all parts are merged, the model trains like any other."""
+        freezing.ask_norms(walk(pl_module), run.modes)
         run.strategy.merge(root, self.keep_base, only)
         modules = walk(pl_module)
         if all(state.merged is not None for _, _, state in adapted(modules)):

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_oft import functional
 from lightning_oft.layers.rotation import Rotation
-from lightning_oft.model.traversal import Modules, adapted, merged_layers, some
+from lightning_oft.model.traversal import Modules, adapted, counted, merged_layers, some
 
 
 def report_start(adapter_name: str, layers: int, rotations: Mapping[str, Rotation], pl_module: nn.Module) -> None:
@@ -22,7 +22,7 @@ def report_start(adapter_name: str, layers: int, rotations: Mapping[str, Rotatio
     angles = {name: functional.largest_angle(radius) for name, radius in radii.items()}
     limit = f"; the constraint allows rotations up to {max(angles.values()):.3g} degrees" if angles else ""
     rank_zero_info(
-        f"OFT adapter {adapter_name!r}: {layers} layers, {trainable:,} of {total:,} parameters train "
+        f"OFT adapter {adapter_name!r}: {counted(layers, 'layer')}, {trainable:,} of {total:,} parameters train "
         f"({100 * trainable / max(total, 1):.2f}%), block size {blocks}{limit}"
     )
     if tight := [name for name, angle in angles.items() if angle < 1]:
@@ -43,6 +43,6 @@ def report_start(adapter_name: str, layers: int, rotations: Mapping[str, Rotatio
 def report_end(adapter_name: str, modules: Modules, written: Mapping[str, str]) -> None:
     """Log what became of the adapter, and where it was written."""
     layers = len(list(adapted(modules)))
-    how = f"merged into {layers} layers" if merged_layers(modules) else f"not merged, active beside {layers} layers"
+    how = f"{'merged into' if merged_layers(modules) else 'not merged, active beside'} {counted(layers, 'layer')}"
     places = "".join(f"; {what} written to {place}" for what, place in written.items())
     rank_zero_info(f"OFT adapter {adapter_name!r}: {how}{places}")

@@ -40,7 +40,14 @@ def configure(
     A schedule advances by `lr_interval`; "auto" is every step for OneCycleLR and CyclicLR, which count steps, and every
     epoch for all others.
     """
-    made = _made("optimizer", optimizer, parameter_groups(module))
+    groups = parameter_groups(module)
+    try:
+        made = _made("optimizer", optimizer, groups)
+    except ValueError:
+        if len(groups) == 1:
+            raise
+        # L-BFGS, for one, takes no groups, and decays nothing.
+        made = _made("optimizer", optimizer, [parameter for group in groups for parameter in group["params"]])
     if lr_scheduler is None:
         return made  # type: ignore[no-any-return]
     schedule = _made("lr_scheduler", lr_scheduler, made)

@@ -9,9 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from small import Small, loader, merged_layers, oft, trainer
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_oft import OFTConfig, OFTFinetuning, inject, merge, oft_layers, unload, unmerge
 from lightning_oft.callback.checks import check_callbacks
@@ -230,6 +231,65 @@ def test_a_spectral_norm_that_an_adapter_trains_goes_on(tmp_path: Path) -> None:
     model.train()
     model(torch.randn(4, 8))
     assert not torch.equal(model[1].weight_hh_l0_u, before)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, r"net\.0, net\.0\.oft_R\.default, net\.3, net\.3\.oft_R\.default"),
+        ({"parameters_to_prune": lambda net: [(net[3], "weight"), (net[6], "weight")]}, r"\(net\.3\)"),
+        ({"parameters_to_prune": lambda net: [(net[0], "bias")]}, r"\(net\.0\)"),
+    ],
+    ids=["all it finds", "one that turns", "a bias"],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_pruning_of_what_turns_is_refused_and_both_remedies_prune(
+    tmp_path: Path, options: dict[str, Any], named: str, first: bool
+) -> None:
+    model = Small()
+    net: Any = model.net
+    listed = {name: value(net) for name, value in options.items()}
+    callbacks: list[Any] = [oft(), ModelPruning("l1_unstructured", amount=0.5, **listed)]
+    if not first and not listed:
+        named = r"\(net\.0, net\.3\)"  # before the injection it has found no rotations
+    with pytest.raises(
+        ValueError, match=rf"ModelPruning would prune .*{named}.*other parameters_to_prune, or prune the"
+    ):
+        trainer(tmp_path, *callbacks[:: 1 if first else -1]).fit(model, loader())
+    assert not oft_layers(model)
+    head = ModelPruning("l1_unstructured", amount=0.5, parameters_to_prune=[(net[6], "weight")])
+    trainer(tmp_path, oft(), head).fit(model, loader())
+    assert float((net[6].weight == 0).float().mean()) == 0.5
+    everything = ModelPruning("l1_unstructured", amount=0.5, parameters_to_prune=[(net[0], "weight")])
+    trainer(tmp_path, everything).fit(model, loader())
+    assert float((net[0].weight == 0).float().mean()) == 0.5
+
+
+@pytest.mark.parametrize("kind", ["unstructured", "2 of 4", "columns"])
+def test_a_merge_that_fills_the_zeros_of_pruned_weights_is_said_and_the_remedy_keeps_them(
+    tmp_path: Path, kind: str
+) -> None:
+    model = Small()
+    net: Any = model.net
+    if kind == "unstructured":
+        prune.l1_unstructured(net[0], "weight", 0.5)
+        prune.remove(net[0], "weight")
+    else:
+        net[0].weight.data[:, :: 2 if kind == "2 of 4" else 4] = 0
+    with pytest.warns(
+        UserWarning, match=r"the weights of net\.0 are sparse, and the merge will fill their zeros: set mer"
+    ):
+        trainer(tmp_path, oft()).fit(model, loader())
+    unload(model)
+    assert float((net[0].weight == 0).float().mean()) < 0.2  # what a row has in one block alone stays zero
+    whole_rows = Small()
+    whole_rows.net[0].weight.data[::2] = 0  # type: ignore[index, operator, union-attr]
+    trainer(tmp_path, oft()).fit(whole_rows, loader())
+    assert float((whole_rows.net[0].weight == 0).float().mean()) == 0.5  # type: ignore[index, operator, union-attr]
+    model = Small()
+    model.net[0].weight.data[:, ::2] = 0  # type: ignore[index, operator, union-attr]
+    trainer(tmp_path, oft(merge_on_fit_end=False)).fit(model, loader())
+    assert float((model.net[0].weight == 0).float().mean()) == 0.5  # type: ignore[index, operator, union-attr]
 
 
 class DeepSpeedStrategy:

@@ -103,7 +103,7 @@ def test_a_second_fit_continues_from_the_first(tmp_path: Path) -> None:
 def test_start_and_end_say_what_happened_in_one_line_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         trainer(tmp_path, oft(max_angle=20.0)).fit(Small(), loader())
-    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("OFT")]
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("OFT adapter")]
     assert len(lines) == 2
     assert "2 layers" in lines[0]
     assert "block size 4" in lines[0]

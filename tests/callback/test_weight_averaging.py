@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_oft import load_from_checkpoint, merge, oft_layers
 from lightning_oft.callback.random_state import RandomState
+from lightning_oft.formats.checkpoint import NOTE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
@@ -86,7 +87,7 @@ def test_the_average_is_merged_resumed_and_tested(tmp_path: Path, kind: str) -> 
 def test_neither_the_average_nor_the_current_state_carries_the_base(tmp_path: Path, kind: str) -> None:
     fit(tmp_path, AVERAGES[kind](), 1)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert set(saved["state_dict"]) == set(saved["current_model_state"]) == ADAPTER | BUFFERS
+    assert set(saved["state_dict"]) - {NOTE} == set(saved["current_model_state"]) == ADAPTER | BUFFERS
     assert not torch.equal(saved["state_dict"]["net.6.weight"], saved["current_model_state"]["net.6.weight"])
 
 
@@ -172,7 +173,7 @@ def test_swa_resumes_and_its_checkpoint_is_an_adapter(tmp_path: Path, epoch: int
     straight = fit_swa(tmp_path)
     place = str(tmp_path / f"epoch={epoch}.ckpt")
     saved = torch.load(place, weights_only=True)
-    assert set(saved["state_dict"]) == ADAPTER
+    assert set(saved["state_dict"]) == ADAPTER | {NOTE}
     assert set(saved["callbacks"]["StochasticWeightAveraging"]["average_model_state"]) == ADAPTER
     assert difference(fit_swa(tmp_path / "resumed", place, 99), straight) == 0.0
 

@@ -19,6 +19,8 @@ class StrategyAdapter:
 
     adapter_only = True
     """Whether checkpoints can leave the base out."""
+    can_unload = True
+    """Whether a run that trained nothing can take its rotations out again."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer

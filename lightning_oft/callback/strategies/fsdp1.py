@@ -35,6 +35,7 @@ class FSDP1Adapter(StrategyAdapter):
     """FSDP1: rotations are units of their own through the wrap policy."""
 
     adapter_only = False
+    can_unload = False  # the next run finds the units of this one, and wraps no new ones
 
     @override
     def prepare(self, pl_module: Any, adapter_only: bool, undo: ExitStack) -> None:

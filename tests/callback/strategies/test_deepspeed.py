@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_oft import OFTConfig, inject
-from lightning_oft.callback import checks
+from lightning_oft.callback import checks, optimizers
 from lightning_oft.callback.strategies.deepspeed import DeepSpeedAdapter
 from lightning_oft.layers import Rotation
 from lightning_oft.model.traversal import walk
@@ -97,10 +97,10 @@ def test_a_rotation_without_gradient_is_refused_at_the_first_real_step(model: nn
 
 def test_rotations_are_looked_for_where_deepspeed_holds_them(model: nn.Sequential, engine: Engine) -> None:
     trainer, rotations = _trainer(engine, model), checks.trainable_rotations(walk(model), "default")
-    checks.check_optimizers(DeepSpeedAdapter(trainer).optimized(), rotations)
+    optimizers.check_rotations(DeepSpeedAdapter(trainer).optimized(), rotations, model)
     trainer.optimizers = [Optimizer([])]
     with pytest.raises(RuntimeError, match="the rotations of 0 are in no optimizer"):
-        checks.check_optimizers(DeepSpeedAdapter(trainer).optimized(), rotations)
+        optimizers.check_rotations(DeepSpeedAdapter(trainer).optimized(), rotations, model)
 
 
 def test_a_rotation_outside_its_ball_is_pulled_in_before_the_first_step(model: nn.Sequential, engine: Engine) -> None:
