@@ -1,13 +1,11 @@
 """`fit`, `validate`, `test`, `predict`: a LightningCLI application with a top-level `oft:` block."""
 
-import inspect
 import logging
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import set_parsing_settings
@@ -127,8 +125,10 @@ class Application(LightningCLI):
             merged, adapter = Path(export_dir, "merged"), Path(export_dir, "adapter")
             if (adapter / "adapter_config.json").is_file() and read_adapter(adapter).known_to_peft():
                 self._say(f'load the adapter with       PeftModel.from_pretrained(base_model, "{adapter}")')
-            if merged.is_dir() and (loader := loader_of(merged)):
-                self._say(f'load the merged model with  {loader}.from_pretrained("{merged}")')
+            places = [merged, *sorted(merged.glob("*/"))] if merged.is_dir() else []
+            for place, loader in ((place, loader_of(place)) for place in places):
+                if loader:
+                    self._say(f'load the merged model with  {loader}.from_pretrained("{place}")')
 
     def _scores(self) -> dict[str, float]:
         """Every metric of a test without its table and progress bar."""
@@ -169,10 +169,8 @@ def score_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
 def _optimizers(module: LightningModule, optimizer: dict[str, Any], lr_scheduler: dict[str, Any] | None) -> Any:
     """The optimizer and schedule of the configuration over the trainable parameters; rotations without weight decay."""
 
-    def make(groups: Iterable[Any]) -> Optimizer:
-        if "weight_decay" not in inspect.signature(resolve_name(optimizer["class_path"])).parameters:
-            groups = [p for group in groups for p in group["params"]]  # L-BFGS, for one, takes no groups
-        made: Optimizer = instantiate_class((groups,), optimizer)
+    def make(parameters: Iterable[Any]) -> Optimizer:
+        made: Optimizer = instantiate_class((parameters,), optimizer)
         return made
 
     schedule = partial(instantiate_class, init=lr_scheduler) if lr_scheduler else None

@@ -38,7 +38,9 @@ def a_name(text: str) -> str:
 def suggestion(word: str, candidates: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the candidates nearest to `word`, or an empty string where nothing is near."""
     candidates = set(candidates)
-    near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.85) or difflib.get_close_matches(word, candidates)
+    near = [one for one in candidates if one.lower() == word.lower()]
+    near = near or difflib.get_close_matches(word, candidates, n=1, cutoff=0.85)
+    near = near or difflib.get_close_matches(word, candidates)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 

@@ -9,12 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from lightning_oft.cli.errors import OneLineParser, UserError, a_name
-from lightning_oft.formats.adapters import FORMATS, read_adapter
+from lightning_oft.formats.adapters import FORMATS, check_name, read_adapter
+from lightning_oft.formats.peft import CONFIG_FILE
+from lightning_oft.model.traversal import counted
 
 
 def run(arguments: list[str]) -> int:
     """Read the adapter, write it, say what was written."""
     options = _parser().parse_args(arguments[1:])
+    _check_output(Path(options.output), options.overwrite)
+    check_name(options.checkpoint, options.adapter_name)
     state = read_adapter(options.checkpoint, options.adapter_name)
     if options.root is not None:
         try:  # the class at the root is another one, which no file names
@@ -22,10 +26,21 @@ def run(arguments: list[str]) -> int:
         except ValueError as error:
             raise UserError(f"export: --root {options.root}: {error}") from None
     FORMATS[options.format].write(state, Path(options.output))  # type: ignore[misc]
-    print(f"{options.output}: adapter {state.name!r}, rotations of {len(state.layers)} layers")
+    print(f"{options.output}: adapter {state.name!r}, rotations of {counted(len(state.layers), 'layer')}")
     if options.format == "peft" and state.known_to_peft():
         print(f'load it with  PeftModel.from_pretrained(base_model, "{options.output}")')
     return 0
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Raise UserError where something is there already: an adapter is replaced when asked for, and nothing else ever."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / CONFIG_FILE).is_file():
+        what = "holds something else than an adapter" if output.is_dir() else "is a file"
+        raise UserError(f"export: {output} {what}: give another directory")
+    if not overwrite:
+        raise UserError(f"export: {output} holds an adapter already; --overwrite replaces it")
 
 
 def _parser() -> OneLineParser:
@@ -33,6 +48,7 @@ def _parser() -> OneLineParser:
     parser = OneLineParser("export", __doc__)
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a .ckpt file, or an adapter directory")
     parser.add_argument("--output", required=True, metavar="DIR", type=a_name, help="where to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the adapter in the output directory")
     parser.add_argument("--format", default="peft", choices=written, help="the format to write (default: peft)")
     parser.add_argument("--adapter-name", metavar="NAME", help="which adapter, where there are several")
     text = "the LightningModule's attribute that holds the model, such as `model`; the file says it where not given"

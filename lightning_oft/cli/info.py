@@ -65,7 +65,8 @@ def geometry(generator: Tensor, config: OFTConfig) -> tuple[float, float]:
 def lines(state: AdapterState, each_layer: bool = False) -> list[str]:
     """The description of one adapter, a line each; of its configuration what differs from the defaults."""
     base = (state.base.name_or_path if state.base is not None else None) or "not named"
-    prints = (f"fingerprint {value} of {layer}" for layer, value in state.fingerprints.items())
+    # The first by name: a directory and a checkpoint have them in two orders.
+    prints = (f"fingerprint {value} of {layer}" for layer, value in sorted(state.fingerprints.items()))
     fields, default = dataclasses.asdict(state.config), OFTConfig()
     changed = (f"{k}={v}" for k, v in fields.items() if v != getattr(default, k) or k == "oft_block_size")
     text = [

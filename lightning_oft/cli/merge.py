@@ -14,9 +14,10 @@ from typing import Any, cast
 from torch import nn
 
 from lightning_oft.cli.errors import OneLineParser, UserError, a_name, one_line
-from lightning_oft.formats.adapters import read_adapter
+from lightning_oft.formats.adapters import check_name, read_adapter
 from lightning_oft.formats.pretrained import Companions, loader_of, write_pretrained
 from lightning_oft.model import AdapterError, AdapterState, merge, oft_layers, put, unload
+from lightning_oft.model.traversal import counted
 
 
 def run(arguments: list[str]) -> int:
@@ -29,6 +30,7 @@ def run(arguments: list[str]) -> int:
             raise UserError(f"merge: --output {output} would replace {option} {given}; give another directory")
     if output.exists() and any(output.iterdir()) and not options.overwrite:
         raise UserError(f"merge: {output} is there already and not empty; --overwrite replaces it")
+    check_name(options.adapter, options.adapter_name)
     state = read_adapter(options.adapter, options.adapter_name)
     model = load_base(options.base)
     labels = getattr(getattr(model, "config", None), "num_labels", None)
@@ -41,7 +43,7 @@ def run(arguments: list[str]) -> int:
     merge(model, keep_base="never")
     unload(model)
     write_pretrained(model, output, companions=[Companions(options.base)])
-    print(f"{output}: {type(model).__name__} with the rotations of {layers} layers in its weights")
+    print(f"{output}: {type(model).__name__} with the rotations of {counted(layers, 'layer')} in its weights")
     print(f'load it with  {loader_of(output)}.from_pretrained("{output}")')
     return 0
 
@@ -58,17 +60,16 @@ def _parser() -> OneLineParser:
 
 
 def _put(model: nn.Module, state: AdapterState, path: str, any_base: bool) -> None:
-    """Put the adapter in; what that warns of is said on a line each, and another base is an error unless asked for."""
+    """Put the adapter in; what that warns of is said on a line each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            put(model, state)
+            put(model, state, ignore_mismatched_base=any_base)
         except AdapterError as error:
-            raise UserError(f"{path}: {error}") from None
-    for message in (str(warning.message) for warning in caught):
-        if "was trained on another base" in message and not any_base:
-            raise UserError(f"merge: {message}, or merge all the same with --any-base")
-        print(f"merge: {message}", file=sys.stderr)
+            said = str(error).replace("set ignore_mismatched_base=True", "give --any-base")
+            raise UserError(f"{path}: {said}") from None
+    for warning in caught:
+        print(f"merge: {warning.message}", file=sys.stderr)
 
 
 def load_base(base: str, **options: Any) -> nn.Module:

@@ -69,6 +69,9 @@ class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
 class Parser(LightningArgumentParser):
     """Raises UserError where jsonargparse prints its usage and a tree of alternatives."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"prog": "lightning-oft", **kwargs})  # also of the parsers behind `--model.help`
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Called for everything that does not parse; parsers made for a nested class keep jsonargparse's exception."""
         if not self.exit_on_error:
@@ -76,15 +79,12 @@ class Parser(LightningArgumentParser):
         commands = self._subcommands_action.choices if self._subcommands_action else {}
         parser = next(iter(commands.values()), self)  # the top-level parser, which has no keys, reports for its command
         command, hint = parser.prog.split()[-1], ""
-        if wrong := _WRONG.search(message):  # a key, a class, or an argument of a class that the message names
+        wrong = _WRONG.search(message)  # a key, a class, or an argument of a class that the message names
+        if wrong and (paths := _CLASS.findall(message) if wrong[0].startswith("Option") else []):
+            hint = _hint(wrong[1], paths[-1])
+        elif wrong:
             valid = [action.dest for action in parser._actions if not action.dest.endswith("help")]
-            valid += [name for home in _NAMED_MOST for name in home.__all__]
-            scratch = ArgumentParser(exit_on_error=False)
-            for path in set(_CLASS.findall(message)) if wrong[0].startswith("Option") else ():
-                with suppress(Exception):  # a suggestion is no reason to hide the error
-                    arguments = scratch.add_class_arguments(resolve_name(path), path, fail_untyped=False)
-                    valid += [argument.removeprefix(f"{path}.") for argument in arguments]
-            hint = suggestion(wrong[1], valid)
+            hint = suggestion(wrong[1], [*valid, *(name for home in _NAMED_MOST for name in home.__all__)])
         raise UserError(f"{command}: {squeezed(message)}{hint or f'; see lightning-oft {command} --help'}") from ex
 
     def tidy(self, command: str) -> None:
@@ -106,6 +106,21 @@ class Parser(LightningArgumentParser):
         trainer.add_argument("--trainer.help", action=TrainerHelp, help=text)
 
 
+def _hint(word: str, path: str) -> str:
+    """What to give in the place of an option that the class at a path has not."""
+    name, scratch = path.rpartition(".")[2], ArgumentParser(exit_on_error=False)
+    if name in _NO_CLASS:
+        return f"; name a class first, as in --{_NO_CLASS[name]}"
+    with suppress(Exception):  # a suggestion is no reason to hide the error
+        arguments = scratch.add_class_arguments(resolve_name(path), path, fail_untyped=False)
+        options = [argument.removeprefix(f"{path}.") for argument in arguments]
+        options = [option for option in options if option not in ("params", "optimizer")]  # which the run gives it
+        return suggestion(word, options) or f"; {name} takes {', '.join(options[:8])}"
+    return ""
+
+
+_NO_CLASS = {"Optimizer": "optimizer AdamW", "LRScheduler": "lr_scheduler CosineAnnealingLR"}
+"""What jsonargparse takes for the class where only options of one are given, and how to name one."""
 _TREE = (
     *("Does not validate", "Subtypes:", "Errors:", "Given value type:", "Expected a <class 'NoneType'>"),
     *("Expected a path but", "Subclass types expect", "a class path", "a dict with"),

@@ -39,6 +39,12 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("model.init_args.pretraned", "x", ["model", "'pretraned'", "'pretrained'"]),
     ("model.init_args.optimizer.init_args.lrr", 3, ["optimizer", "'lrr'", "'lr'"]),
     ("optimizer", {"class_path": "AdamW", "init_args": {"lrr": 1}}, ["optimizer", "'lrr'", "'lr'"]),
+    (
+        "optimizer",
+        {"class_path": "AdamW", "init_args": {"learning_rate": 1}},
+        ["'learning_rate'", "AdamW takes lr, betas"],
+    ),
+    ("model.init_args.optimizer.init_args.learning_rate", 1, ["'learning_rate'", "AdamW takes lr, betas"]),
     ("trainer.callbacks", [{"class_path": "ModelCheckpoint", "init_args": {"monitr": "x"}}], ["'monitr'", "'monitor'"]),
     ("model.pretrained", "x", ["model", "'pretrained'"]),
     ("model.init_arg", {}, ["model", "'init_arg'"]),
@@ -47,6 +53,7 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("model.class_path", "os.path.join", ["model", "os.path.join", "LightningModule"]),
     ("data.class_path", "DigitsModule", ["data", "'DigitsDataModule'"]),
     ("optimizer", {"class_path": "AdamWW"}, ["optimizer", "'AdamW'"]),
+    ("optimizer", {"class_path": "adamw"}, ["optimizer", "did you mean 'AdamW'?"]),
     ("model.init_args.optimizer.class_path", "torch.optim.AdamV", ["optimizer", "AdamV", "'Adam'"]),
     ("trainer.callbacks", [{"class_path": "EarlyStoping"}], ["trainer.callbacks", "'EarlyStopping'"]),
     # a wrong type
@@ -84,6 +91,10 @@ def test_a_mistake_in_a_file_is_named(
         (["fit", "--config", "no/such.yaml"], ["no/such.yaml"]),
         (["fit", "--model.help", "ImageClasification"], ["'ImageClassification'"]),
         (["fit", "--max_epochs", "3"], ["--max_epochs", "'trainer.max_epochs'"]),
+        (
+            ["fit", "--config", "configs/vision.yaml", "--optimizer.lr", "1"],
+            ["'lr'", "name a class first, as in --optimizer AdamW"],
+        ),
         (["fit", "three"], ["three"]),
         (["info"], ["info", "path"]),
         (["info", "no/such/place"], ["no/such/place"]),
@@ -154,6 +165,7 @@ def test_the_version_imports_neither_lightning_nor_torch() -> None:
         ("trainer.max_epoch", ["trainer.max_epochs", "trainer.min_epochs"], "; did you mean 'trainer.max_epochs'?"),
         ("max_epochs", ["trainer.max_epochs", "oft.max_angle"], "; did you mean 'trainer.max_epochs'?"),
         ("oft.coft_epsilon", ["oft.coft", "oft.eps", "oft.bias"], "; did you mean 'oft.coft' or 'oft.eps'?"),
+        ("adamw", ["Adam", "AdamW", "NAdam"], "; did you mean 'AdamW'?"),
         ("zzz", ["trainer.max_epochs", "oft.bias"], ""),
         ("", ["oft.bias"], ""),
         ("oft", [], ""),
@@ -231,8 +243,8 @@ def test_an_adapters_checkpoint_without_oft_says_what_it_needs(
 ) -> None:
     file = config_file({"oft.enabled": False})
     said = error_of(capsys, "validate", "--config", file, "--ckpt_path", str(fitted.checkpoint))
-    assert "the checkpoint does not fit the model" in said
-    assert "oft.enabled: true" in said
+    assert "holds an adapter (default)" in said
+    assert "set enabled=True" in said
 
 
 def test_the_configuration_wins_over_a_checkpoints_hyperparameters(

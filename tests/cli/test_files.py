@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
+from lightning_oft import OFTConfig, inject, save_adapter
 from lightning_oft.cli import main
 
 
@@ -96,7 +97,6 @@ def test_merge_refuses_another_base_unless_asked(
     assert "--any-base" in said
     assert said.count("\n") == 1
     assert main([*arguments, "--any-base"]) == 0
-    assert "merge: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
@@ -132,6 +132,59 @@ def test_merge_takes_a_head_with_other_classes(exported: Path, base: Path, tmp_p
     assert main(["merge", "--base", str(base), "--adapter", str(adapter), "--output", str(output)]) == 0
     torch.testing.assert_close(weights(output)["classifier.weight"], head["weight"])
     assert AutoModelForImageClassification.from_pretrained(output).config.num_labels == 3
+
+
+def test_export_replaces_an_adapter_when_asked_and_nothing_else_ever(
+    fitted: Any, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def export(output: Path, *options: str) -> tuple[int, str]:
+        code = main(["export", "--checkpoint", str(fitted.checkpoint), "--output", str(output), *options])
+        return code, capsys.readouterr().err
+
+    place = Path(shutil.copytree(exported, tmp_path / "adapter"))
+    (place / "adapter_model.safetensors").write_text("mine")
+    code, said = export(place)
+    assert (code, (place / "adapter_model.safetensors").read_text()) == (2, "mine")
+    assert "holds an adapter already; --overwrite replaces it" in said
+    assert export(place, "--overwrite") == (0, "")
+    assert (place / "adapter_model.safetensors").read_bytes() == (exported / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    assert "holds something else than an adapter: give another directory" in export(tmp_path, "--overwrite")[1]
+    assert "is a file: give another directory" in export(tmp_path / "taken", "--overwrite")[1]
+    assert export(tmp_path / "empty") == (0, "")
+
+
+@pytest.mark.parametrize("command", ["export", "merge"])
+def test_a_name_is_asked_of_a_checkpoint_and_of_a_directory_of_directories(
+    command: str, exported: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(place: Path) -> int:
+        source = ["--checkpoint", str(place)] if command == "export" else ["--base", str(base), "--adapter", str(place)]
+        return main([command, *source, "--output", str(tmp_path / "out"), "--adapter-name", "style"])
+
+    shutil.copytree(exported, tmp_path / "both" / "style")
+    assert run(exported) == 2
+    assert "its files say no name: leave 'style' out" in capsys.readouterr().err
+    assert run(tmp_path / "both") == 0
+
+
+def test_one_layer_is_no_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    inject(model, OFTConfig(oft_block_size=4))
+    save_adapter(model, tmp_path / "adapter")
+    assert main(["export", "--checkpoint", str(tmp_path / "adapter"), "--output", str(tmp_path / "again")]) == 0
+    assert "rotations of 1 layer\n" in capsys.readouterr().out
+
+
+def test_info_names_one_layer_for_the_fingerprint_whatever_it_reads(
+    fitted: Any, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = set()
+    for place in (exported, fitted.directory / "export" / "adapter", fitted.checkpoint):
+        assert main(["info", str(place)]) == 0
+        found |= {line for line in capsys.readouterr().out.splitlines() if "fingerprint" in line}
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("kind", ["directory", "checkpoint"])

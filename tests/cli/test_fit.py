@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_oft import OFTConfig, OFTFinetuning, inject, oft_layers
 from lightning_oft.cli import COMMANDS, main
 from lightning_oft.cli.application import Application, score_table
+from lightning_oft.formats.checkpoint import NOTE
 from lightning_oft.formats.pretrained import auto_class, loader_of
 
 Write = Callable[..., str]
@@ -60,7 +61,7 @@ def test_fit_prints_the_scores_before_and_after_and_how_to_load(fitted: Any) -> 
 
 def test_fit_writes_an_adapter_checkpoint_the_export_and_its_configuration(fitted: Any) -> None:
     checkpoint = torch.load(fitted.checkpoint, weights_only=True)
-    assert all(".oft_R." in name for name in checkpoint["state_dict"])
+    assert all(".oft_R." in name for name in checkpoint["state_dict"] if name != NOTE)
     assert any(tensor.abs().sum() > 0 for tensor in checkpoint["state_dict"].values())
     assert {path.name for path in (fitted.directory / "export").iterdir()} == {"adapter", "merged"}
     beside = fitted.directory / "export" / "merged" / "preprocessor_config.json"
@@ -82,6 +83,15 @@ def test_a_second_fit_may_write_where_the_first_did(config_file: Write) -> None:
     file = config_file({"trainer.limit_train_batches": 1})
     assert main(["fit", "--config", file]) == 0
     assert main(["fit", "--config", file, "--trainer.max_epochs", "2"]) == 0
+
+
+def test_an_adapter_is_scored_by_its_own_configuration(
+    config_file: Write, fitted: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = ["--oft.pretrained_adapter", str(fitted.directory / "export" / "adapter")]
+    assert main(["validate", "--config", config_file(), *adapter]) == 0
+    assert main(["validate", "--config", config_file({"oft.oft_block_size": 8}), *adapter]) == 2
+    assert "oft_block_size=8 (the file has 16)" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_scored(config_file: Write, fitted: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +197,9 @@ def test_help_of_the_program_names_every_command(capsys: pytest.CaptureFixture[s
 
 def test_help_of_a_class_lists_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--model.help", "ImageClassification"]) == 0
-    assert "--model.label_smoothing" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "--model.label_smoothing" in text
+    assert text.startswith("usage: lightning-oft ")
 
 
 @pytest.mark.parametrize(
