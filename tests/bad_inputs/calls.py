@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from bad_inputs.table import Bench, Category, Mistake, config
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning
 from small import Small, loader, oft, trainer
 from torch import nn
 
@@ -21,6 +21,7 @@ from lightning_oft import (
     set_adapter,
     unmerge,
 )
+from lightning_oft.formats import AdapterFileError
 
 
 def _call(name: str, make: Any, error: type[Exception], where: str, what: str, remedy: str) -> Mistake:
@@ -79,6 +80,18 @@ class _Early(Small):
         return torch.optim.SGD(self.early, 0.1)
 
 
+class _Gan(Small):
+    """Its second optimizer is for what lies outside of the part that is adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.critic = nn.Linear(2, 1)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net.parameters(), 0.1), torch.optim.SGD(self.critic.parameters(), 0.1)]
+
+
 class _Unused(Small):
     """Has a layer that its forward leaves out."""
 
@@ -93,6 +106,37 @@ def _fit(task: type[Small], **options: Any) -> Any:
 
 def _averaged(bench: Bench) -> None:
     trainer(bench.directory, EMAWeightAveraging(), oft()).fit(Small(), loader(), loader())
+
+
+def _fit_with(*others: Any, **options: Any) -> Any:
+    return lambda bench: trainer(bench.directory, oft(**options), *others).fit(bench.watch(Small()), loader(), loader())
+
+
+def _started_from(**options: Any) -> Any:
+    def make(bench: Bench) -> None:
+        model = Small()
+        inject(model, config(target_modules=["net.0"]))
+        place = save_adapter(model, bench.directory / "adapter")
+        callback = OFTFinetuning(pretrained_adapter=str(place), **options)
+        model = Small()
+        model.net[0].weight.data.mul_(1 if options else 2)  # type: ignore[index, operator, union-attr]
+        trainer(bench.directory, callback).fit(bench.watch(model), loader(), loader())
+
+    return make
+
+
+class _NoVocabulary:
+    def save_pretrained(self, directory: Any) -> None:
+        raise ValueError("no vocabulary file")
+
+
+class _Tokenized(Small):
+    tokenizer = _NoVocabulary()
+
+
+def _tokenized(bench: Bench) -> None:
+    callback = oft(export_dir=str(bench.directory / "export"))
+    trainer(bench.directory, callback).fit(_Tokenized(), loader(), loader())
 
 
 CALLS = [
@@ -154,8 +198,22 @@ CALLS = [
         "EMAWeightAveraging", "stands before OFTFinetuning in Trainer(callbacks=...)", "put OFTFinetuning first"),
     _call("OFTFinetuning: an optimizer over a list from before", _fit(_Early), RuntimeError,
         "the rotations of net.0, net.3", "are in no optimizer and would never train", "build the optimizer in configure_optimizers"),
+    _call("OFTFinetuning: an optimizer of what is frozen", _fit(_Gan, module="net", target_modules=["0"], modules_to_save=None), RuntimeError,
+        "optimizer 2 of 2 (SGD)", "holds nothing that trains, OFT has frozen critic.weight", "call requires_grad_(True) on what is to train in configure_optimizers"),
+    _call("OFTFinetuning: twice the same", _fit_with(oft()), ValueError,
+        "two OFTFinetuning callbacks have module=None", "and adapter_name='default'", "or give it an adapter_name of its own"),
+    _call("OFTFinetuning: beside pruning of what it turns", _fit_with(ModelPruning("l1_unstructured")), ValueError,
+        "net.0.oft_R.default", "whose zeros a merge fills", "give it other parameters_to_prune"),
+    _call("OFTFinetuning: a best that nobody keeps", _fit_with(export_dir="export", export_from="best"), ValueError,
+        "export_from='best'", "no ModelCheckpoint keeps a best file", "or set export_from='last'"),
+    _call("OFTFinetuning: a tokenizer that cannot be saved", _tokenized, OSError,
+        "export_dir: _NoVocabulary", "cannot be saved beside the merged model (no vocabulary file)", "mend it, or set it to None"),
+    _call("OFTFinetuning: an adapter of another base", _started_from(), AdapterFileError,
+        "adapter: the adapter", "was trained on another base, net.0 differ", "or set ignore_mismatched_base=True"),
+    _call("OFTFinetuning: a block size beside a file's", _started_from(oft_block_size=8), ValueError,
+        "oft_block_size=8 (the file has 4)", "the file of pretrained_adapter decides", "leave oft_block_size out"),
     _call("OFTFinetuning: a layer that the loss does not reach", _fit(_Unused, target_modules=["net.0", "spare"]), RuntimeError,
-        "the rotations of spare", "got no gradient", "add them to exclude_modules"),
+        "the rotations of spare", "got no gradient", "add it to exclude_modules"),
 ]  # fmt: skip
 
 CONFIGS = [

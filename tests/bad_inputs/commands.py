@@ -37,9 +37,26 @@ def _taken(bench: Bench) -> None:
     bench.command("merge", "--base", "x", "--adapter", "y", "--output", bench.directory)
 
 
+def _exported(target: str, *options: str) -> Any:
+    def make(bench: Bench) -> None:
+        bench.adapter()
+        bench.text("thesis.txt", "")
+        place = bench.directory / target if target else bench.directory
+        bench.command("export", "--checkpoint", bench.directory / "adapter", "--output", place, *options)
+
+    return make
+
+
+def _named(bench: Bench) -> None:
+    arguments = ("--base", "x", "--adapter", bench.adapter(), "--output", bench.directory / "merged")
+    bench.command("merge", *arguments, "--adapter-name", "style")
+
+
 YAMLS = [
     _yaml("a mistyped field", "oft.target_module", "all-linear", "oft.target_module", "does not accept", "did you mean 'oft.target_modules'?"),
     _yaml("two sizes", "oft.r", 4, "r=4 and oft_block_size=16", "exclude each other", "give one of them"),
+    _yaml("an optimizer's option that is another's", "optimizer", {"class_path": "AdamW", "init_args": {"learning_rate": 1}}, "optimizer",
+        "Option 'learning_rate' is not accepted", "AdamW takes lr, betas, eps, weight_decay"),
     _yaml("a target that is not there", "oft.target_modules", ["attn"], "target_modules=['attn']", "matches nothing",
         "layers that could be adapted: ", varies=True),
     _yaml("a part that is not there", "oft.module", "modle", "oft.module='modle'", "has no such part", "did you mean 'model'?"),
@@ -53,5 +70,9 @@ COMMANDS = [
     _command("export: a checkpoint that is not there", "export --checkpoint no.ckpt --output DIR/x", "no.ckpt", "no such file or directory",
         "give an adapter directory or a checkpoint"),
     _command("merge: no base", "merge --adapter x --output y", "merge", "the following arguments are required", "--base"),
+    Mistake("merge: a name of a directory that says none", "command", _named, 2, "adapter", "its files say no name", "leave 'style' out"),
+    Mistake("export: an adapter that is there", "command", _exported("adapter"), 2, "adapter", "holds an adapter already", "--overwrite replaces it"),
+    Mistake("export: a directory of something else", "command", _exported("", "--overwrite"), 2, "export", "holds something else than an adapter",
+        "give another directory"),
     Mistake("merge: a directory that is taken", "command", _taken, 2, "merge", "is there already and not empty", "--overwrite replaces it"),
 ]  # fmt: skip

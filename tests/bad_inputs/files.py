@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from bad_inputs.table import CONFIG, TENSORS, Bench, Mistake, fields, tensors
-from small import Small
+from lightning.pytorch.callbacks import ModelCheckpoint
+from small import Small, loader, oft, trainer
 from torch import Tensor
 
 from lightning_oft import load_adapter, load_from_checkpoint, save_adapter
@@ -118,6 +119,14 @@ FILES = [
         "taken/adapter", "the adapter cannot be written", "or give another directory"),
 ]  # fmt: skip
 
+
+def _without_oft(bench: Bench) -> None:
+    keeper = ModelCheckpoint(bench.directory, save_last=True, save_top_k=0)
+    trainer(bench.directory, oft(), keeper).fit(Small(), loader(), loader())
+    place = str(bench.directory / "last.ckpt")
+    trainer(bench.directory, oft(enabled=False)).fit(bench.watch(Small()), loader(), loader(), ckpt_path=place)
+
+
 CHECKPOINTS = [
     _checkpoint("a file that is not there", lambda b: load_from_checkpoint(Small, b.directory / "best.ckpt"),
         "best.ckpt", "no such checkpoint file", "give one that ModelCheckpoint wrote", error=FileNotFoundError),
@@ -137,6 +146,8 @@ CHECKPOINTS = [
         "net.0.oft_R.default.weight", "is NaN or infinite", "use an earlier state"),
     _checkpoint("another base", _from(lightning_oft=_entry(fingerprints={"net.0": "float32:0123456789abcdef"}), state=_rotation(0.1)),
         "net.0 differ", "the checkpoint was trained on another base", "load the base it was trained on"),
+    _checkpoint("resumed with OFT switched off", _without_oft,
+        "the checkpoint holds an adapter (default)", "OFTFinetuning(enabled=False) makes no place", "set enabled=True"),
     _checkpoint("a plain checkpoint of another model", _from(state={"net.weight": torch.zeros(2)}),
         "model.ckpt", "has net.weight, which the model lacks", "build the model that the checkpoint was written from"),
 ]  # fmt: skip
