@@ -51,7 +51,7 @@ def test_equal_seeds_damage_alike_and_every_mutation_damages(kinds: list[mutatio
 
 
 def test_a_reader_that_breaks_its_promise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError("shape")
 
     monkeypatch.setattr(readers, "load_adapter", broken)

@@ -146,7 +146,7 @@ def load(directory: Path) -> str:
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            load_adapter(net, directory)
+            load_adapter(net, directory, ignore_mismatched_base=True)  # each original is of a net of its own
     except AdapterFileError as error:
         _check_message(str(error), str(directory))
         after = net.state_dict()
