@@ -32,7 +32,7 @@ from lightning_oft.functional.maps import (
     skew,
 )
 from lightning_oft.functional.products import RotatedInput, inverse, rotate, rotate_weight, rotated_linear
-from lightning_oft.functional.tracing import full_float32, is_traced, without_autocast
+from lightning_oft.functional.tracing import constant_in_onnx, full_float32, is_traced, without_autocast
 
 __all__ = [
     "EXACT_RADIUS",
@@ -42,6 +42,7 @@ __all__ = [
     "block_size_of",
     "cayley",
     "cayley_neumann",
+    "constant_in_onnx",
     "eps_radius",
     "error_bound",
     "exact_generator",

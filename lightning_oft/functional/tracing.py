@@ -21,6 +21,22 @@ def is_traced(*tensors: Tensor) -> bool:
     )
 
 
+def constant_in_onnx() -> AbstractContextManager[object]:
+    """Within, the TorchScript exporter to ONNX writes down results and not how they came about: it knows no solve."""
+    state = torch._C._get_tracing_state()
+    return _untraced(state) if state is not None and torch.onnx.is_in_onnx_export() else _NOTHING
+
+
+@contextlib.contextmanager
+def _untraced(state: object) -> Iterator[None]:
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast switched off on a device; nothing where it is off already, which saves 6 microseconds a call."""
     kind = device.type

@@ -117,7 +117,8 @@ class Rotation(nn.Module):
             raise RuntimeError(f"the generators of a rotation arrive as {generator.dtype}, {rounded}: {remedy}")
         if cut is not None:
             generator = cut.generators(generator)
-        return functional.rotation_of(generator.float(), self.block_size, self.terms, self.halve_last)
+        with functional.constant_in_onnx():
+            return functional.rotation_of(generator.float(), self.block_size, self.terms, self.halve_last)
 
     def forward(self, x: Tensor, transpose: bool = False, later: bool = False) -> Tensor:
         """x . blockdiag(R), or R^T where `transpose`. (..., n*b) -> the same, as x in dtype, device and placements.
@@ -132,7 +133,7 @@ class Rotation(nn.Module):
         r_nbb = self._matrix_in(x.dtype)
         if later:
             return functional.RotatedInput.of(x, r_nbb)
-        return functional.rotate(x, r_nbb.mT if transpose else r_nbb)
+        return functional.rotate(x, r_nbb.transpose(1, 2) if transpose else r_nbb)  # the ONNX exporter knows no .mT
 
     def _matrix_in(self, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
         is_traced, is_recorded = functional.is_traced(), torch.is_grad_enabled()

@@ -1,0 +1,75 @@
+"""An adapted model that is written down: by torch.jit.trace, and by the TorchScript exporter to ONNX."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from layer_cases import KINDS, Case, Holder, config, randomize
+from torch import Tensor, nn
+
+from lightning_oft import inject
+
+
+class Masked(nn.Linear):
+    """Runs a forward of its own on a rotated weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight * self.weight.gt(0), self.bias)
+
+
+NAMES = ("linear_3d", "conv1d_hf", "embedding_1d", "conv2d_groups", "conv_transpose1d", "attention")
+CASES = {name: KINDS[name] for name in NAMES}
+CASES["masked"] = Case(lambda: Holder(Masked(8, 6)), lambda: (torch.randn(3, 8),))
+
+
+def _adapted(case: Case, exact: bool) -> nn.Module:
+    model = case.build().eval()
+    inject(model, config(use_cayley_neumann=not exact))
+    randomize(model)
+    return model
+
+
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+exact = pytest.mark.parametrize("exact", [False, True], ids=["series", "exact"])
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:block sizes adjusted", "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"
+)
+
+
+@exact
+@cases
+def test_a_traced_model_computes_the_same_and_follows_its_generators(case: Case, exact: bool) -> None:
+    model = _adapted(case, exact)
+    with torch.no_grad():
+        if exact:
+            model(*case.inputs())  # so that a rotation is at hand, which a trace would keep as a constant
+        traced = torch.jit.trace(model, case.inputs(), check_trace=False)  # type: ignore[no-untyped-call]
+        x = case.inputs()
+        torch.testing.assert_close(traced(*x), model(*x))
+        for name, parameter in traced.named_parameters():
+            if "oft_R" in name:
+                parameter.mul_(-1)
+        torch.testing.assert_close(traced(*x), model(*x))  # the parameters are the model's own
+
+
+@exact
+@cases
+def test_the_exporter_to_onnx_knows_every_operator(case: Case, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package `onnx` the exporter gives up when all is translated and nothing but the file is left."""
+    monkeypatch.setattr(
+        torch.backends.mha, "get_fastpath_enabled", lambda: False
+    )  # which no frozen model can have there
+    model = _adapted(case, exact)
+    file, x = io.BytesIO(), case.inputs()
+    try:
+        torch.onnx.export(model, x, file, dynamo=False)
+    except torch.onnx.OnnxExporterError as error:
+        if "onnx is not installed" not in str(error):
+            raise
+        return
+    session = pytest.importorskip("onnxruntime").InferenceSession(file.getvalue())
+    names = [one.name for one in session.get_inputs()]
+    (output,) = session.run(None, {name: value.numpy() for name, value in zip(names, x, strict=True)})
+    torch.testing.assert_close(torch.from_numpy(output), model(*x).detach(), rtol=1e-4, atol=1e-5)
