@@ -54,7 +54,14 @@ _codecs: OrderedDict[int, Codec] = OrderedDict()
 
 
 def register_codec(codec: Codec) -> RemovableHandle:
-    """Add a storage; the last one registered is asked first. Returns a handle whose `remove()` undoes it."""
+    """Add a storage; the last one registered is asked first. Returns a handle whose `remove()` undoes it. Raises TypeError
+    where it is no codec, or the class of one."""
+    given: Any = codec
+    if not isinstance(given, Codec):
+        name = (given if isinstance(given, type) else type(given)).__name__
+        raise TypeError(
+            f"register_codec({name}): takes an instance of a subclass of Codec, as in register_codec({name}())"
+        )
     handle = RemovableHandle(_codecs)
     _codecs[handle.id] = codec
     return handle
@@ -65,28 +72,38 @@ def codec_of(module: nn.Module, parameter: str) -> Codec | None:
     return next((codec for codec in reversed(_codecs.values()) if codec.matches(module, parameter)), None)
 
 
-def parameter_of(module: nn.Module, parameter: str) -> nn.Parameter | None:
-    """The parameter of a dotted name below a module; None where the module keeps no parameter of this name."""
+def parameter_of(module: nn.Module, parameter: str) -> Tensor | None:
+    """The parameter of a dotted name below a module, or the buffer that stands for a frozen one; None where there is
+    neither."""
     owner, _, key = parameter.rpartition(".")
-    return module.get_submodule(owner)._parameters.get(key)
+    holder = module.get_submodule(owner)
+    return holder._parameters.get(key, holder._buffers.get(key))
+
+
+def _plain(module: nn.Module, parameter: str) -> Tensor:
+    weight = parameter_of(module, parameter)
+    assert weight is not None  # a codec is asked about what it matches
+    return weight
 
 
 class PlainCodec(Codec):
-    """A floating-point nn.Parameter, also as the view of an FSDP1 unit's flat parameter."""
+    """A floating-point parameter or buffer, also as the view of an FSDP1 unit's flat parameter. Float8 is none: it is
+    what weights are kept in to be small, and a merged one would be rounded to it a second time."""
 
     @override
     def matches(self, module: nn.Module, parameter: str) -> bool:
         weight = parameter_of(module, parameter)
-        return weight is not None and weight.is_floating_point() and type(weight.data) is Tensor
+        is_plain = weight is not None and type(weight.data) is Tensor and weight.is_floating_point()
+        return is_plain and weight.element_size() > 1  # type: ignore[union-attr]
 
     @override
     def read(self, module: nn.Module, parameter: str) -> Tensor:
-        return module.get_parameter(parameter).data
+        return _plain(module, parameter).data
 
     @override
     def write(self, module: nn.Module, parameter: str, values: Tensor) -> None:
         """By exchange of `.data`, so that a kept base needs no copy; in place in the memory of a flat parameter."""
-        weight = module.get_parameter(parameter)
+        weight = _plain(module, parameter)
         if hasattr(weight, "_fsdp_flattened"):
             weight.data.copy_(values)
         else:
@@ -94,7 +111,7 @@ class PlainCodec(Codec):
 
     @override
     def keep(self, module: nn.Module, parameter: str, device: torch.device | str) -> Any:
-        weight = module.get_parameter(parameter)
+        weight = _plain(module, parameter)
         return weight.data.to(device, copy=hasattr(weight, "_fsdp_flattened"))
 
 

@@ -19,6 +19,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
+def is_scattered(tensor: Tensor) -> bool:
+    """Whether a process holds a part of this only: a DTensor, or the view of an FSDP1 unit's flat parameter."""
+    return is_sharded(tensor) or hasattr(tensor, "_fsdp_flattened")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor; a collective call where it is sharded. For generators, never for base weights."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

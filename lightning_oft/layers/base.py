@@ -42,9 +42,17 @@ def _rebuild(mixin: type, base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
+def has_forward_of_its_own(module: nn.Module) -> bool:
+    """Whether a forward was put on the instance; not the one of its class, which accelerate leaves there."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 def swap_class(module: nn.Module, mixin: type) -> None:
     """Let the module's methods be looked up in `mixin` first; once, however often it is called."""
     if not isinstance(module, mixin):
+        if not has_forward_of_its_own(module):
+            module.__dict__.pop("forward", None)
         module.__class__ = _subclass(mixin, type(module))  # type: ignore[arg-type]
 
 
@@ -82,6 +90,11 @@ class LayerType(ABC):
     def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
         """The rotated weights by part name; one nameless part where a layer has a single rotation."""
 
+    def can_rotate(self) -> bool:
+        """Whether there is anything for `attach` to put on a layer."""
+        ways = (self.mixin, self.input_hook, self.output_hook)
+        return type(self).attach is not LayerType.attach or any(way is not None for way in ways)
+
     def attach(self, layer: nn.Module) -> None:
         """Make the layer's forward rotate; once, however often it is called."""
         if self.mixin is not None:
@@ -107,6 +120,11 @@ class LayerType(ABC):
     def is_known_to_peft(self, layer: nn.Module) -> bool:
         """Whether PEFT computes the same with the generators of this layer."""
         return False
+
+    def example(self, layer: nn.Module) -> tuple[Tensor, ...] | None:
+        """Inputs, small and float32 where they are no indices, on which a forward of the layer can be tried; None where
+        nobody knows them."""
+        return None
 
     def to_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
         """The weight as (rows, fan)."""
@@ -145,13 +163,21 @@ def register_layer_type(
         like: a class that computes the same arithmetic from its parameters (`nn.Linear` for x @ W.T + b), or a
             LayerType of one's own.
 
+    The forward of a registered class is taken at its word: it is not tried against the arithmetic of its type, as that
+    of an unknown subclass is.
+
     Raises:
-        TypeError: `module_class` is no module class.
+        TypeError: `module_class` is no module class, or `like` a LayerType that is no instance or rotates nothing.
         ValueError: `like` is a class that cannot be adapted itself.
     """
     is_class = isinstance(module_class, type) and issubclass(module_class, nn.Module)
     if not is_class and not (module_class is None and isinstance(like, LayerType)):
         raise TypeError(f"register_layer_type({module_class!r}): takes a subclass of nn.Module")
+    if isinstance(like, type) and issubclass(like, LayerType):
+        raise TypeError(f"register_layer_type(like={like.__name__}): takes an instance, {like.__name__}()")
+    if isinstance(like, LayerType) and not like.can_rotate():
+        what = f"register_layer_type(like={type(like).__name__}()): nothing of it rotates"
+        raise TypeError(f"{what}; give it a mixin, an input_hook, an output_hook or an attach of its own")
     layer_type = like if isinstance(like, LayerType) else _type_of_class(like)
     if layer_type is None:
         raise ValueError(f"register_layer_type({module_class!r}, like={like!r}): `like` itself cannot be adapted")
@@ -172,6 +198,24 @@ def layer_type_of(module: nn.Module) -> LayerType | None:
     if found is not None:
         return found if found.matches(module, True) else None
     return next((one for _, one in _registered.values() if one.matches(module, False)), None)
+
+
+_TRUSTED = ("torch.nn.modules.", "transformers.pytorch_utils", "bitsandbytes.", "hqq.", "torchao.", "aqlm.", "awq.",
+            "gptqmodel.", "auto_gptq.", "eetq.", "neural_compressor.", "optimum.quanto.")  # fmt: skip
+"""Where the forwards of module classes are those of their types; quantized layers read their weight in ways of their own
+and compute what it stands for."""
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module of a known type runs a forward that nobody has said to be that of its type: that of a subclass,
+    or one that was put on the instance."""
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):  # accelerate's calls the one that was there
+        return True
+    classes = type(module).__mro__
+    registered = {cls for cls, _ in _registered.values()}
+    known: Any = next((cls for cls in classes if cls in registered), object)
+    definers = (next((cls for cls in classes if name in vars(cls)), object) for name in ("forward", "_conv_forward"))
+    return not all(issubclass(known, cls) or f"{cls.__module__}.".startswith(_TRUSTED) for cls in definers)
 
 
 def rotated_weights_of(module: nn.Module) -> dict[str, RotatedWeight]:

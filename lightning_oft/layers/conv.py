@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
@@ -13,6 +14,13 @@ from lightning_oft.layers.state import rotated_weight
 class _RotatedConv(SwappedClass):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(input, rotated_weight(self, "", weight), bias)  # type: ignore
+
+
+def _example(layer: Any) -> tuple[Tensor, ...]:
+    """One input that the kernel fits into."""
+    padding = max(getattr(layer, "_reversed_padding_repeated_twice", [0]))
+    sizes = zip(layer.kernel_size, layer.dilation, strict=True)
+    return (torch.randn(1, layer.in_channels, *(2 + padding + dilation * (kernel - 1) for kernel, dilation in sizes)),)
 
 
 class Conv(LayerType):
@@ -29,6 +37,10 @@ class Conv(LayerType):
     def is_known_to_peft(self, layer: nn.Module) -> bool:
         """PEFT folds overlapping patches, which is another map for kernels larger than 1 (2.5x off at the identity)."""
         return isinstance(layer, nn.Conv2d) and set(layer.kernel_size) == {1} and layer.groups == 1
+
+    @override
+    def example(self, layer: nn.Module) -> tuple[Tensor, ...]:
+        return _example(layer)
 
 
 class _RotatedConvTranspose(SwappedClass):
@@ -52,6 +64,10 @@ class ConvTranspose(LayerType):
     def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
         shape = layer.weight.shape
         return {"": RotatedWeight("weight", shape[0] // layer.groups * shape[2:].numel())}
+
+    @override
+    def example(self, layer: nn.Module) -> tuple[Tensor, ...]:
+        return _example(layer)
 
     @override
     def to_matrix(self, layer: Any, weight: Tensor) -> Tensor:

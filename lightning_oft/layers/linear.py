@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_oft import functional
 from lightning_oft.layers.base import LayerType, RotatedWeight, register_layer_type
 from lightning_oft.layers.rotation import Rotation
-from lightning_oft.layers.state import applied_rotations
+from lightning_oft.layers.state import applied_rotations, state_of
 
 _INPUT_NAMES = ("input", "x", "hidden_states")
 _KNOWN_TO_PEFT = ("bitsandbytes", "hqq", "torchao", "aqlm", "awq", "gptqmodel", "auto_gptq", "eetq",
@@ -18,10 +18,10 @@ _KNOWN_TO_PEFT = ("bitsandbytes", "hqq", "torchao", "aqlm", "awq", "gptqmodel", 
 """Packages whose linear layers PEFT adapts without their being an nn.Linear."""
 
 
-def _rotate_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _rotate_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
     rotations = applied_rotations(layer, "")
-    if not rotations:
-        return None
+    if not rotations or kwargs is None:
+        return _require_state(layer)
     name = "" if args else next((key for key in _INPUT_NAMES if key in kwargs), None)
     if name is None:
         raise TypeError(f"{type(layer).__name__} called with {sorted(kwargs)}: pass its input as the first argument")
@@ -62,6 +62,14 @@ def _should_rotate_weight(layer: nn.Module, rotation: nn.Module, x: Tensor) -> b
     )
 
 
+def _require_state(layer: nn.Module) -> None:
+    """Raise RuntimeError where a layer has our hook and not its rotations: torch.ao.quantization copies hooks to layers
+    that it makes, and without their keyword arguments."""
+    if state_of(layer) is None:
+        what = f"this {type(layer).__name__} was made of an adapted layer without its rotations (by quantize_dynamic?)"
+        raise RuntimeError(f"{what}: call merge(model) before the layers of a model are replaced")
+
+
 class LinearLike(LayerType):
     """nn.Linear and whatever computes like it: the input is rotated, and the layer called as it is."""
 
@@ -83,6 +91,10 @@ class LinearLike(LayerType):
         own = ("oft_R", "parametrizations")
         children = [child for name, child in module._modules.items() if child is not None and name not in own]
         return all(next(child.parameters(), None) is None for child in children)
+
+    @override
+    def example(self, layer: nn.Module) -> tuple[Tensor, ...]:
+        return (torch.randn(2, self.rotated_weights(layer)[""].fan),)
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:
@@ -118,7 +130,10 @@ class TransposedLinear(LinearLike):
 
 
 def _rotate_output(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
-    for rotation in applied_rotations(layer, ""):
+    rotations = applied_rotations(layer, "")
+    if not rotations:
+        _require_state(layer)
+    for rotation in rotations:
         output = rotation(output)
     return output
 
@@ -133,6 +148,10 @@ class Embedding(LayerType):
     @override
     def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
         return {"": RotatedWeight("weight", int(layer.embedding_dim), "output")}
+
+    @override
+    def example(self, layer: Any) -> tuple[Tensor, ...]:
+        return (torch.arange(min(4, layer.num_embeddings)),)
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:

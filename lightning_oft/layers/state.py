@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -45,6 +45,7 @@ class Record:
     released: dict[str, bool] = field(default_factory=dict)  # what trained when a merge made the model trainable again
     norm_mode: bool | None = None  # the mode that was asked of a norm whose statistics are frozen
     nested_tensor: bool | None = None  # an nn.TransformerEncoder's own choice of packing padded batches
+    first_forward: Any = None  # what watches this model's first forward, while it runs
     tied: bool = False  # whether a merge untied the weights of this transformers model
 
 
@@ -100,12 +101,12 @@ def applied_rotations(layer: nn.Module, part: str) -> Sequence[Rotation]:
     return [rotation for rotation in found if rotation is not None]
 
 
-def rotated_weight(layer: nn.Module, part: str, weight: Tensor) -> Tensor:
+def rotated_weight(layer: nn.Module, part: str, weight: Tensor, side: Literal["input", "output"] = "input") -> Tensor:
     """The weight as a forward uses it now; through Rotation.__call__, so that FSDP gathers what it must."""
     state, rotations = state_of(layer), applied_rotations(layer, part)
     if state is None or not rotations:
         return weight
     matrix = state.layer_type.to_matrix(layer, weight)
-    for rotation in reversed(rotations):
-        matrix = rotation(matrix, transpose=True)
+    for rotation in rotations if side == "output" else reversed(rotations):
+        matrix = rotation(matrix, transpose=side == "input")
     return state.layer_type.from_matrix(layer, matrix, weight)

@@ -14,6 +14,7 @@ from lightning_oft.config import OFTConfig
 from lightning_oft.functional import exact_generator
 from lightning_oft.layers.state import rotations_of, state_of
 from lightning_oft.model import saved_modules, traversal
+from lightning_oft.model.mergeable import OFFLOADED, report_untrained
 from lightning_oft.model.targets import matches, saved_names
 from lightning_oft.model.traversal import Modules, adapted, is_inside, joined, own_tensors
 
@@ -108,12 +109,18 @@ def take(model: nn.Module, adapter_name: str = "default") -> AdapterState:
     """An adapter of a model, merged or not, as copies on the CPU. Every process must call it where tensors are sharded.
 
     Raises:
-        ValueError: there is no such adapter, or a generator is not finite; names it.
+        ValueError: there is no such adapter, or a generator is not finite or not at hand; names it.
     """
     modules = traversal.walk(model)
     traversal.require_adapter(modules, adapter_name)
+    absent = [name for (name, _), one in traversal.rotations(modules, adapter_name).items() if one.weight.is_meta]
+    if absent:
+        what = f"the rotations of {traversal.some(absent)} are on the meta device, not loaded or offloaded"
+        raise ValueError(f"{what}; {OFFLOADED}")
     state = describe(modules, adapter_name, copied)
-    broken = [name for name, generator in state.generators().items() if not bool(generator.isfinite().all())]
+    generators = state.generators()
+    report_untrained({name: bool(generator.any()) for name, generator in generators.items()}, "adapter")
+    broken = [name for name, generator in generators.items() if not bool(generator.isfinite().all())]
     if broken:
         what = f"generators of {traversal.some(broken)} are NaN or infinite; nothing was written"
         raise ValueError(f"{what}: load an earlier state of the adapter")

@@ -6,6 +6,8 @@ from torch import nn
 
 from lightning_oft.layers.base import SwappedClass, restore_class, swap_class
 from lightning_oft.layers.state import drop_empty_record, make_record, record_of
+from lightning_oft.model import first_forward
+from lightning_oft.model.library import sync_library_models
 from lightning_oft.model.saved_modules import BASE, saved_tensors
 from lightning_oft.model.traversal import Modules, adapted, joined, records, reset_compiled_code
 
@@ -128,6 +130,11 @@ def sync_nested_tensors(modules: Modules) -> None:
 
 
 def layers_changed(modules: Modules) -> None:
-    """What depends on which layers rotate follows: packed batches and compiled code."""
+    """What depends on which layers rotate follows: packed batches, library models, the watch of a first forward and
+    compiled code."""
+    if all(state.merged is not None for _, _, state in adapted(modules)):
+        for module in modules.values():
+            first_forward.unwatch(module)
     sync_nested_tensors(modules)
+    sync_library_models(modules)
     reset_compiled_code()

@@ -3,16 +3,17 @@
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lightning_oft.codecs import is_sharded, reshard, whole
-from lightning_oft.layers.state import LayerState, drop_empty_record, make_record, rotations_of
+from lightning_oft.codecs import is_sharded, reshard
+from lightning_oft.layers.state import LayerState, drop_empty_record, make_record
 from lightning_oft.model import activation, fingerprint, freezing, traversal
-from lightning_oft.model.folding import Device, FoldedWeight, Keep, exact_codecs, folded_weights, is_finite
+from lightning_oft.model.folding import Device, FoldedWeight, Keep, folded_weights
+from lightning_oft.model.mergeable import Gathered, check_mergeable, report_untrained
 from lightning_oft.model.traversal import Modules, adapted, merged_layers, some, walk
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,6 @@ KEEP_LIMIT = 8 * 2**30
 """Bytes of base weights per process up to which keep_base="auto" keeps them."""
 
 KeepBase = Literal["auto", "always", "never"]
-Gathered = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
 
 
 @torch.no_grad()
@@ -67,12 +67,13 @@ def merge_layers(
         raise ValueError(f"keep_base={keep_base!r}: must be 'auto', 'always' or 'never'")
     layers = {name: layer for name, layer, _ in adapted(modules) if only is None or name in only}
     with contextlib.ExitStack() as undo:
-        _prepare(modules, layers, adapter_name, gathered, undo)
+        has_turned = _prepare(modules, layers, adapter_name, gathered, undo)
         size = sum(one.read().nbytes for _, layer, state in adapted(layers) for one in folded_weights(layer, state))
         keep = keep_base == "always" or (keep_base == "auto" and size <= KEEP_LIMIT)
         log.info("merge: %s the base weights (%.1f MiB)", "keeping" if keep else "not keeping", size / 2**20)
         _fold(modules, layers, "host" if keep else None, device, gathered, undo)
         undo.pop_all()
+    report_untrained(has_turned, "merge")
     if untied := _untied(layers):
         log.warning("merge: %s shared a weight with another module; it has a copy of its own now", some(untied))
         _untie_configs(modules)
@@ -88,8 +89,9 @@ def _prepare(
     adapter_name: str | list[str] | None,
     gathered: Gathered,
     undo: contextlib.ExitStack,
-) -> None:
-    """Make the adapters active that are to be merged, and raise where that cannot be done; `undo` gets the way back."""
+) -> dict[str, bool]:
+    """Make the adapters active that are to be merged, and raise where that cannot be done; `undo` gets the way back.
+    Returns by layer whether it has a rotation other than the identity."""
     if not layers:
         raise ValueError("nothing to merge: the model has no adapter; call inject or load_adapter first")
     traversal.require_enabled(modules, "merge")
@@ -99,7 +101,7 @@ def _prepare(
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         activation.check_choice(modules, names)
         activation.activate(modules, names, names)
-    _check_mergeable(layers, gathered)
+    return check_mergeable(layers, gathered)
 
 
 @torch.no_grad()
@@ -121,30 +123,6 @@ def _fold(
                 state.merged[weight.part.parameter] = weight.merge(keep, device, holders)
             state.layer_type.detach(layer)
             layer.__dict__["oft_R"] = layer._modules.pop("oft_R")  # out of the module tree; `layer.oft_R` answers
-
-
-def _check_mergeable(layers: dict[str, nn.Module], gathered: Gathered) -> None:
-    packed, absent, broken = [], [], []
-    for name, layer, state in adapted(layers):
-        if (codecs := exact_codecs(layer, state)) is None:
-            packed.append(name)
-            continue
-        with gathered(layer):
-            rotations = [rotation for one in state.active for rotation in rotations_of(layer, one).values()]
-            # The whole generators, on every process: one that alone raised would leave the others waiting.
-            generators = [whole(rotation.weight.detach()) for rotation in rotations]
-            weights = [codec.read(layer, parameter) for parameter, codec in codecs.items()]
-            if any(tensor.is_meta for tensor in (*generators, *weights)):
-                absent.append(name)
-            elif not all(map(is_finite, generators)):
-                broken.append(name)
-    for names, what, remedy in (
-        (packed, "the weights of {} are quantized or packed", "load the base without quantization to merge"),
-        (absent, "the weights of {} are on the meta device, not loaded or offloaded", "load them onto a device first"),
-        (broken, "generators of {} are NaN or infinite", "load an earlier state of the adapter"),
-    ):
-        if names:
-            raise ValueError(f"cannot merge: {what.format(some(names))}; nothing was changed: {remedy}")
 
 
 @torch.no_grad()

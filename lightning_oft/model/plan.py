@@ -5,14 +5,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_oft.codecs import local_part, parameter_of
+from lightning_oft.codecs import parameter_of
 from lightning_oft.config import OFTConfig
-from lightning_oft.layers.base import rotated_weights_of
+from lightning_oft.layers.base import LayerType, rotated_weights_of
 from lightning_oft.layers.state import state_of
-from lightning_oft.model.targets import Target, find_targets, matches, saved_names
+from lightning_oft.model.probe import fitting_types
+from lightning_oft.model.targets import Target, find_targets, matches, report_names, saved_names
 from lightning_oft.model.traversal import Modules, own_tensors, require_enabled, require_unmerged, some, tensor_of
 
 
@@ -25,12 +25,17 @@ class Plan:
     config: OFTConfig
     layers: dict[str, dict[str, int]]  # size of the blocks by layer, and by each of its parts that gets a rotation
     saved: list[tuple[nn.Module, str]] = field(default_factory=list)
+    types: dict[str, LayerType] = field(default_factory=dict)  # how new layers are rotated, once `check` has tried them
 
 
 def plan_injection(modules: Modules, config: OFTConfig, adapter_name: str, strict: bool = True) -> Plan:
     """Resolve a configuration on a model, which stays untouched; `strict` makes names that match nothing an error.
     Raises what `inject` raises."""
-    layers = _block_sizes(find_targets(modules, config, strict), config, adapter_name)
+    targets = find_targets(modules, config, strict)
+    layers = _block_sizes(targets, config, adapter_name)
+    states = [state_of(target.module) for target in targets.values()]
+    if strict and any(state is None or adapter_name not in state.configs for state in states):
+        report_names(modules, config)
     plan = Plan(adapter_name, config, layers, _saved_tensors(modules, layers, config, strict))
     # A rotated weight that is tied to a trained one would train too, and no adapter file could say so.
     trained = {id(tensor_of(module, key)): module for module, key in plan.saved}
@@ -48,7 +53,7 @@ def plan_injection(modules: Modules, config: OFTConfig, adapter_name: str, stric
 
 
 def check(modules: Modules, plan: Plan) -> None:
-    """Raise where a plan cannot be carried out, wherever it comes from."""
+    """Raise where a plan cannot be carried out, wherever it comes from; else complete its types."""
     name: Any = plan.adapter_name
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         must = "must be a non-empty string without dots and no name of nn.ModuleDict's own"
@@ -64,13 +69,8 @@ def check(modules: Modules, plan: Plan) -> None:
             what = f"adapter {name!r} is already there with another configuration ({'; '.join(changed)})"
             remedy = "unload(model) to start anew, keep its configuration to train it further"
             raise ValueError(f"{some([layer])}: {what}: {remedy}, or choose another adapter_name")
-    dead = [layer for layer, state in states.items() if state is None and _is_dead(modules[layer])]
-    if dead:
-        raise ValueError(
-            f"{some(dead)}: the output of the base layer does not require grad when its input does, so a rotation of "
-            "the input could never train (activation quantization is such a case); exclude these layers or load the "
-            "base with weight-only quantization"
-        )
+    new = {layer: (modules[layer], sizes) for layer, sizes in plan.layers.items() if states[layer] is None}
+    plan.types.update(fitting_types(new))
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
@@ -126,22 +126,3 @@ def _saved_tensors(
         if id(module) not in below and (config.bias == "all" or id(module) in owners):
             found += [(module, key) for key, p in module._parameters.items() if p is not None and "bias" in key]
     return found
-
-
-def _is_dead(layer: Any) -> bool:
-    """Whether a linear layer passes no gradient to its input, which would leave its rotation untrained."""
-    weight = getattr(layer, "weight", None)
-    is_plain = type(layer) is nn.Linear and isinstance(weight, Tensor) and type(local_part(weight.data)) is Tensor
-    if is_plain or not hasattr(layer, "in_features"):
-        return False
-    dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
-    device = next((p.device for p in layer._parameters.values() if p is not None), None)
-    try:
-        with torch.enable_grad():
-            probe = torch.zeros(1, layer.in_features, dtype=dtype, device=device, requires_grad=True)
-            output = layer(probe)
-            if not isinstance(output, Tensor) or not output.requires_grad:
-                return isinstance(output, Tensor)
-            return torch.autograd.grad(output.sum(), probe, allow_unused=True)[0] is None
-    except Exception:  # a layer that cannot run here and now; the guard after the first backward sees it
-        return False

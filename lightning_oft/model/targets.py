@@ -1,16 +1,21 @@
 """Which modules of a model an adapter's configuration means."""
 
 import contextlib
+import difflib
+import logging
 import re
+import warnings
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.base import layer_type_of, layer_types, refusal, rotated_weights_of
 from lightning_oft.model.traversal import Modules, class_names, joined, some
+
+log = logging.getLogger(__name__)
 
 _PROJECTIONS = ("q_proj", "v_proj")
 _ARCHITECTURES: dict[tuple[str, ...], str | tuple[str, ...]] = {
@@ -85,6 +90,35 @@ def find_targets(modules: Modules, config: OFTConfig, strict: bool = True) -> di
     return found
 
 
+def report_names(modules: Modules, config: OFTConfig) -> None:
+    """Warn of names that match nothing beside others that do, and log what "all-linear" leaves out."""
+    names = [name.split(".") for name in modules]
+    endings = {".".join(parts[start:]) for parts in names for start in range(len(parts))}
+    for field, wanted in (("target_modules", config.target_modules), ("exclude_modules", config.exclude_modules)):
+        lost = [one for one in wanted if one not in endings] if isinstance(wanted, list) else []
+        if field == "exclude_modules" and isinstance(wanted, str):
+            lost = [] if any(_compiled(wanted, field).fullmatch(name) for name in modules) else [wanted]
+        if lost:
+            near = difflib.get_close_matches(lost[0], endings, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            warnings.warn(f"{field}: {some(lost)} matches no module{hint}: correct or remove it", stacklevel=4)
+    if _is_all_linear(config.target_modules) and log.isEnabledFor(logging.INFO):
+        left: dict[str, list[str]] = {}
+        for name, module in modules.items():
+            layer_type = layer_type_of(module)
+            if layer_type is not None and not layer_type.in_all_linear and not _excluded(config, name):
+                left.setdefault(layer_type.name, []).append(name)
+        if left:
+            what = "; ".join(f"{kind} ({some(names)})" for kind, names in left.items())
+            log.info(
+                "target_modules='all-linear' leaves out %s: name them, or the ends of their names, to adapt them", what
+            )
+
+
+def _is_all_linear(wanted: Any) -> bool:
+    return isinstance(wanted, str) and wanted.lower() == "all-linear"
+
+
 def saved_names(config: OFTConfig) -> dict[str, bool]:
     """Names of the modules to save, and whether they must exist: those that the task type adds need not."""
     implied = HEADS.get(config.task_type or "", ())
@@ -98,7 +132,7 @@ def matches(name: str, items: Iterable[str]) -> bool:
 
 def _selected(modules: Modules, owners: dict[str, tuple[str, str]], config: OFTConfig) -> list[str]:
     wanted = _architecture_choice(modules) if config.target_modules is None else config.target_modules
-    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+    if _is_all_linear(wanted):
         heads = set()
         for module in modules.values():
             if "PreTrainedModel" in class_names(module):

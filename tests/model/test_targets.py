@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from peft.tuners.oft.layer import OFTLayer as PeftLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from lightning_oft import OFTConfig
+from lightning_oft import OFTConfig, inject, unload
 from lightning_oft.model import targets
 from lightning_oft.model.targets import find_targets
 from lightning_oft.model.traversal import walk
@@ -305,3 +306,40 @@ def test_a_model_without_adaptable_layers_says_so() -> None:
     with pytest.raises(ValueError, match="matches nothing; no layer here could be adapted"):
         _found(nn.Sequential(nn.ReLU()))
     assert find_targets(walk(nn.Sequential(nn.ReLU())), OFTConfig(), strict=False) == {}
+
+
+# ---- what is said ------------------------------------------------------------------------------------------------------
+
+LOST: dict[str, tuple[dict[str, Any], str]] = {
+    "target": (
+        {"target_modules": ["q_proj", "v_pro"]},
+        "target_modules: v_pro matches no module .did you mean 'v_proj'",
+    ),
+    "dotted_target": ({"target_modules": ["q_proj", "9.v_proj"]}, r"target_modules: 9.v_proj matches no module"),
+    "excluded": ({"exclude_modules": ["q_proj", "o_pro"]}, "exclude_modules: o_pro matches no module .* 'o_proj'"),
+    "excluded_pattern": ({"exclude_modules": r".*\.q"}, r"exclude_modules: \.\*\\.q matches no module"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), LOST.values(), ids=LOST)
+def test_a_name_that_matches_nothing_beside_others_is_a_warning(options: dict[str, Any], message: str) -> None:
+    """As for a list that is meant for several architectures; PEFT says nothing."""
+    model = BUILD["llama"]()
+    with pytest.warns(UserWarning, match=message) as said:
+        inject(model, OFTConfig(oft_block_size=4, **options))
+    assert len(said) == 1
+    inject(model, OFTConfig(oft_block_size=4, **options))  # it is there already: nothing is decided, nothing said
+    inject(BUILD["llama"](), OFTConfig(oft_block_size=4, target_modules=["q_proj"], exclude_modules=[r"0.self_attn"]))
+
+
+def test_all_linear_says_what_it_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(5)), nn.Flatten(), nn.Linear(4, 4), nn.Embedding(4, 4))
+    with caplog.at_level(logging.INFO):
+        inject(model, OFTConfig(oft_block_size=4, exclude_modules=["4"]))
+        (message,) = [message for message in caplog.messages if "leaves out" in message]
+        assert "convolution (0, 1, 2, 3); embedding (7): name them" in message
+        caplog.clear()
+        named = nn.Sequential(*model[:4])
+        unload(model)
+        assert inject(named, OFTConfig(oft_block_size=4, target_modules=["0", "1", "2", "3"])) == ["0", "1", "2", "3"]
+    assert not [message for message in caplog.messages if "leaves out" in message]

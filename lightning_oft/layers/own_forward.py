@@ -1,0 +1,78 @@
+"""Layers that run a forward of their own on rotated weights: whatever it does with a weight, merged is as trained."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_oft.layers.base import LayerType, RotatedWeight, SwappedClass
+from lightning_oft.layers.state import record_of, rotated_weight, state_of
+
+
+class RotatedParameters(SwappedClass):
+    """Mixed into modules that read their weights in ways of their own."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the module's own class on a view of the module that has rotated weights in place of its
+        own. A view rather than a swap: two threads may call one module, and a forward of any subclass keeps working."""
+        parts = state_of(self).layer_type.rotated_weights(self)  # type: ignore[union-attr]
+        weights = {part.parameter: _weight_in_use(self, name, part) for name, part in parts.items()}
+        return self._oft_base.forward(_view(self, self._oft_base, weights), *args, **kwargs)
+
+
+def _weight_in_use(layer: nn.Module, name: str, part: RotatedWeight) -> Tensor:
+    """The weight, rotated. Where no gradient is recorded it is as trainable as before the base was frozen: torch folds
+    a batched product or not by `requires_grad` of its operands, and the identity would be exact to 1e-7 only."""
+    above, _, key = part.parameter.rpartition(".")
+    owner = layer.get_submodule(above)
+    weight, record = rotated_weight(layer, name, getattr(owner, key), part.side), record_of(owner)
+    if torch.is_grad_enabled() or weight.requires_grad or record is None or key not in record.frozen:
+        return weight
+    return weight.detach().requires_grad_()
+
+
+def _view(module: nn.Module, cls: type[nn.Module], weights: Mapping[str, Tensor]) -> nn.Module:
+    """The module under a class, with other weights by their dotted names; it shares everything else."""
+    view = object.__new__(cls)
+    view.__dict__.update(module.__dict__)
+    view.__dict__["_parameters"] = {**module._parameters, **{key: weights[key] for key in weights if "." not in key}}
+    view.__dict__["_modules"] = dict(module._modules)
+    for child in {name.partition(".")[0] for name in weights if "." in name}:
+        below = {name.removeprefix(f"{child}."): weights[name] for name in weights if name.startswith(f"{child}.")}
+        inner: Any = module._modules[child]
+        view._modules[child] = _view(inner, type(inner), below)
+    return view
+
+
+def keep_off_fast_path(layer: nn.Module, args: Any, kwargs: Any) -> None:
+    """Does nothing by being there: nn.TransformerEncoderLayer reads raw weights in eval unless a hook is below it."""
+
+
+class OwnForward(LayerType):
+    """A layer with the weight of a known type and a forward of its own, such as one that masks or standardises the
+    weight: the weight is rotated, and the forward runs on it as it will run on the merged one."""
+
+    mixin = RotatedParameters
+    input_hook = staticmethod(keep_off_fast_path)
+
+    def __init__(self, like: LayerType) -> None:
+        self.like = like
+        self.name, self.row_dim, self.peft_key = like.name, like.row_dim, like.peft_key
+
+    @override
+    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
+        return self.like.rotated_weights(layer)
+
+    @override
+    def example(self, layer: nn.Module) -> tuple[Tensor, ...] | None:
+        return self.like.example(layer)
+
+    @override
+    def to_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        return self.like.to_matrix(layer, weight)
+
+    @override
+    def from_matrix(self, layer: nn.Module, matrix: Tensor, weight: Tensor) -> Tensor:
+        return self.like.from_matrix(layer, matrix, weight)

@@ -1,0 +1,66 @@
+"""Whether layers can be merged, and what a merge or a file would do without a word."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_oft.codecs import whole
+from lightning_oft.layers.base import refusal
+from lightning_oft.layers.state import rotations_of
+from lightning_oft.model.folding import exact_codecs, is_finite
+from lightning_oft.model.traversal import adapted, some
+
+log = logging.getLogger(__name__)
+
+OFFLOADED = (
+    "load them onto a device first (accelerate.hooks.remove_hook_from_module(model, recurse=True) takes back what was "
+    "offloaded)"
+)
+"""The remedy for tensors that are not at hand."""
+
+Gathered = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
+"""Within it, the tensors of a layer are at hand."""
+
+
+def check_mergeable(layers: dict[str, nn.Module], gathered: Gathered) -> dict[str, bool]:
+    """Raise ValueError where a layer cannot be merged. Returns of each whether it has a rotation but the identity."""
+    packed, absent, broken, has_turned = [], [], [], {}
+    for name, layer, state in adapted(layers):
+        if (reason := refusal(layer)) is not None:  # such as a weight norm that was put there since
+            raise ValueError(f"cannot merge {some([name])}: {reason}; nothing was changed")
+        if (codecs := exact_codecs(layer, state)) is None:
+            packed.append(name)
+            continue
+        with gathered(layer):
+            rotations = [rotation for one in state.active for rotation in rotations_of(layer, one).values()]
+            # The whole generators, on every process: one that alone raised would leave the others waiting.
+            generators = [whole(rotation.weight.detach()) for rotation in rotations]
+            weights = [codec.read(layer, parameter) for parameter, codec in codecs.items()]
+            if any(tensor.is_meta for tensor in (*generators, *weights)):
+                absent.append(name)
+            elif not all(map(is_finite, generators)):
+                broken.append(name)
+            else:
+                has_turned[name] = any(bool(generator.any()) for generator in generators)
+    for names, what, remedy in (
+        (packed, "the weights of {} are quantized or packed", "load the base without quantization to merge"),
+        (absent, "the weights of {} are on the meta device, not loaded or offloaded", OFFLOADED),
+        (broken, "generators of {} are NaN or infinite", "load an earlier state of the adapter"),
+    ):
+        if names:
+            raise ValueError(f"cannot merge: {what.format(some(names))}; nothing was changed: {remedy}")
+    return has_turned
+
+
+def report_untrained(has_turned: Mapping[str, bool], action: str) -> None:
+    """Log the layers whose rotation is still the identity where others are not; `has_turned` says it of each."""
+    idle = [name for name, turned in has_turned.items() if not turned]
+    if 0 < len(idle) < len(has_turned):
+        what = "still the identity, though others have been trained"
+        why = "their layers are not called or do not reach the loss"
+        log.warning(
+            "%s: the rotations of %s are %s: %s; leave them out with exclude_modules", action, some(idle), what, why
+        )
