@@ -1,5 +1,6 @@
 """What would otherwise go wrong in silence: each check is one error that names the layers and the remedy."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_oft.codecs import is_sharded, parameter_of
+from lightning_oft.codecs import is_scattered, parameter_of
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import rotations_of, state_of
+from lightning_oft.model.first_forward import FirstForward, describe_reads, is_compiled
 from lightning_oft.model.folding import packed_layers
 from lightning_oft.model.freezing import is_frozen_norm
 from lightning_oft.model.traversal import Modules, adapted, class_names, joined, some, walk
@@ -149,6 +151,24 @@ def trainable_rotations(modules: Modules, adapter_name: str) -> dict[str, Rotati
     }
 
 
+def watch_first_forward(pl_module: nn.Module, undo: contextlib.ExitStack) -> FirstForward | None:
+    """See what the forward of the first batch does with adapted weights; not of compiled code, which must stay as is."""
+    modules = walk(pl_module)
+    if is_compiled(modules):
+        return None
+    first = FirstForward(modules)
+    undo.callback(first.close)
+    first.open()
+    return first
+
+
+def check_reads(first: FirstForward) -> None:
+    """Raise RuntimeError where a weight was read past its layer's forward."""
+    first.close()
+    if first.reads:
+        raise RuntimeError(describe_reads(first.reads))
+
+
 def check_gradients(idle: list[str]) -> None:
     """Raise RuntimeError where rotations got no gradient from the backward that preceded the first step."""
     if idle:
@@ -213,7 +233,7 @@ def warn_of_sparse(modules: Modules) -> None:
         for name, layer, state in adapted(modules)
         for part in state.layer_type.rotated_weights(layer).values()
         if (weight := parameter_of(layer, part.parameter)) is not None
-        and not (weight.is_meta or is_sharded(weight))
+        and not (weight.is_meta or is_scattered(weight))
         and _is_sparse(state.layer_type.to_matrix(layer, weight.detach()))
     ]
     if sparse:

@@ -169,8 +169,17 @@ class OFTFinetuning(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before each batch: from the first on, what is trained is kept, however the fit ends."""
-        if self._run is not None:
-            self._run.has_begun = self._run.keeps_adapter = True
+        if (run := self._run) is not None:
+            if not run.has_begun:
+                run.first_forward = checks.watch_first_forward(pl_module, run.undo)
+            run.has_begun = run.keeps_adapter = True
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        """Called before each backward: the first forward has shown whether weights are read past their layers."""
+        if (run := self._run) is not None and run.first_forward is not None:
+            first, run.first_forward = run.first_forward, None
+            checks.check_reads(first)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_oft.callback.strategies.base import StrategyAdapter
 from lightning_oft.callback.strategies.steps import Steps
+from lightning_oft.model.first_forward import FirstForward
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Run:
     has_begun: bool = False  # whether a batch of training has started: what is trained is kept from then on
     keeps_adapter: bool = False  # whether what the run has put in stays: it has trained, or a checkpoint was loaded
     merges: bool = False  # whether the fit ends with a merge
+    first_forward: FirstForward | None = None  # watches the forward of the first batch
     steps: Steps | None = None  # acts after every optimizer step
     exporter: Any = None  # writes the fit's results, where anybody asked for them
     undo: ExitStack = field(default_factory=ExitStack)  # takes away whatever the run has registered

@@ -7,10 +7,10 @@ from torch import nn
 
 from lightning_oft.codecs import parameter_of
 from lightning_oft.config import OFTConfig
-from lightning_oft.layers import LayerState, Rotation, layer_type_of, state_of
+from lightning_oft.layers import LayerState, LayerType, Rotation, state_of
 from lightning_oft.layers.shared_map import share_maps
 from lightning_oft.layers.state import drop_empty_record, make_record, rotations_of
-from lightning_oft.model import activation, fingerprint, freezing, saved_modules, traversal
+from lightning_oft.model import activation, fingerprint, first_forward, freezing, saved_modules, traversal
 from lightning_oft.model.plan import Plan, plan_injection
 from lightning_oft.model.traversal import Modules, adapted, adapter_names, some, walk
 
@@ -31,12 +31,16 @@ def inject(model: Any, config: OFTConfig, adapter_name: str = "default") -> list
         given = f"{type(model).__name__}, {type(config).__name__}"
         raise TypeError(f"inject({given}): takes a module and an OFTConfig, as in inject(model, OFTConfig(r=4))")
     modules = walk(model)
-    return carry_out(modules, plan_injection(modules, config, adapter_name))
+    names = carry_out(modules, plan_injection(modules, config, adapter_name))
+    first_forward.watch(modules)
+    return names
 
 
 def carry_out(modules: Modules, plan: Plan) -> list[str]:
     """Inject what a plan says, and freeze the rest. Returns the names of its layers."""
-    active = {name: _adapt(modules[name], sizes, plan).active for name, sizes in plan.layers.items()}
+    active = {
+        name: _adapt(modules[name], sizes, plan, plan.types.get(name)).active for name, sizes in plan.layers.items()
+    }
     waiting = [name for name, names in active.items() if plan.adapter_name not in names]
     known = {id(tensor): slot for _, tensor, slot in saved_modules.saved_tensors(modules)}
     is_active = all(plan.adapter_name in state.active for _, _, state in adapted(modules) if state.active)
@@ -56,10 +60,10 @@ def carry_out(modules: Modules, plan: Plan) -> list[str]:
     return list(plan.layers)
 
 
-def _adapt(layer: nn.Module, block_sizes: dict[str, int], plan: Plan) -> LayerState:
-    state, layer_type = state_of(layer), layer_type_of(layer)
+def _adapt(layer: nn.Module, block_sizes: dict[str, int], plan: Plan, layer_type: LayerType | None) -> LayerState:
+    state = state_of(layer)
     if state is None:
-        assert layer_type is not None  # a plan has no other layers
+        assert layer_type is not None  # a checked plan has one for every new layer
         state = LayerState(layer_type, fingerprint=fingerprint.layer_fingerprint(layer))
         layer.oft_R = nn.ModuleDict()
         make_record(layer).layer = state

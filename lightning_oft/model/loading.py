@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_oft import functional
 from lightning_oft.codecs import cut_like, local_part
 from lightning_oft.layers.state import rotations_of
-from lightning_oft.model import fingerprint, injection, traversal
+from lightning_oft.model import fingerprint, first_forward, injection, traversal
 from lightning_oft.model.adapter_state import AdapterState
 from lightning_oft.model.placement import AdapterError, Place, find_place
 from lightning_oft.model.plan import Plan, check
@@ -59,6 +59,7 @@ def put(
         if torn:
             log.warning("load: %s shared a weight with another module; it has a copy of its own now", some(torn))
         injection.carry_out(modules, plan)
+        first_forward.watch(modules)
     present, saved = rotations(modules, name), {id(one.tensor): one for one in saved_tensors(modules)}
     values: list[tuple[Tensor, Tensor]] = [(present[key].weight, value) for key, value in place.generators.items()]
     values += [(saved[id(one.tensor())].value(name), one.value) for one in place.saved.values()]

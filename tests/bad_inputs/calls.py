@@ -17,11 +17,14 @@ from lightning_oft import (
     inject,
     load_adapter,
     merge,
+    register_layer_type,
     save_adapter,
     set_adapter,
     unmerge,
 )
+from lightning_oft.codecs import PlainCodec, register_codec
 from lightning_oft.formats import AdapterFileError
+from lightning_oft.layers import LayerType, RotatedWeight
 
 
 def _call(name: str, make: Any, error: type[Exception], where: str, what: str, remedy: str) -> Mistake:
@@ -100,6 +103,54 @@ class _Unused(Small):
         self.spare = nn.Linear(8, 8)
 
 
+class _Reading(Small):
+    """Uses the weight of its first layer a second time."""
+
+    def forward(self, x: Any) -> Any:
+        again = self.net[0](x) @ self.net[0].weight  # type: ignore[index]
+        return self.net(again)
+
+
+class _Elsewhere(nn.Linear):
+    """Has a weight and computes with another."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.own = nn.Parameter(torch.ones(8, 8))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.own
+
+
+class _LowRank(nn.Module):
+    """Looks like a linear layer."""
+
+    in_features, out_features = 8, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.ones(8, 2)), nn.Parameter(torch.ones(2, 8))
+
+
+class _Inert(LayerType):
+    def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
+        return {"": RotatedWeight("down", 8)}
+
+
+class ModelMixin(nn.Module):
+    """Named as the base class of diffusers' models."""
+
+    def fuse_qkv_projections(self) -> None:
+        """Would make one layer of several."""
+
+
+def _fusable() -> Any:
+    model = ModelMixin()
+    model.to_q = nn.Linear(8, 8)
+    inject(model, config(target_modules=["to_q"]))
+    return model
+
+
 def _fit(task: type[Small], **options: Any) -> Any:
     return lambda bench: trainer(bench.directory, oft(**options)).fit(task(), loader(), loader())
 
@@ -165,6 +216,14 @@ CALLS = [
     _call("inject: an embedding that is tied to a head that trains",
         lambda b: inject(b.watch(_tied()), config(target_modules=["words"], modules_to_save=["head"])), ValueError,
         "words", "its weight is also that of head (they are tied)", "leave one of the two out"),
+    _call("inject: a layer that computes without its weight", lambda b: inject(b.watch(nn.Sequential(_Elsewhere())), config(target_modules=["0"])),
+        ValueError, "0: a _Elsewhere", "does not compute from its weight what a layer of type linear does", "add it to exclude_modules"),
+    _call("inject: a look-alike without a weight", lambda b: inject(b.watch(nn.Sequential(_LowRank())), config(target_modules=["0"])),
+        ValueError, "0: a _LowRank", "has no parameter `weight` to merge into", "add it to exclude_modules"),
+    _call("register_layer_type: a type that rotates nothing", lambda b: register_layer_type(_LowRank, like=_Inert()), TypeError,
+        "register_layer_type(like=_Inert())", "nothing of it rotates", "give it a mixin, an input_hook, an output_hook or an attach"),
+    _call("register_codec: the class itself", lambda b: register_codec(PlainCodec), TypeError,  # type: ignore[arg-type]
+        "register_codec(PlainCodec)", "takes an instance of a subclass of Codec", "as in register_codec(PlainCodec())"),
     _call("set_adapter: a name that is not there", lambda b: set_adapter(b.adapted(), "defualt"), ValueError,
         "no adapter 'defualt' here", "there are: ", "default"),
     _call("set_adapter: two that train one head", lambda b: set_adapter(_two(b, modules_to_save=["head"]), ["default", "second"]), ValueError,
@@ -188,6 +247,9 @@ CALLS = [
         "generators of body", "are NaN or infinite; nothing was written", "load an earlier state of the adapter"),
     _call("load_adapter: into a merged model", lambda b: load_adapter(b.adapted(merge), b.adapter()), RuntimeError,
         "body are merged", "cannot load an adapter", "call unmerge(model) first"),
+    _call("fuse_qkv_projections: of a model that is not merged",
+        lambda b: b.watch(_fusable()).fuse_qkv_projections(), RuntimeError,
+        "ModelMixin", "would make one layer of the base weights, without their rotations", "call merge(model) first"),
     _call("a forward without its input in front", lambda b: b.adapted().body(data=torch.zeros(8)), TypeError,
         "Linear called with ['data']", "pass its input", "as the first argument"),
     _call("OFTFinetuning: a mistyped option", lambda b: OFTFinetuning(block_size=8), TypeError,
@@ -214,6 +276,8 @@ CALLS = [
         "oft_block_size=8 (the file has 4)", "the file of pretrained_adapter decides", "leave oft_block_size out"),
     _call("OFTFinetuning: a layer that the loss does not reach", _fit(_Unused, target_modules=["net.0", "spare"]), RuntimeError,
         "the rotations of spare", "got no gradient", "add it to exclude_modules"),
+    _call("OFTFinetuning: a weight that is read past its layer", _fit(_Reading, target_modules=["net.0"]), RuntimeError,
+        "the weight of net.0 is read in _Reading", "a merge would change the model", "call the layer there, or leave it out"),
 ]  # fmt: skip
 
 CONFIGS = [
