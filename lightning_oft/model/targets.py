@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import logging
 import re
-import warnings
 from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -91,7 +90,8 @@ def find_targets(modules: Modules, config: OFTConfig, strict: bool = True) -> di
 
 
 def report_names(modules: Modules, config: OFTConfig) -> None:
-    """Warn of names that match nothing beside others that do, and log what "all-linear" leaves out."""
+    """Log the names that match nothing beside others that do, and what "all-linear" leaves out. Not as warnings: a list
+    may be meant for several architectures."""
     names = [name.split(".") for name in modules]
     endings = {".".join(parts[start:]) for parts in names for start in range(len(parts))}
     for field, wanted in (("target_modules", config.target_modules), ("exclude_modules", config.exclude_modules)):
@@ -101,7 +101,7 @@ def report_names(modules: Modules, config: OFTConfig) -> None:
         if lost:
             near = difflib.get_close_matches(lost[0], endings, 1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            warnings.warn(f"{field}: {some(lost)} matches no module{hint}: correct or remove it", stacklevel=4)
+            log.warning("%s: %s matches no module%s: correct or remove it", field, some(lost), hint)
     if _is_all_linear(config.target_modules) and log.isEnabledFor(logging.INFO):
         left: dict[str, list[str]] = {}
         for name, module in modules.items():
