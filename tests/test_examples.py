@@ -20,13 +20,12 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 FILES = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py"))
 TOOLS = {
-    "architecture.py", "bases/make_digits_vit.py", "compare_with_peft.py", "forgetting.py", "forgetting_picture.py",
-    "picture.py", "scaling_plan.py",
+    "architecture.py", "compare_with_peft.py", "forgetting.py", "forgetting_picture.py", "picture.py", "scaling_plan.py",
 }  # fmt: skip
-"""What makes a table, a picture or a file, and the benchmarks; the others show one idea each."""
+"""What makes a table or a picture; like what makes bases and texts, and the benchmarks, not one idea."""
 COMMANDS = [name for name in FILES if "__main__" in (EXAMPLES / name).read_text(encoding="utf-8")]
 """What is run; a benchmark keeps its parts in files beside it."""
-IDEAS = [name for name in FILES if name not in TOOLS and not name.startswith("benchmarks/")]
+IDEAS = [name for name in FILES if name not in TOOLS and not name.startswith(("bases/", "benchmarks/", "text/"))]
 
 pytestmark = [
     # PEFT, of every field that it does not know: ours stand under one key.
