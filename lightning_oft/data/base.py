@@ -31,7 +31,11 @@ class SplitDataModule(LightningDataModule):
         self.batch_size, self.seed = batch_size, seed
         # torch refuses persistent workers where there are none to persist.
         persistent = persistent_workers and num_workers > 0
-        self.workers = {"num_workers": num_workers, "pin_memory": pin_memory, "persistent_workers": persistent}
+        self.workers: dict[str, Any] = {
+            "num_workers": num_workers,
+            "pin_memory": pin_memory,
+            "persistent_workers": persistent,
+        }
         """torch's options of the loader processes."""
         self.splits: dict[str, Dataset[Any]] = {}
         """Data sets by split: "train", "val" where there is one, then the test sets in order."""
