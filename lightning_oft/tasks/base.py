@@ -37,6 +37,9 @@ class Task(LightningModule):
     model_attribute: ClassVar[str] = "model"
     """The attribute that holds the library model: "model", "unet", ..."""
 
+    shown_scores: ClassVar[tuple[str, ...]] = ("acc",)
+    """Parts of the names of the scores in a table of before and after."""
+
     def __init__(
         self,
         pretrained: str | None = None,
@@ -74,6 +77,10 @@ class Task(LightningModule):
     def companions(self) -> list[Any]:
         """Objects whose `save_pretrained` writes beside an export what plain libraries need: by default `processor`."""
         return [] if self.processor is None else [self.processor]
+
+    def samples(self) -> dict[str, str]:
+        """By prompt, what the model makes of it now; for a person to read. By default nothing."""
+        return {}
 
     def sharded_units(self) -> list[nn.Module]:
         """The modules that FSDP2 gathers one at a time: by default the repeated blocks of the library model."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import Runs
-from tasks_worker import fit_vision
+from tasks_worker import fit_text, fit_vision
 from torch import nn
 from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM
 
@@ -30,6 +30,16 @@ def test_fsdp2_task_equals_one_process(runs: Runs, tmp_path: Path) -> None:
     assert first["scores"] == second["scores"]
     for name, score in alone["scores"].items():
         assert first["scores"][name] == pytest.approx(score, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["text", "text-ddp"])
+def test_processes_learn_text_as_one_does_from_unlike_numbers_of_tokens(name: str, runs: Runs, tmp_path: Path) -> None:
+    first, second = (rank[f"task:{name}"] for rank in runs.two)
+    assert "error" not in first, first.get("trace")
+    alone = fit_text("auto", 1, 0, tmp_path)
+    assert largest_difference(first["state"], second["state"]) == 0
+    assert largest_difference(first["state"], alone["state"]) < 1e-6
+    assert first["scores"] == pytest.approx(alone["scores"], rel=1e-5)
 
 
 def test_every_block_is_one_unit_and_stays_one(runs: Runs) -> None:

@@ -1,0 +1,64 @@
+"""Text that a language model writes: prompts padded on the left, continued by transformers' generate."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def generate(
+    model: Any, tokenizer: Any, input_ids_bl: Tensor, attention_mask_bl: Tensor, seed: int = 0, **options: Any
+) -> list[str]:
+    """What a model writes after each of B prompts, without special tokens.
+
+    The model's mode and the process's random numbers are as before; `seed` decides what is drawn with do_sample.
+    """
+    devices = [model.device] if model.device.type == "cuda" else []
+    options.setdefault(
+        "pad_token_id", tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    )
+    with evaluating(model), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        made = model.generate(
+            input_ids=input_ids_bl.to(model.device), attention_mask=attention_mask_bl.to(model.device), **options
+        )
+    return list(tokenizer.batch_decode(made[:, input_ids_bl.shape[1] :], skip_special_tokens=True))
+
+
+def say(model: Any, tokenizer: Any, prompts: Sequence[str], **options: Any) -> dict[str, str]:
+    """By prompt, what a model writes after it. One at a time: padding moves a model's last digits."""
+    said = {}
+    for prompt in prompts:
+        encoded = tokenizer(prompt, return_tensors="pt")
+        (said[prompt],) = generate(model, tokenizer, encoded["input_ids"], encoded["attention_mask"], **options)
+    return said
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in eval mode and nothing gets a gradient; each module's mode returns after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def check_packing(model: Any) -> None:
+    """Raise ValueError, one line, when a model lets the documents of a packed row see each other.
+
+    Compares the second of two documents after one first document and after another: eight tokens, once a run.
+    """
+    rows = torch.tensor([[0, 1, 2, 3], [1, 0, 2, 3]], device=model.device)
+    with evaluating(model):
+        places = torch.tensor([[0, 1, 0, 1]] * 2, device=model.device)
+        one, other = model(input_ids=rows, position_ids=places, use_cache=False).logits[:, 2:].float()
+    if not torch.allclose(one, other, atol=1e-3, rtol=1e-3):
+        raise ValueError(
+            f"packing: {type(model).__name__} lets the documents of a row see each other; set packing: false"
+        )
