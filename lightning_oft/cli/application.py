@@ -1,9 +1,10 @@
 """`fit`, `validate`, `test`, `predict`: a LightningCLI application with a top-level `oft:` block."""
 
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lightning_oft import data, tasks
 from lightning_oft.callback.checkpoint_io import AtomicCheckpointIO
 from lightning_oft.callback.oft import OFTFinetuning
 from lightning_oft.callback.random_state import RandomState
+from lightning_oft.callback.samples import Samples
 from lightning_oft.cli import COMMANDS, config_files
 from lightning_oft.cli.errors import UserError
 from lightning_oft.cli.parser import Formatter, Parser, squeezed
@@ -41,6 +43,7 @@ class Application(LightningCLI):
     def __init__(self, arguments: list[str]) -> None:
         self.command = command = arguments[0]
         self.scores_before: dict[str, float] = {}
+        self.samples_before: dict[str, str] = {}
         summary, example = COMMANDS[command].capitalize(), _EXAMPLES.get(command, "--ckpt_path best.ckpt")
         description = _DESCRIPTION.format(summary=summary, command=command, example=example)
         super().__init__(
@@ -96,7 +99,7 @@ class Application(LightningCLI):
         listed = {key: value if isinstance(value, list) else [value] for key, value in given.items()}
         # Lightning takes one CheckpointIO: ours is for a configuration that has none.
         has_writer = any(isinstance(plugin, CheckpointIO) for plugin in listed["plugins"])
-        config["callbacks"] = [*callbacks, RandomState(), *listed["callbacks"]]
+        config["callbacks"] = [*callbacks, RandomState(), Samples(), *listed["callbacks"]]
         config["plugins"] = [*([] if has_writer else [AtomicCheckpointIO()]), *listed["plugins"]]
         return super()._instantiate_trainer(config, [])
 
@@ -113,14 +116,16 @@ class Application(LightningCLI):
             self.model.configure_optimizers = partial(_optimizers, self.model, **given)
 
     def before_fit(self) -> None:
-        """Score the model before the fit."""
+        """Score the model before the fit, and let it write."""
         if self._get(self.config_init, "test_before_and_after"):
-            self.scores_before = self._scores()
+            self.scores_before, self.samples_before = self._scores(), self._samples()
 
     def after_fit(self) -> None:
         """Score the model after the fit, and say where the results are and how to load them."""
         if self.scores_before:
-            self._say(score_table(self.scores_before, self._scores()))
+            self._say(score_table(self.scores_before, self._scores(), getattr(self.model, "shown_scores", ("acc",))))
+        if self.samples_before:
+            self._say(sample_table(self.samples_before, self._samples()))
         if export_dir := self._get(self.config, "oft").get("export_dir"):
             merged, adapter = Path(export_dir, "merged"), Path(export_dir, "adapter")
             if (adapter / "adapter_config.json").is_file() and read_adapter(adapter).known_to_peft():
@@ -140,6 +145,10 @@ class Application(LightningCLI):
             bar.enable()
         return {name: float(value) for loader in scores for name, value in loader.items()}
 
+    def _samples(self) -> dict[str, str]:
+        """What the model writes after its prompts, by prompt; nothing for other tasks."""
+        return self.model.samples() if isinstance(self.model, tasks.Task) else {}
+
     def after_predict(self) -> None:
         """Say that the predictions are lost where no callback writes them."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -151,19 +160,26 @@ class Application(LightningCLI):
             print(text, flush=True)
 
 
-def score_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """Two rows, `before` and `after`, a column for each test set's accuracy; for each metric where there is none.
+def score_table(before: Mapping[str, float], after: Mapping[str, float], shown: Sequence[str] = ("acc",)) -> str:
+    """Two rows, `before` and `after`, a column for each metric with one of `shown` in its name; for each metric where
+    there is none.
 
     `test/new/accuracy` is headed `new/accuracy`, `test/accuracy/dataloader_idx_1` is `accuracy 1`.
     """
     names = [name for name in before if name in after]
-    names = [name for name in names if "acc" in name] or names
+    names = [name for name in names if any(part in name for part in shown)] or names
     columns = [["      ", "before", "after "]]
     for name in names:
         title = name.removeprefix("test/").removeprefix("test_").replace("/dataloader_idx_", " ")
         cells = [title, f"{before[name]:.4f}", f"{after[name]:.4f}"]
         columns.append([cell.rjust(max(map(len, cells))) for cell in cells])
     return "\n".join("  ".join(row) for row in zip(*columns, strict=True))
+
+
+def sample_table(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """For each prompt two lines: what a model made of it before and after the fit."""
+    rows = [(prompt, when, said[prompt]) for prompt in before for when, said in (("before", before), ("after", after))]
+    return "\n".join(f"{when:<6}  {' '.join((prompt + text).split())}" for prompt, when, text in rows)
 
 
 def _optimizers(module: LightningModule, optimizer: dict[str, Any], lr_scheduler: dict[str, Any] | None) -> Any:
@@ -204,6 +220,7 @@ def run(arguments: list[str]) -> int:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     if "transformers" in sys.modules:  # its progress bars would stand before an error's one line
         sys.modules["transformers"].utils.logging.disable_progress_bar()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when `datasets` is imported, which is later
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_without_noise)
     with warnings.catch_warnings():

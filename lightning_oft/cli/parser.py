@@ -26,11 +26,12 @@ TITLES = {
 HELP = {
     "print_config": "print the options as YAML and exit; =skip_default leaves defaults out",
     "seed_everything": "seed of the random numbers; true draws one, false sets none",
-    "model": f"a LightningModule: an import path, or one of {', '.join(tasks.__all__)}",
-    "data": f"a LightningDataModule: an import path, or one of {', '.join(data.__all__)}",
+    "model": f"{', '.join(tasks.__all__)}, or the import path of a LightningModule",
+    "data": f"{', '.join(data.__all__)}, or the import path of a LightningDataModule",
     "optimizer": "a torch optimizer, such as AdamW",
     "lr_scheduler": "a torch schedule, such as CosineAnnealingLR",
     "ckpt_path": 'a checkpoint to start from: a path, "last" or "best"',
+    "return_predictions": "keep the predictions in memory, which is the default in one process",
     "weights_only": "load tensors and plain values only, which is the default",
 }
 """Help of the options that Lightning and jsonargparse explain to programmers."""
@@ -100,6 +101,8 @@ class Parser(LightningArgumentParser):
             action.help = HELP.get(action.dest, action.help)
             if action.dest in TITLES or action.dest == "config":
                 action.metavar = "FILE" if action.dest in ("config", "oft") else "CLASS"
+            elif action.dest in ("optimizer.help", "lr_scheduler.help"):
+                action.help = argparse.SUPPRESS  # they work, and torch's pages say more
             elif action.dest.endswith(".help"):
                 action.metavar, action.help = "CLASS", "show the options of CLASS and exit"
         text = "show the Trainer's options, such as --trainer.max_epochs 3, and exit"

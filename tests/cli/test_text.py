@@ -1,0 +1,51 @@
+"""configs/text.yaml, a quarter of it: what a person who runs it sees, and what is left on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_oft.cli import main
+from lightning_oft.cli.application import sample_table
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+# PEFT, of every field that it does not know: ours stand under one key.
+@pytest.mark.filterwarnings(r"ignore:Unexpected keyword arguments \['lightning_oft'\]:UserWarning")
+# PEFT asks transformers 5 by an old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_offline_run_learns_says_so_and_leaves_what_plain_libraries_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    options = {"limit_train_batches": 50, "enable_progress_bar": "false", "limit_val_batches": 1, "accelerator": "cpu"}
+    words = [word for key, value in options.items() for word in (f"--trainer.{key}", str(value))]
+    assert main(["fit", "--config", str(ROOT / "configs" / "text.yaml"), *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    lines = lines[next(i for i, line in enumerate(lines) if "new/perplexity" in line) :]
+    heads, before, after = (line.split() for line in lines[:3])
+    assert heads == ["new/perplexity", "original/perplexity"]
+    assert float(after[1]) < float(before[1]) / 2
+    samples = lines[3:9]
+    assert [line.split()[0] for line in samples] == ["before", "after"] * 3
+    prompts = [prompt for prompt in ("In the beginning", "When the", "And it") for _ in range(2)]
+    assert all(line[8:].startswith(prompt) for line, prompt in zip(samples, prompts, strict=True))
+    assert 'AutoModelForCausalLM.from_pretrained("runs/text/merged")' in lines[-1]
+    merged = AutoModelForCausalLM.from_pretrained("runs/text/merged").eval()
+    base = AutoModelForCausalLM.from_pretrained("examples/bases/docs-llama", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, "runs/text/adapter").eval()
+    ids = AutoTokenizer.from_pretrained("runs/text/merged")("And it came to pass", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_samples_stand_below_each_other() -> None:
+    table = sample_table({"One": " two\nthree"}, {"One": "s"})
+    assert table.splitlines() == ["before  One two three", "after   Ones"]
