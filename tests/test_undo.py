@@ -72,6 +72,7 @@ def _adapted() -> Net:
     inject(model, CONFIG)
     for layer in oft_layers(model).values():
         nn.init.normal_(layer.oft_R["default"].weight, std=0.02)  # type: ignore[index, arg-type]
+    model(batch())  # the first forward is watched by a hook, which goes with it
     return model
 
 
