@@ -33,6 +33,7 @@ from lightning_oft import (
 )
 from lightning_oft.layers.state import record_of
 from lightning_oft.model import put, take
+from lightning_oft.model.first_forward import unwatch
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:block sizes adjusted", "ignore:adapter .* is not active", "ignore:PEFT cannot"
@@ -50,7 +51,8 @@ class Unknown(nn.Module):
 
 
 def looks(model: nn.Module) -> dict[str, Any]:
-    """All of a model that a call could change."""
+    """All of a model that a call could change; not the hook that watches the next forward, which takes it away."""
+    unwatch(model)
     return {
         "tensors": {name: value.clone() for name, value in model.state_dict().items()},
         "trains": flags(model),
@@ -72,7 +74,6 @@ def _adapted() -> Net:
     inject(model, CONFIG)
     for layer in oft_layers(model).values():
         nn.init.normal_(layer.oft_R["default"].weight, std=0.02)  # type: ignore[index, arg-type]
-    model(batch())  # the first forward is watched by a hook, which goes with it
     return model
 
 
