@@ -2,8 +2,9 @@
 
 from lightning_oft.data.base import SplitDataModule as SplitDataModule
 from lightning_oft.data.text.module import TextDataModule
+from lightning_oft.data.text.preferences import PreferenceDataModule
 from lightning_oft.data.vision.digits import DigitsDataModule
 from lightning_oft.data.vision.images import ImageDataModule
 
 # What a configuration can name; not `SplitDataModule`, the base of them all.
-__all__ = ["DigitsDataModule", "ImageDataModule", "TextDataModule"]
+__all__ = ["DigitsDataModule", "ImageDataModule", "PreferenceDataModule", "TextDataModule"]

@@ -55,7 +55,7 @@ class Encoder:
         if self.kind == ("text",):
             return self._ids("text", row["text"])
         if self.kind == ("messages",):
-            turns = _turns("messages", row["messages"])
+            turns = turns_of("messages", row["messages"])
             return self._chat(turns[:-1] if turns[-1]["role"] == "assistant" else turns, add_generation_prompt=True)
         return self._prompt(row["prompt"])
 
@@ -68,14 +68,14 @@ class Encoder:
         if isinstance(prompt, str):
             after = self._ended(self._ids("completion", completion, add_special_tokens=False))
         else:
-            ids = self._chat([*prompt, *_turns("completion", completion)])
+            ids = self._chat([*prompt, *turns_of("completion", completion)])
             if ids[: len(before)] != before:
                 raise ValueError("the chat template writes the prompt otherwise once an answer follows; give messages")
             after = ids[len(before) :]
         return before + after, [False] * len(before) + [True] * len(after)
 
     def _messages(self, messages: Any) -> tuple[list[int], list[bool]]:
-        turns = _turns("messages", messages)
+        turns = turns_of("messages", messages)
         if not self.completion_only:
             ids = self._chat(turns)
             return ids, [True] * len(ids)
@@ -92,7 +92,7 @@ class Encoder:
     def _prompt(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
             return self._ids("prompt", prompt)
-        return self._chat(_turns("prompt", prompt), add_generation_prompt=True)
+        return self._chat(turns_of("prompt", prompt), add_generation_prompt=True)
 
     def _ids(self, column: str, text: Any, **options: Any) -> list[int]:
         if not isinstance(text, str):
@@ -118,18 +118,19 @@ class Encoder:
         return self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **options)
 
 
-def kind_of(columns: list[str]) -> tuple[str, ...]:
-    """Which of `KINDS` a table with these columns is. Raises ValueError, which names the columns, for none."""
-    for kind in KINDS:
+def kind_of(columns: list[str], kinds: tuple[tuple[str, ...], ...] = KINDS) -> tuple[str, ...]:
+    """Which of these kinds a table with these columns is. Raises ValueError, which names the columns, for none."""
+    for kind in kinds:
         if set(kind) <= set(columns):
             return kind
-    wanted = ", or ".join(" and ".join(kind) for kind in KINDS)
+    wanted = ", or ".join(" and ".join(kind) for kind in kinds)
     raise ValueError(
-        f"found the columns {', '.join(columns)}; wanted {wanted}: map them, as in columns: {{text: {columns[0]}}}"
+        f"found the columns {', '.join(columns)}; wanted {wanted}: map them, as in columns: {{{kinds[-1][0]}: {columns[0]}}}"
     )
 
 
-def _turns(column: str, messages: Any) -> list[dict[str, Any]]:
+def turns_of(column: str, messages: Any) -> list[dict[str, Any]]:
+    """The messages in a column. Raises ValueError, with what but not the row, where they are none."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{column} is {'empty' if not messages else type(messages).__name__}, not a list of messages")
     for number, turn in enumerate(messages, 1):

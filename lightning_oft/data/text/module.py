@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_oft.data.base import SplitDataModule
 from lightning_oft.data.text.batches import LengthGrouped, pack, pad
-from lightning_oft.data.text.examples import Encoder, kind_of
+from lightning_oft.data.text.examples import KINDS, Encoder, kind_of
 from lightning_oft.data.text.sources import Tables, load_tables
 
 
@@ -49,8 +49,10 @@ class TextDataModule(SplitDataModule):
         ValueError: When an argument is out of its range; on setup, one line that names the first row of no use.
     """
 
-    columns = ("input_ids", "labels")
+    columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
     cache_arguments = ("data", "names", "max_length", "packing", "completion_only", "tokenizer_key")
+    kinds: ClassVar[tuple[tuple[str, ...], ...]] = KINDS
+    """The columns that a table of each kind has."""
 
     def __init__(
         self,
@@ -103,10 +105,10 @@ class TextDataModule(SplitDataModule):
         splits: dict[str, Any] = {}
         for split, table in tables.items():
             try:
-                kind = kind_of(list(table.column_names))
+                kind = kind_of(list(table.column_names), self.kinds)
             except ValueError as error:
                 raise ValueError(f"{split}: {error}") from None
-            encoder = Encoder(self.processor, kind, limit, self.max_length, self.completion_only)
+            encoder = self.encoder(kind, limit)
             splits[split] = self._mapped(table, partial(encode_rows, encoder=encoder, split=split), kind)
             if split not in ("train", "val") and not self.streaming:
                 self.prompts[split] = self._mapped(table, partial(encode_prompts, encoder=encoder), kind)
@@ -128,6 +130,10 @@ class TextDataModule(SplitDataModule):
         self.collate_fn = partial(pad, pad_token_id=pad_token_of(self.processor))
         if not self.streaming:
             rank_zero_info(", ".join(f"{split} {len(table)} rows" for split, table in splits.items()))
+
+    def encoder(self, kind: tuple[str, ...], limit: int | None) -> Encoder:
+        """What makes examples of the rows of a table, for a model that takes `limit` tokens."""
+        return Encoder(self.processor, kind, limit, self.max_length, self.completion_only)
 
     def _tokenizer(self) -> tuple[Any, int | None]:
         """The tokenizer, and how many tokens the model takes."""
@@ -214,14 +220,14 @@ def encode_rows(
     rows: Mapping[str, list[Any]], indices: list[int], encoder: Encoder, split: str
 ) -> dict[str, list[Any]]:
     """A batch of rows as examples. Raises ValueError, one line that names the split and the row, counted from 1."""
-    made: dict[str, list[Any]] = {"input_ids": [], "labels": []}
+    made: dict[str, list[Any]] = {}
     for place, index in enumerate(indices):
         try:
             example = encoder({name: rows[name][place] for name in encoder.kind})
         except ValueError as error:
             raise ValueError(f"{split}, row {index + 1}: {error}") from None
         for name, values in example.items():
-            made[name].append(values)
+            made.setdefault(name, []).append(values)
     return made
 
 
