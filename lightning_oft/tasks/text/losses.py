@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, logsigmoid
 
 IGNORED = -100
 """The label of a token that is not learned."""
+PREFERENCE_LOSSES = ("sigmoid", "robust", "ipo", "hinge")
 
 
 def token_losses(logits_blv: Tensor, labels_bl: Tensor) -> Tensor:
@@ -25,3 +26,43 @@ def targets_of(labels_bl: Tensor) -> Tensor:
 def right_tokens(logits_blv: Tensor, labels_bl: Tensor) -> Tensor:
     """Which of (B, L - 1) predictions have their target as the likeliest word; bool, false where it is ignored."""
     return torch.as_tensor(logits_blv[:, :-1].argmax(-1) == labels_bl[:, 1:])
+
+
+def log_probs(logits_blv: Tensor, labels_bl: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the log-probability of its targets, (B,) float32, and how many there are, (B,) int64."""
+    return -token_losses(logits_blv, labels_bl).sum(-1), targets_of(labels_bl).sum(-1)
+
+
+def preference_losses(
+    policy_2b: Tensor,
+    reference_2b: Tensor,
+    lengths_2b: Tensor,
+    loss: str = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Losses of B pairs, (B,), from the log-probabilities of completions, chosen and rejected.
+
+    With h the chosen completion's log(policy / reference) less the rejected one's, and e = label_smoothing:
+
+    - sigmoid: -log s(beta h) (Rafailov et al. 2023, eq. 7)
+    - robust: (-(1 - e) log s(beta h) + e log s(-beta h)) / (1 - 2 e) (Chowdhury et al. 2024, eq. 9)
+    - ipo: (h - 1 / (2 beta))^2, with log-probabilities a token (Azar et al. 2023, eq. 17)
+    - hinge: max(0, 1 - beta h) (Zhao et al. 2023, SLiC)
+
+    policy, reference: (2, B) floating; lengths: (2, B) tokens of the completions. Raises ValueError for another loss.
+    """
+    ratios = policy_2b - reference_2b
+    if loss == "ipo":
+        ratios = ratios / lengths_2b
+    difference = ratios[0] - ratios[1]
+    if loss == "ipo":
+        return (difference - 1 / (2 * beta)) ** 2
+    if loss == "hinge":
+        return torch.relu(1 - beta * difference)
+    if loss == "sigmoid":
+        return -logsigmoid(beta * difference)
+    if loss == "robust":
+        right, wrong = -logsigmoid(beta * difference), -logsigmoid(-beta * difference)
+        return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+    raise ValueError(f"loss={loss!r}: must be one of {', '.join(PREFERENCE_LOSSES)}")

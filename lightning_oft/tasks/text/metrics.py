@@ -1,4 +1,4 @@
-"""NextToken: loss, perplexity and accuracy over tokens, whatever their batches and processes."""
+"""Scores over tokens and over pairs, whatever their batches and processes."""
 
 import torch
 from torch import Tensor
@@ -29,3 +29,26 @@ class NextToken(Metric):
         """-> "loss", "perplexity" and "accuracy", scalars; NaN where there was no target."""
         loss = self.loss_sum / self.count
         return {"loss": loss, "perplexity": loss.exp(), "accuracy": self.right / self.count}
+
+
+class Preferences(Metric):
+    """Mean loss over pairs, the share whose chosen completion has the higher reward, and the mean difference of the two."""
+
+    full_state_update = False
+    sums: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(3), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor, rewards: Tensor) -> None:
+        """losses: (B,) floating; rewards: (2, B) floating, chosen and rejected."""
+        margins = rewards[0] - rewards[1]
+        self.sums += torch.stack([losses.detach().sum(), (margins > 0).sum(), margins.sum()])
+        self.count += len(losses)
+
+    def compute(self) -> dict[str, Tensor]:
+        """-> "loss", "accuracy" and "margin", scalars; NaN where there was no pair."""
+        return dict(zip(("loss", "accuracy", "margin"), self.sums / self.count, strict=True))
