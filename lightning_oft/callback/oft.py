@@ -47,7 +47,8 @@ class OFTFinetuning(Callback):
         save_adapter_only: leave the frozen base out of checkpoints.
         export_dir: where to write, when the fit ends, `adapter/` (PEFT's format) and `merged/` (a plain model).
         export_from: what to export: the "last" state of the fit or ModelCheckpoint's "best".
-        **config: the fields of OFTConfig.
+        **config: the fields of OFTConfig. Where modules_to_save is not among them, the modules that the LightningModule's
+            `new_head` names are trained whole; our tasks name a head that starts random.
 
     Raises:
         TypeError: an argument is of a wrong type, or there is no such option.
@@ -98,7 +99,9 @@ class OFTFinetuning(Callback):
         self._forget_run()  # one that failed, and whose other callbacks failed at that
         checks.check_callbacks(trainer, self, stage)
         modules = walk(pl_module)
-        run = self._run = Run(strategy_adapter(trainer), adapter_names(modules), list(merged_layers(modules)))
+        run = self._run = Run(
+            strategy_adapter(trainer), adapter_names(modules), list(merged_layers(modules)), self.config
+        )
         run.keeps_adapter = not run.strategy.can_unload
         run.strategy.prepare(pl_module, checkpoint_hooks.writes_adapter_only(trainer), run.undo)
         if run.was_merged:
@@ -122,8 +125,9 @@ class OFTFinetuning(Callback):
             return
         root = checks.submodule(everything, self.module)
         modules = walk(root)
+        run.config = self._whole_heads(pl_module, modules)
         if self.pretrained_adapter is None:
-            injection.carry_out(modules, plan.plan_injection(modules, self.config, self.adapter_name, strict=built))
+            injection.carry_out(modules, plan.plan_injection(modules, run.config, self.adapter_name, strict=built))
         elif self.adapter_name not in adapter_names(modules) and (
             built or targets.find_targets(modules, self.config, strict=False)
         ):
@@ -137,6 +141,15 @@ class OFTFinetuning(Callback):
         freezing.freeze(everything)
         if built and freezing.only_norms_rest(everything):  # which Lightning takes for a mistake
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+
+    def _whole_heads(self, pl_module: nn.Module, modules: Modules) -> OFTConfig:
+        """The configuration; where it does not say what to train whole, that is the new, random head of a task."""
+        heads = [
+            head for head in getattr(pl_module, "new_head", ()) if any(targets.matches(m, [head]) for m in modules)
+        ]
+        if self.config.modules_to_save is not None or not heads:
+            return self.config
+        return dataclasses.replace(self.config, modules_to_save=heads)
 
     def _layers(self, modules: Modules) -> list[str]:
         return [name for name, _, state in adapted(modules) if self.adapter_name in state.configs]
@@ -164,7 +177,7 @@ class OFTFinetuning(Callback):
         report.report_start(self.adapter_name, len(run.layers), rotations, pl_module)
         optimizers.report(trainer.optimizers, rotations, pl_module)
         for logger in trainer.loggers:
-            logger.log_hyperparams({"oft": dataclasses.asdict(self.config)})
+            logger.log_hyperparams({"oft": dataclasses.asdict(run.config)})
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_oft.callback.strategies.base import StrategyAdapter
 from lightning_oft.callback.strategies.steps import Steps
+from lightning_oft.config import OFTConfig
 from lightning_oft.model.first_forward import FirstForward
 
 
@@ -18,6 +19,7 @@ class Run:
     strategy: StrategyAdapter
     found: list[str]  # the adapters that the model had when the run began
     was_merged: list[str]  # the layers whose merge the run took back, and makes again at its end
+    config: OFTConfig  # as it is injected, with the head that a task wants trained whole
     modes: dict[nn.Module, bool] = field(default_factory=dict)  # that were asked of the modules, before it froze any
     layers: list[str] = field(default_factory=list)  # what the callback has injected into, relative to its module
     trainable: list[nn.Parameter] = field(default_factory=list)  # what trained before configure_model

@@ -54,6 +54,8 @@ class Task(LightningModule):
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
         self.processor: Any = None if pretrained is None else Companions(pretrained)
         """The processor or tokenizer written beside an export; by default the files beside `pretrained`."""
+        self.new_head: list[str] = []
+        """Names of the modules of the head, where that is new and untrained; OFT trains them whole by default."""
 
     def load_model(self, auto_class: Any, **config_overrides: Any) -> list[str]:
         """Load the library model into `model_attribute`. Returns the modules of a new head; raises as `load_pretrained`,
@@ -63,6 +65,7 @@ class Task(LightningModule):
         options = {"dtype": self.load_dtype, "quantization_config": self.quantization_config}
         model, new_head = load_pretrained(auto_class, self.pretrained, **options, **config_overrides)
         setattr(self, self.model_attribute, model)
+        self.new_head = new_head
         return new_head
 
     @property

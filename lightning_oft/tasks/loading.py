@@ -57,7 +57,7 @@ def _report_missing(pretrained: str, model: Any, info: dict[str, Any]) -> list[s
         )
     if heads := sorted({key.rpartition(".")[0] for key in of_head}):
         rank_zero_info(
-            f"{pretrained}: a new head {', '.join(heads)} for {model.config.num_labels} classes; with OFT, train it too:"
-            f" oft.modules_to_save: [{', '.join(heads)}]"
+            f"{pretrained}: a new head {', '.join(heads)} for {model.config.num_labels} classes; OFT trains it whole unless "
+            f"oft.modules_to_save says otherwise"
         )
     return heads
