@@ -45,6 +45,7 @@ class FirstForward(TorchFunctionMode):
         self._sources = WeakTensorKeyDictionary()  # the names of the layers whose weights are in a tensor
         self._watched: list[str] = []  # the layers whose weight is at hand, where a call of the layer meets it
         self._readers: dict[str, set[int]] = {}  # ids of the modules that may read a layer's weight
+        self._tied: dict[str, set[int]] = {}  # ids of the other modules that hold a layer's weight
         holders: dict[int, set[int]] = {}
         for module in modules.values():
             for parameter in module._parameters.values():
@@ -57,7 +58,8 @@ class FirstForward(TorchFunctionMode):
                     self._watched.append(name)
                     # A module that is tied to the weight keeps the base after a merge; a part of the layer does not.
                     owner = layer.get_submodule(rotated.parameter.rpartition(".")[0])
-                    self._readers[name] |= holders.get(id(weight), set()) - {id(owner)}
+                    self._tied[name] = holders.get(id(weight), set()) - {id(owner)}
+                    self._readers[name] |= self._tied[name]
                     self._sources[weight] = self._sources_of(weight) | {name}
 
     def open(self) -> None:
@@ -73,6 +75,11 @@ class FirstForward(TorchFunctionMode):
         parents = {name: self._modules.get(name.rpartition(".")[0]) for name in self._watched if name}
         called = {name: id(self._modules[name]) in self._called for name in parents}
         return [name for name, above in parents.items() if id(above) in self._called and not called[name]]
+
+    def called_instead(self, layers: list[str]) -> list[str]:
+        """Names of the modules that were called and hold the weight of one of these layers."""
+        tied = set().union(*(self._tied[name] for name in layers)) & self._called
+        return [name for name, module in self._modules.items() if id(module) in tied]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called for every torch function while this is open."""
@@ -189,4 +196,6 @@ def _close(model: nn.Module, args: Any, output: Any) -> None:
         warnings.warn(describe_reads(first.reads), stacklevel=2)
     if uncalled := [name for name in first.uncalled() if name not in first.reads]:
         remedy = "where that is always so, as of projections that were fused, leave them out with exclude_modules"
-        log.warning("%s: not called in the model's first forward: %s", some(uncalled), remedy)
+        instead = first.called_instead(uncalled)
+        tied = f", but {some(instead)} with the same weight" if instead else ""
+        log.warning("%s: not called in the model's first forward%s: %s", some(uncalled), tied, remedy)
