@@ -43,28 +43,26 @@ def _joined(documents: Iterable[Example]) -> Example:
 
 
 def pad(examples: Sequence[Example], pad_token_id: int, side: str = "right", multiple: int = 1) -> dict[str, Tensor]:
-    """Examples as a batch, all (B, L) int64: input_ids, labels where there are some, and attention_mask, or the
-    position_ids of packed rows, of which padding is one more document."""
-    longest = max(len(example["input_ids"]) for example in examples)
-    length = -(-longest // multiple) * multiple
-    packed = "position_ids" in examples[0]
-
-    def padded(values: Sequence[int], filling: Sequence[int]) -> list[int]:
-        return [*values, *filling] if side == "right" else [*filling, *values]
-
-    batch: dict[str, list[list[int]]] = {}
-    for example in examples:
-        missing = length - len(example["input_ids"])
-        columns: dict[str, list[int]] = {"input_ids": padded(example["input_ids"], [pad_token_id] * missing)}
-        if "labels" in example:
-            columns["labels"] = padded(example["labels"], [IGNORED] * missing)
-        if packed:
-            columns["position_ids"] = padded(example["position_ids"], range(missing))
-        else:
-            columns["attention_mask"] = padded([1] * len(example["input_ids"]), [0] * missing)
-        for name, values in columns.items():
-            batch.setdefault(name, []).append(values)
-    return {name: torch.tensor(rows) for name, rows in batch.items()}
+    """Examples as a batch of int64: input_ids (B, L), labels where there are some, and attention_mask, or the
+    position_ids of packed rows, of which padding is one more document. labels have a length of their own: (B,) of
+    classes, (B, L) of tokens, (B, M) of targets."""
+    columns = {name: [example[name] for example in examples] for name in examples[0]}
+    if "position_ids" not in columns:
+        columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
+    fillings = {"input_ids": pad_token_id, "labels": IGNORED}
+    batch = {}
+    for name, rows in columns.items():
+        if isinstance(rows[0], list):
+            longest = max(map(len, rows))
+            length = -(-longest // multiple) * multiple
+            filled = [
+                range(length - len(row)) if name == "position_ids" else [fillings.get(name, 0)] * (length - len(row))
+                for row in rows
+            ]
+            pairs = zip(rows, filled, strict=True)
+            rows = [[*row, *filling] if side == "right" else [*filling, *row] for row, filling in pairs]
+        batch[name] = torch.tensor(rows)
+    return batch
 
 
 class LengthGrouped(torch.utils.data.DistributedSampler[Any]):

@@ -38,10 +38,7 @@ class Encoder:
         ids, learned = getattr(self, f"_{'_'.join(self.kind)}")(*(row[name] for name in self.kind))
         if not self.completion_only:
             learned = [True] * len(ids)
-        if self.max_length is None and self.limit is not None and len(ids) > self.limit:
-            raise ValueError(
-                f"{len(ids)} tokens, the model takes {self.limit}; shorten it, or set max_length to cut rows"
-            )
+        check_length(ids, self.limit, self.max_length)
         whole = any(learned[1:])
         ids, learned = ids[: self.max_length], learned[: self.max_length]
         if not any(learned[1:]):
@@ -60,13 +57,13 @@ class Encoder:
         return self._prompt(row["prompt"])
 
     def _text(self, text: Any) -> tuple[list[int], list[bool]]:
-        ids = self._ended(self._ids("text", text))
+        ids = ended(self.tokenizer, self._ids("text", text))
         return ids, [True] * len(ids)
 
     def _prompt_completion(self, prompt: Any, completion: Any) -> tuple[list[int], list[bool]]:
         before = self._prompt(prompt)
         if isinstance(prompt, str):
-            after = self._ended(self._ids("completion", completion, add_special_tokens=False))
+            after = ended(self.tokenizer, self._ids("completion", completion, add_special_tokens=False))
         else:
             ids = self._chat([*prompt, *turns_of("completion", completion)])
             if ids[: len(before)] != before:
@@ -95,15 +92,8 @@ class Encoder:
         return self._chat(turns_of("prompt", prompt), add_generation_prompt=True)
 
     def _ids(self, column: str, text: Any, **options: Any) -> list[int]:
-        if not isinstance(text, str):
-            raise ValueError(f"{column} is {'missing' if text is None else type(text).__name__}, not text")
-        if not text.strip():
-            raise ValueError(f"{column} is empty; leave the row out")
+        check_text(column, text)
         return list(self.tokenizer(text, verbose=False, **options)["input_ids"])
-
-    def _ended(self, ids: list[int]) -> list[int]:
-        end = self.tokenizer.eos_token_id
-        return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
     def _chat(self, turns: list[Any], **options: Any) -> list[int]:
         return list(self._templated(turns, **options)["input_ids"])
@@ -118,8 +108,28 @@ class Encoder:
         return self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **options)
 
 
+def check_text(column: str, text: Any) -> None:
+    """Raise ValueError when a cell holds no text."""
+    if not isinstance(text, str):
+        raise ValueError(f"{column} is {'missing' if text is None else type(text).__name__}, not text")
+    if not text.strip():
+        raise ValueError(f"{column} is empty; leave the row out")
+
+
+def check_length(ids: list[int], limit: int | None, max_length: int | None) -> None:
+    """Raise ValueError when a row is longer than the model takes, and nothing says to cut it."""
+    if max_length is None and limit is not None and len(ids) > limit:
+        raise ValueError(f"{len(ids)} tokens, the model takes {limit}; shorten it, or set max_length to cut rows")
+
+
+def ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Tokens with the one that ends a text, which some tokenizers put there themselves."""
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
 def kind_of(columns: list[str], kinds: tuple[tuple[str, ...], ...] = KINDS) -> tuple[str, ...]:
-    """Which of these kinds a table with these columns is. Raises ValueError, which names the columns, for none."""
+    """Which of `kinds` a table with these columns is. Raises ValueError, which names the columns, for none."""
     for kind in kinds:
         if set(kind) <= set(columns):
             return kind

@@ -2,21 +2,19 @@
 
 from collections.abc import Mapping
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_oft.data.base import SplitDataModule
-from lightning_oft.data.text.batches import LengthGrouped, pack, pad
+from lightning_oft.data.text.batches import pack, pad
 from lightning_oft.data.text.examples import KINDS, Encoder, kind_of
-from lightning_oft.data.text.sources import Tables, load_tables
+from lightning_oft.data.text.sources import Tables
+from lightning_oft.data.text.tables import TableDataModule, pad_token_of
 
 
-class TextDataModule(SplitDataModule):
+class TextDataModule(TableDataModule):
     """Text to learn from, read by `datasets`; every row is checked before the run begins.
 
     A table has a column text, or prompt and completion (text or messages), or messages (chats: lists of role and
@@ -49,7 +47,6 @@ class TextDataModule(SplitDataModule):
         ValueError: When an argument is out of its range; on setup, one line that names the first row of no use.
     """
 
-    columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
     cache_arguments = ("data", "names", "max_length", "packing", "completion_only", "tokenizer_key")
     kinds: ClassVar[tuple[tuple[str, ...], ...]] = KINDS
     """The columns that a table of each kind has."""
@@ -72,163 +69,51 @@ class TextDataModule(SplitDataModule):
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        super().__init__(batch_size, num_workers, pin_memory, num_workers > 0, seed)
-        if max_length is not None and max_length < 2:
-            raise ValueError(f"max_length={max_length}: a row needs at least 2 tokens, one to predict the other from")
-        if not 0 <= val_fraction < 1 or (streaming and val_fraction):
-            raise ValueError(f"val_fraction={val_fraction}: must lie in [0, 1), and be 0 for streamed data")
-        if group_by_length and (packing or streaming):
+        if group_by_length and packing:
             raise ValueError("group_by_length: packed and streamed rows have no lengths to group by; set it to false")
-        self.data, self.names, self.pretrained, self.subset = data, columns or {}, pretrained, subset
-        self.max_length, self.packing, self.completion_only = max_length, packing, completion_only
-        self.chat_template, self.val_fraction, self.streaming = chat_template, val_fraction, streaming
-        self.group_by_length = group_by_length
+        super().__init__(
+            data, columns, pretrained, max_length, batch_size, val_fraction, group_by_length, subset, streaming,
+            seed, num_workers, pin_memory,
+        )  # fmt: skip
+        self.packing, self.completion_only, self.chat_template = packing, completion_only, chat_template
         self.prompts: dict[str, Any] = {}
         """By test set, what a model continues: examples of input_ids."""
 
-    @property
-    def tokenizer_key(self) -> str:
-        """Names everything of the tokenizer that decides which tokens it makes; known after `setup`."""
-        return "" if self.processor is None else tokenizer_key(self.processor)
-
-    def prepare_data(self) -> None:
-        """Called on one process of a machine before `setup`: fill the cache that the others read."""
-        if not self.streaming:
-            self.setup("fit")
-
-    def setup(self, stage: str) -> None:
-        """Find, check, encode and pack the rows; once, whatever is run afterwards."""
-        if self.splits:
-            return
-        self.processor, limit = self._tokenizer()
-        tables = self._renamed(load_tables(self.data, self.subset, self.streaming))
-        splits: dict[str, Any] = {}
-        for split, table in tables.items():
-            try:
-                kind = kind_of(list(table.column_names), self.kinds)
-            except ValueError as error:
-                raise ValueError(f"{split}: {error}") from None
-            encoder = self.encoder(kind, limit)
-            splits[split] = self._mapped(table, partial(encode_rows, encoder=encoder, split=split), kind)
-            if split not in ("train", "val") and not self.streaming:
-                self.prompts[split] = self._mapped(table, partial(encode_prompts, encoder=encoder), kind)
-        if self.val_fraction and "val" not in splits and "train" in splits:
-            parts = splits["train"].train_test_split(self.val_fraction, seed=self.seed)
-            splits = {
-                "train": parts["train"],
-                "val": parts["test"],
-                **{k: v for k, v in splits.items() if k != "train"},
-            }
-        if self.packing:
-            length = self.max_length or limit
-            if length is None:
-                raise ValueError(
-                    "packing: neither the model nor the tokenizer says how long a row may be; set max_length"
-                )
-            splits = {split: self._mapped(t, partial(pack_rows, length=length)) for split, t in splits.items()}
-        self.splits = splits
-        self.collate_fn = partial(pad, pad_token_id=pad_token_of(self.processor))
-        if not self.streaming:
-            rank_zero_info(", ".join(f"{split} {len(table)} rows" for split, table in splits.items()))
+    @override
+    def make_encoder(self, split: str, table: Any, limit: int | None) -> Encoder:
+        return self.encoder(kind_of(list(table.column_names), self.kinds), limit)
 
     def encoder(self, kind: tuple[str, ...], limit: int | None) -> Encoder:
         """What makes examples of the rows of a table, for a model that takes `limit` tokens."""
         return Encoder(self.processor, kind, limit, self.max_length, self.completion_only)
 
-    def _tokenizer(self) -> tuple[Any, int | None]:
-        """The tokenizer, and how many tokens the model takes."""
-        task = getattr(self.trainer, "lightning_module", None)
-        if self.pretrained is not None:
-            from transformers import AutoTokenizer
-
-            tokenizer: Any = AutoTokenizer.from_pretrained(self.pretrained, trust_remote_code=False)
-        else:
-            tokenizer = getattr(task, "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError("pretrained is not given and the model has no tokenizer; set data.init_args.pretrained")
-        if self.chat_template is not None:
-            tokenizer.chat_template = Path(self.chat_template).expanduser().read_text(encoding="utf-8")
-        config = getattr(getattr(task, "model", None), "config", None)
-        limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
-        limit = min((n for n in limits if n is not None and 0 < n < 10**9), default=None)
-        if limit is not None and self.max_length is not None and self.max_length > limit:
-            raise ValueError(f"max_length={self.max_length}: the model takes {limit} tokens")
-        return tokenizer, limit
-
-    def _renamed(self, tables: Tables) -> Tables:
-        """The tables with our names of columns."""
+    @override
+    def finish(self, splits: Tables, tables: Tables, limit: int | None) -> Tables:
+        """Pack what is to be packed, and encode the prompts of the test sets."""
         for split, table in tables.items():
-            found = list(table.column_names)
-            if missing := [name for name in self.names.values() if name not in found]:
-                raise ValueError(f"{split}: no column {missing[0]!r}; found {', '.join(found)}: correct columns")
-            dropped = [ours for ours, theirs in self.names.items() if ours in found and ours != theirs]
-            tables[split] = table.remove_columns(dropped).rename_columns(
-                {v: k for k, v in self.names.items() if v != k}
-            )
-        return tables
-
-    def _mapped(self, table: Any, function: Any, kind: tuple[str, ...] = ()) -> Any:
-        """A table after a function of batches of rows; of a cache while neither rows, tokenizer nor arguments change."""
-        options: dict[str, Any] = {"batched": True, "remove_columns": list(table.column_names)}
-        if function.func is not pack_rows:
-            options["with_indices"] = True
-        if not self.streaming:
-            # datasets would hash the tokenizer's memory, which changes with use.
-            made = (table._fingerprint, function.func.__name__, function.keywords.get("split"), self.cache_key, kind)
-            options |= {"new_fingerprint": sha256(repr(made).encode()).hexdigest()[:16], "desc": "tokens"}
-        return table.map(function, **options)
+            if split not in ("train", "val") and not self.streaming:
+                encoder = self.make_encoder(split, table, limit)
+                self.prompts[split] = self._mapped(table, partial(encode_prompts, encoder=encoder), encoder.kind)
+        if not self.packing:
+            return splits
+        length = self.max_length or limit
+        if length is None:
+            raise ValueError("packing: neither the model nor the tokenizer says how long a row may be; set max_length")
+        rows = partial(pack_rows, length=length)
+        return {split: self._mapped(table, rows, with_indices=False) for split, table in splits.items()}
 
     @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches; by length where that is asked for, and a part of a stream on each process."""
-        table: Any = self.splits["train"]
-        if self.streaming:
-            return DataLoader(self._part(table.shuffle(seed=self.seed)), **self._stream_options())
-        if not self.group_by_length:
-            return super().train_dataloader()
-        sampler = LengthGrouped(
-            [len(ids) for ids in table["input_ids"]], self.batch_size, *self._processes(), self.seed
-        )
-        return DataLoader(table, self.batch_size, sampler=sampler, collate_fn=self.collate_fn, **self.workers)
+    def _tokenizer(self) -> tuple[Any, int | None]:
+        tokenizer, limit = super()._tokenizer()
+        if self.chat_template is not None:
+            tokenizer.chat_template = Path(self.chat_template).expanduser().read_text(encoding="utf-8")
+        return tokenizer, limit
 
     @override
     def predict_dataloader(self) -> list[DataLoader[Any]]:
         """The prompts of the test sets, padded on the left: {"input_ids", "attention_mask"} (B, L)."""
         collate = partial(pad, pad_token_id=pad_token_of(self.processor), side="left")
         return [DataLoader(t, self.batch_size, collate_fn=collate, **self.workers) for t in self.prompts.values()]
-
-    @override
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
-        if self.streaming:
-            return DataLoader(self._part(self.splits[split]), **self._stream_options())
-        return super()._loader(split, shuffle)
-
-    def _processes(self) -> tuple[int, int]:
-        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-
-    def _part(self, table: Any) -> Any:
-        from datasets.distributed import split_dataset_by_node
-
-        processes, rank = self._processes()
-        return split_dataset_by_node(table, rank, processes) if processes > 1 else table
-
-    def _stream_options(self) -> dict[str, Any]:
-        return {"batch_size": self.batch_size, "collate_fn": self.collate_fn, **self.workers}
-
-
-def encode_rows(
-    rows: Mapping[str, list[Any]], indices: list[int], encoder: Encoder, split: str
-) -> dict[str, list[Any]]:
-    """A batch of rows as examples. Raises ValueError, one line that names the split and the row, counted from 1."""
-    made: dict[str, list[Any]] = {}
-    for place, index in enumerate(indices):
-        try:
-            example = encoder({name: rows[name][place] for name in encoder.kind})
-        except ValueError as error:
-            raise ValueError(f"{split}, row {index + 1}: {error}") from None
-        for name, values in example.items():
-            made.setdefault(name, []).append(values)
-    return made
 
 
 def encode_prompts(rows: Mapping[str, list[Any]], indices: list[int], encoder: Encoder) -> dict[str, list[Any]]:
@@ -242,17 +127,3 @@ def pack_rows(rows: Mapping[str, list[Any]], length: int) -> dict[str, list[Any]
     examples = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
     packed = pack(examples, length)
     return {name: [row[name] for row in packed] for name in ("input_ids", "labels", "position_ids")}
-
-
-def tokenizer_key(tokenizer: Any) -> str:
-    """16 hex digits, equal for tokenizers that make the same tokens of the same rows."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    made = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    return sha256(repr((type(tokenizer).__name__, made, special, tokenizer.chat_template)).encode()).hexdigest()[:16]
-
-
-def pad_token_of(tokenizer: Any) -> int:
-    """The id to pad with: the tokenizer's, else that of the end, else 0; padding is masked whatever it is."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(number for number in ids if number is not None))

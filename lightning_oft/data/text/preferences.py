@@ -10,7 +10,8 @@ from typing_extensions import override
 
 from lightning_oft.data.text.batches import pad
 from lightning_oft.data.text.examples import Encoder, turns_of
-from lightning_oft.data.text.module import TextDataModule, pad_token_of
+from lightning_oft.data.text.module import TextDataModule
+from lightning_oft.data.text.tables import pad_token_of
 
 SIDES = ("chosen", "rejected")
 
