@@ -1,7 +1,20 @@
 """Ordinary LightningModules, with or without OFT; the library of a task's model is imported when one is made."""
 
 from lightning_oft.tasks.base import Task as Task
-from lightning_oft.tasks.text import CausalLM, PreferenceOptimization
+from lightning_oft.tasks.text import (
+    CausalLM,
+    PreferenceOptimization,
+    Seq2SeqLM,
+    SequenceClassification,
+    TokenClassification,
+)
 from lightning_oft.tasks.vision import ImageClassification
 
-__all__ = ["CausalLM", "ImageClassification", "PreferenceOptimization"]
+__all__ = [
+    "CausalLM",
+    "ImageClassification",
+    "PreferenceOptimization",
+    "Seq2SeqLM",
+    "SequenceClassification",
+    "TokenClassification",
+]

@@ -24,7 +24,8 @@ def generate(
         made = model.generate(
             input_ids=input_ids_bl.to(model.device), attention_mask=attention_mask_bl.to(model.device), **options
         )
-    return list(tokenizer.batch_decode(made[:, input_ids_bl.shape[1] :], skip_special_tokens=True))
+    start = 0 if model.config.is_encoder_decoder else input_ids_bl.shape[1]  # a decoder's answer has no prompt in it
+    return list(tokenizer.batch_decode(made[:, start:], skip_special_tokens=True))
 
 
 def say(model: Any, tokenizer: Any, prompts: Sequence[str], **options: Any) -> dict[str, str]:

@@ -12,7 +12,8 @@ from lightning_oft.tasks.base import Dtype, LRInterval, Task
 
 
 class LanguageModel(Task):
-    """Base of the text tasks. A subclass calls `load_language_model` in its `__init__`.
+    """Base of the text tasks. A subclass calls `load_language_model` in its `__init__`, or loads its model and calls
+    `complete_model`.
 
     Args:
         pretrained: The model to start from: a folder written by save_pretrained, or a hub id.
@@ -47,6 +48,11 @@ class LanguageModel(Task):
         """Load model and tokenizer. Returns the modules of a new head; raises as `Task.load_model`, and OSError when
         there is no tokenizer at `pretrained`."""
         heads = self.load_model(auto_class, **config_overrides)
+        self.complete_model()
+        return heads
+
+    def complete_model(self) -> None:
+        """Load the tokenizer of a model that is loaded, and give the model what the arguments ask for."""
         self.tokenizer = self.processor = load_tokenizer(str(self.pretrained))
         if self.new_tokens:
             add_tokens(self.model, self.tokenizer, self.new_tokens)
@@ -56,7 +62,6 @@ class LanguageModel(Task):
             getattr(self.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
         if self.neftune_alpha:
             self.model.get_input_embeddings().register_forward_hook(_Noise(self.neftune_alpha))
-        return heads
 
     @override
     def companions(self) -> list[Any]:

@@ -1,4 +1,5 @@
-"""Losses over tokens: pure functions. B rows, L tokens, V words of the vocabulary."""
+"""Losses over tokens: pure functions. B rows, L tokens, V words of the vocabulary; a label
+stands `shift` places after its prediction: 1, or 0 in a decoder that gets the labels shifted."""
 
 import torch
 from torch import Tensor
@@ -9,23 +10,25 @@ IGNORED = -100
 PREFERENCE_LOSSES = ("sigmoid", "robust", "ipo", "hinge")
 
 
-def token_losses(logits_blv: Tensor, labels_bl: Tensor) -> Tensor:
-    """Negative log-likelihood of each label given the tokens before it, (B, L - 1) float32; 0 where it is ignored.
+def token_losses(logits_blv: Tensor, labels_bl: Tensor, shift: int = 1) -> Tensor:
+    """Negative log-likelihood of each label given the tokens before it, (B, L - shift) float32; 0 where it is ignored.
 
     logits: (B, L, V) floating; labels: (B, L) int64, the tokens themselves or -100: they are shifted here.
     """
-    targets = labels_bl[:, 1:]
-    return cross_entropy(logits_blv[:, :-1].transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="none")
+    targets = labels_bl[:, shift:]
+    logits = logits_blv[:, : targets.shape[1]].transpose(1, 2).float()
+    return cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
 
 
-def targets_of(labels_bl: Tensor) -> Tensor:
-    """Which of (B, L - 1) predictions are learned; bool."""
-    return labels_bl[:, 1:] != IGNORED
+def targets_of(labels_bl: Tensor, shift: int = 1) -> Tensor:
+    """Which of (B, L - shift) predictions are learned; bool."""
+    return labels_bl[:, shift:] != IGNORED
 
 
-def right_tokens(logits_blv: Tensor, labels_bl: Tensor) -> Tensor:
-    """Which of (B, L - 1) predictions have their target as the likeliest word; bool, false where it is ignored."""
-    return torch.as_tensor(logits_blv[:, :-1].argmax(-1) == labels_bl[:, 1:])
+def right_tokens(logits_blv: Tensor, labels_bl: Tensor, shift: int = 1) -> Tensor:
+    """Which of (B, L - shift) predictions have their target as the likeliest word; bool, false where it is ignored."""
+    targets = labels_bl[:, shift:]
+    return torch.as_tensor(logits_blv[:, : targets.shape[1]].argmax(-1) == targets)
 
 
 def log_probs(logits_blv: Tensor, labels_bl: Tensor) -> tuple[Tensor, Tensor]:
