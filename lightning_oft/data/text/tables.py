@@ -41,7 +41,7 @@ class TableDataModule(SplitDataModule):
         ValueError: When an argument is out of its range; on setup, one line that names the first row of no use.
     """
 
-    columns = ("input_ids", "labels")
+    columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
     cache_arguments: ClassVar[tuple[str, ...]] = ("data", "names", "max_length", "tokenizer_key")
 
     def __init__(
