@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from peft import PeftModel
@@ -44,6 +46,21 @@ def test_the_offline_run_learns_says_so_and_leaves_what_plain_libraries_load(
     ids = AutoTokenizer.from_pretrained("runs/text/merged")("And it came to pass", return_tensors="pt").input_ids
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_recipe_runs_with_a_small_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"Say {i}", "completion": " yes" * (i + 1)} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    model, data, trainer = "--model.init_args", "--data.init_args", "--trainer"
+    words = ["fit", "--config", str(ROOT / "configs/recipes/text-sft.yaml"), f"{data}.data", "rows.jsonl"]
+    words += [f"{data}.max_length", "64", f"{data}.val_fraction", "0.2", f"{trainer}.precision", "32-true"]
+    words += [f"{model}.pretrained", str(ROOT / "examples/bases/docs-llama"), f"{model}.dtype", "float32"]
+    words += [f"{model}.generation", "{max_new_tokens: 2}", f"{trainer}.accelerator", "cpu"]
+    words += [f"{trainer}.enable_progress_bar", "false", f"{trainer}.logger", "false"]
+    assert main(words) == 0
+    assert {path.name for path in (tmp_path / "runs" / "text-sft").iterdir()} >= {"adapter", "merged"}
 
 
 def test_samples_stand_below_each_other() -> None:
