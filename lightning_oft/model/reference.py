@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from lightning_oft.codecs import whole
+from lightning_oft.layers.state import every_rotation
 from lightning_oft.model import freezing, saved_modules, traversal
 from lightning_oft.model.activation import disable_adapters, has_learned, remember_choice
 from lightning_oft.model.adapter_state import copied, describe
@@ -45,6 +47,20 @@ def keep_reference(model: nn.Module) -> bool:
         warnings.filterwarnings("ignore", message="adapter .* is not active on")  # nor should it be
         put(model, describe(modules, names[0], copied), REFERENCE, ignore_mismatched_base=True)
     return True
+
+
+def require_reference(model: nn.Module) -> None:
+    """Raise ValueError where an adapter has learned and no copy of it was kept, as where layers are split before they are
+    adapted: the base would silently stand for it. A collective call where generators are sharded."""
+    modules = walk(model)
+    if REFERENCE in adapter_names(modules):
+        return
+    rotations = [rotation for _, layer, _ in adapted(modules) for rotation in every_rotation(layer)]
+    if any(bool(whole(rotation.weight.detach()).any()) for rotation in rotations):
+        raise ValueError(
+            "the adapter that the fit starts from came too late to be copied as its reference; merge it first "
+            "(lightning-oft merge), and start from that model"
+        )
 
 
 @contextlib.contextmanager

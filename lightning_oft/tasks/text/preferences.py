@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_oft.model.reference import has_reference, keep_reference, reference
+from lightning_oft.model.reference import has_reference, keep_reference, reference, require_reference
 from lightning_oft.tasks.base import Dtype, LRInterval
 from lightning_oft.tasks.text.generation import evaluating, generate, say
 from lightning_oft.tasks.text.language_model import LanguageModel
@@ -118,6 +118,8 @@ class PreferenceOptimization(LanguageModel):
                 "no adapter: once the model trains, nothing is left to compare it with; adapt it with OFT, or set "
                 "precompute_reference: true"
             )
+        if not self.has_trained:
+            require_reference(self.library_model)
         if self.precompute_reference and (at_hand or not self.has_trained):
             self.reference_log_probs = self._all_reference_log_probs()
 

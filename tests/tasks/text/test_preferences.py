@@ -144,6 +144,18 @@ def test_reference_of_several_active_adapters_is_refused(base: str) -> None:
         keep_reference(model)
 
 
+def test_adapter_that_comes_too_late_to_be_copied_is_refused(base: str, tmp_path: Path) -> None:
+    task = task_of(base)
+
+    class Late(OFTFinetuning):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            super().on_fit_start(trainer, pl_module)
+            nn.init.normal_(next(p for name, p in pl_module.named_parameters() if "oft_R" in name))
+
+    with pytest.raises(ValueError, match=r"too late to be copied as its reference; merge it first"):
+        trainer(Late(merge_on_fit_end=False, oft_block_size=8)).fit(task, data_of(tmp_path))
+
+
 def test_fit_prefers_what_is_chosen_and_scores_are_means_over_pairs(base: str, tmp_path: Path) -> None:
     task, data = task_of(base), data_of(tmp_path)
     run = trainer(oft(**OFT), max_epochs=3)
