@@ -17,6 +17,9 @@ from lightning_oft.tasks.sharding import blocks, shard_blocks
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LRInterval = Literal["auto", "step", "epoch"]
 
+IGNORED = -100
+"""The label of a token that is neither learned nor scored, as in transformers."""
+
 
 class Task(LightningModule):
     """Base of the tasks: a LightningModule around one library model. It works with and without OFT.

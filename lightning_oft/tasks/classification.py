@@ -10,10 +10,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 from typing_extensions import override
 
-from lightning_oft.tasks.base import Task
-
-IGNORED = -100
-"""The label of a token that is not scored, such as padding."""
+from lightning_oft.tasks.base import IGNORED, Task
 
 
 class Classification(Task):

@@ -23,24 +23,10 @@ class TextDataModule(TableDataModule):
     when the data, the tokenizer or these arguments change.
 
     Args:
-        data: A file (.jsonl, .json, .csv, .tsv, .parquet, .txt with a row a line), a folder of such files, a folder written
-            by save_to_disk, or a hub id; or a mapping of splits to those. train and val are such splits; every other
-            name is a test set of its own.
-        columns: Where columns have other names than those above: ours to theirs, as in {text: body}.
-        pretrained: The model whose tokenizer makes the tokens. None: the tokenizer of the task that is run.
-        max_length: Tokens kept of a row, and the length of packed rows. None: as many as the model takes, and a longer row
-            is an error.
-        packing: Put several documents into a row, where none sees another; without it rows are padded.
+        packing: Put several documents into a row of max_length tokens, where none sees another; without it rows are padded.
         completion_only: Learn completions and the assistant's turns only; false learns prompts too.
         chat_template: File with a chat template in the place of the tokenizer's.
-        batch_size: Rows in a batch, on each device.
-        val_fraction: Share of the training rows to validate on, where there is no val split.
-        group_by_length: Batches of rows of like length, where they are not packed.
-        subset: Name of a hub data set's configuration.
-        streaming: Read rows as they are needed, for data that fits no disk; a bad row is found when it is reached.
-        seed: Decides the validation rows and the order of the batches.
-        num_workers: Loader processes.
-        pin_memory: Page-locked batches, for faster copies to a GPU.
+        table: Arguments of TableDataModule.
 
     Raises:
         OSError: When there is nothing at `data`, on setup.
@@ -54,27 +40,14 @@ class TextDataModule(TableDataModule):
     def __init__(
         self,
         data: str | dict[str, str],
-        columns: dict[str, str] | None = None,
-        pretrained: str | None = None,
-        max_length: int | None = None,
         packing: bool = False,
         completion_only: bool = True,
         chat_template: str | None = None,
-        batch_size: int = 8,
-        val_fraction: float = 0.0,
-        group_by_length: bool = False,
-        subset: str | None = None,
-        streaming: bool = False,
-        seed: int = 0,
-        num_workers: int = 0,
-        pin_memory: bool = False,
+        **table: Any,
     ) -> None:
-        if group_by_length and packing:
-            raise ValueError("group_by_length: packed and streamed rows have no lengths to group by; set it to false")
-        super().__init__(
-            data, columns, pretrained, max_length, batch_size, val_fraction, group_by_length, subset, streaming,
-            seed, num_workers, pin_memory,
-        )  # fmt: skip
+        super().__init__(data, **table)
+        if self.group_by_length and packing:
+            raise ValueError("group_by_length: packed rows have no lengths to group by; set it to false")
         self.packing, self.completion_only, self.chat_template = packing, completion_only, chat_template
         self.prompts: dict[str, Any] = {}
         """By test set, what a model continues: examples of input_ids."""

@@ -16,7 +16,7 @@ from lightning_oft.data.text.tables import pad_token_of
 SIDES = ("chosen", "rejected")
 
 
-class PairEncoder(Encoder):
+class PreferenceEncoder(Encoder):
     """Makes examples of pairs: {"chosen", "chosen_labels", "rejected", "rejected_labels"}, as Encoder makes those of
     prompts with completions."""
 
@@ -59,20 +59,8 @@ class PreferenceDataModule(TextDataModule):
     the B rejected ones, labels -100 on prompts and padding; and "row" (B,) int64, the pairs' places in their split.
 
     Args:
-        data: A file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files, a folder written by save_to_disk, or a
-            hub id; or a mapping of splits to those. train and val are such splits; every other name is a test set.
-        columns: Where columns have other names than those above: ours to theirs, as in {chosen: better}.
-        pretrained: The model whose tokenizer makes the tokens. None: the tokenizer of the task that is run.
-        max_length: Tokens kept of a prompt with a completion. None: as many as the model takes, and a longer one is an
-            error.
         chat_template: File with a chat template in the place of the tokenizer's.
-        batch_size: Pairs in a batch, on each device.
-        val_fraction: Share of the training rows to validate on, where there is no val split.
-        subset: Name of a hub data set's configuration.
-        streaming: Read rows as they are needed, for data that fits no disk; a bad row is found when it is reached.
-        seed: Decides the validation rows and the order of the batches.
-        num_workers: Loader processes.
-        pin_memory: Page-locked batches, for faster copies to a GPU.
+        table: Arguments of TableDataModule, but group_by_length.
 
     Raises:
         OSError: When there is nothing at `data`, on setup.
@@ -82,26 +70,10 @@ class PreferenceDataModule(TextDataModule):
     columns = ("input_ids", "labels", "attention_mask", "row")
     kinds = (("prompt", *SIDES), SIDES)
 
-    def __init__(
-        self,
-        data: str | dict[str, str],
-        columns: dict[str, str] | None = None,
-        pretrained: str | None = None,
-        max_length: int | None = None,
-        chat_template: str | None = None,
-        batch_size: int = 8,
-        val_fraction: float = 0.0,
-        subset: str | None = None,
-        streaming: bool = False,
-        seed: int = 0,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
+    def __init__(self, data: str | dict[str, str], chat_template: str | None = None, **table: Any) -> None:
         super().__init__(
-            data, columns, pretrained, max_length, chat_template=chat_template, batch_size=batch_size,
-            val_fraction=val_fraction, subset=subset, streaming=streaming, seed=seed, num_workers=num_workers,
-            pin_memory=pin_memory,
-        )  # fmt: skip
+            data, packing=False, completion_only=True, chat_template=chat_template, group_by_length=False, **table
+        )
 
     @override
     def setup(self, stage: str) -> None:
@@ -116,7 +88,7 @@ class PreferenceDataModule(TextDataModule):
 
     @override
     def encoder(self, kind: tuple[str, ...], limit: int | None) -> Encoder:
-        return PairEncoder(self.processor, kind, limit, self.max_length)
+        return PreferenceEncoder(self.processor, kind, limit, self.max_length)
 
 
 def pad_pairs(examples: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ class TableDataModule(SplitDataModule):
         if not 0 <= val_fraction < 1 or (streaming and val_fraction):
             raise ValueError(f"val_fraction={val_fraction}: must lie in [0, 1), and be 0 for streamed data")
         if group_by_length and streaming:
-            raise ValueError("group_by_length: packed and streamed rows have no lengths to group by; set it to false")
+            raise ValueError("group_by_length: streamed rows have no lengths to group by; set it to false")
         self.data, self.names, self.pretrained, self.subset = data, columns or {}, pretrained, subset
         self.max_length, self.val_fraction, self.streaming = max_length, val_fraction, streaming
         self.group_by_length = group_by_length

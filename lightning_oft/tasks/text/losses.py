@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
-IGNORED = -100
-"""The label of a token that is not learned."""
+from lightning_oft.tasks.base import IGNORED
+
 PREFERENCE_LOSSES = ("sigmoid", "robust", "ipo", "hinge")
 
 

@@ -11,15 +11,15 @@ from typing_extensions import override
 
 from lightning_oft.model.reference import has_reference, keep_reference, reference, require_reference
 from lightning_oft.tasks.base import Dtype, LRInterval
-from lightning_oft.tasks.text.generation import evaluating, generate, say
-from lightning_oft.tasks.text.language_model import LanguageModel
+from lightning_oft.tasks.text.generation import evaluating
+from lightning_oft.tasks.text.generative import GenerativeTask
 from lightning_oft.tasks.text.losses import PREFERENCE_LOSSES, log_probs, preference_losses
 from lightning_oft.tasks.text.metrics import Preferences
 
 _ENTRY = "preference_reference"
 
 
-class PreferenceOptimization(LanguageModel):
+class PreferenceOptimization(GenerativeTask):
     """Direct preference optimization (Rafailov et al. 2023) of any model of transformers' AutoModelForCausalLM.
 
     The reference is the model that the fit starts from. With OFT that takes no second copy: it is the base with adapters
@@ -53,6 +53,8 @@ class PreferenceOptimization(LanguageModel):
     """
 
     shown_scores = ("accuracy", "margin")
+    auto_class = "AutoModelForCausalLM"
+    metric_class = Preferences
 
     def __init__(
         self,
@@ -70,8 +72,6 @@ class PreferenceOptimization(LanguageModel):
         dtype: Dtype = "float32",
         quantization_config: Any = None,
     ) -> None:
-        from transformers import AutoModelForCausalLM
-
         super().__init__(
             pretrained, dtype, quantization_config, activation_checkpointing,
             optimizer=optimizer, lr_scheduler=lr_scheduler, lr_interval=lr_interval,
@@ -80,10 +80,7 @@ class PreferenceOptimization(LanguageModel):
         check_arguments(loss, beta, label_smoothing)
         self.loss: str = loss
         self.beta, self.label_smoothing, self.precompute_reference = beta, label_smoothing, precompute_reference
-        self.prompts, self.generation = prompts or [], {"max_new_tokens": 40, **(generation or {})}
-        self.load_language_model(AutoModelForCausalLM)
-        self.val_metrics = Preferences()
-        self.test_metrics: dict[str, Preferences] = {}
+        self.load_generator(prompts, generation)
         self.has_trained = False
         """Whether the model has left its reference, which is then chosen for good."""
         self.reference_log_probs: dict[str, Tensor] = {}
@@ -133,36 +130,8 @@ class PreferenceOptimization(LanguageModel):
         return losses.mean()
 
     @override
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.val_metrics.update(*self._losses(batch, "val"))
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        self._log("val", self.val_metrics)
-
-    @override
-    def on_test_start(self) -> None:
-        self.test_metrics = {split: Preferences().to(self.device) for split in self.test_splits()}
-
-    @override
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        names = [*getattr(getattr(self.trainer, "datamodule", None), "test_names", [])]
-        split = names[dataloader_idx] if dataloader_idx < len(names) else "test"
-        list(self.test_metrics.values())[dataloader_idx].update(*self._losses(batch, split))
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        for split, metrics in self.test_metrics.items():
-            self._log(split, metrics)
-
-    @override
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> list[str]:
-        """-> what the model writes after each prompt, which are padded on the left."""
-        return generate(self.model, self.tokenizer, batch["input_ids"], batch["attention_mask"], **self.generation)
-
-    @override
-    def samples(self) -> dict[str, str]:
-        return say(self.model, self.tokenizer, self.prompts, **self.generation)
+    def score(self, batch: dict[str, Tensor], metric: Preferences, split: str) -> None:
+        metric.update(*self._losses(batch, split))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -223,10 +192,6 @@ class PreferenceOptimization(LanguageModel):
                         table[batch["row"]] = torch.stack([*found, sums_of_tokens(batch)], 1)
             tables[split] = strategy.reduce(table, reduce_op="sum").cpu()
         return tables
-
-    def _log(self, split: str, metrics: Preferences) -> None:
-        self.log_dict({f"{split}/{name}": value for name, value in metrics.compute().items()}, prog_bar=split == "val")
-        metrics.reset()
 
 
 def sums_of_tokens(batch: dict[str, Tensor]) -> Tensor:

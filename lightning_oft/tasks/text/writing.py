@@ -1,4 +1,4 @@
-"""WritingTask: what the language models that learn to write share: losses, scores, samples and predictions."""
+"""WritingTask: what the language models that learn each token of a text share: their loss, gradient and scores."""
 
 from typing import Any, ClassVar
 
@@ -9,8 +9,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_oft.tasks.base import Dtype, LRInterval
-from lightning_oft.tasks.text.generation import generate, say
-from lightning_oft.tasks.text.language_model import LanguageModel
+from lightning_oft.tasks.text.generative import GenerativeTask
 from lightning_oft.tasks.text.losses import right_tokens, targets_of, token_losses
 from lightning_oft.tasks.text.metrics import NextToken
 
@@ -18,36 +17,18 @@ _UNIT = 1024
 """Tokens whose losses sum to what the backward pass starts from; keeps gradients in float16's range until they are scaled."""
 
 
-class WritingTask(LanguageModel):
-    """Base of the language models that learn to write. A subclass names transformers' class that loads the model, and
+class WritingTask(GenerativeTask):
+    """Base of the language models that learn each token of a text. A subclass names transformers' class that loads the model, and
     writes `forward`, which takes a batch and gives logits (B, L, V) for its labels (B, L).
 
     A gradient is the mean over all tokens that are learned in one step of the optimizer, over accumulated batches and
     processes. Logs `train/`, `val/` and `test/` `loss`, `perplexity` and `accuracy`, all means over tokens; with
     several test sets `test/<name>/...`.
-
-    Args:
-        pretrained: The model to start from: a folder written by save_pretrained, or a hub id.
-        prompts: Texts that the model continues after each validation, and before and after the fit.
-        generation: Options of transformers' generate, such as max_new_tokens or do_sample.
-        activation_checkpointing: Recompute activations in the backward pass: half the memory, a third more time.
-        neftune_alpha: Noise on the embeddings while training (Jain et al. 2023); 5 is usual, 0 is none.
-        new_tokens: Tokens to add to the vocabulary; train their rows with oft.modules_to_save.
-        optimizer: Gets what is trainable when the run starts; rotations are never decayed.
-        lr_scheduler: Gets the optimizer. None keeps the learning rate.
-        lr_interval: When the schedule advances; auto is every step for OneCycleLR and CyclicLR, else every epoch.
-        dtype: Data type that the weights are loaded in; "auto" for the checkpoint's.
-        quantization_config: transformers' description of a quantized base.
-
-    Raises:
-        OSError: When there is no such model or tokenizer at `pretrained`.
-        ValueError: When an argument is out of its range.
     """
 
     shown_scores = ("perplexity",)
+    metric_class = NextToken
 
-    auto_class: ClassVar[str]
-    """transformers' class that loads the model."""
     shift: ClassVar[int] = 1
     """How many places after a prediction its label stands."""
 
@@ -65,17 +46,12 @@ class WritingTask(LanguageModel):
         dtype: Dtype = "float32",
         quantization_config: Any = None,
     ) -> None:
-        import transformers
-
         super().__init__(
             pretrained, dtype, quantization_config, activation_checkpointing, neftune_alpha, new_tokens,
             optimizer, lr_scheduler, lr_interval,
         )  # fmt: skip
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        self.prompts, self.generation = prompts or [], {"max_new_tokens": 40, **(generation or {})}
-        self.load_language_model(getattr(transformers, self.auto_class))
-        self.val_metrics = NextToken()
-        self.test_metrics: dict[str, NextToken] = {}
+        self.load_generator(prompts, generation)
         self.tokens = torch.zeros(())
         """How many were learned since the optimizer's last step, on this process."""
 
@@ -106,50 +82,17 @@ class WritingTask(LanguageModel):
                 parameter.grad.mul_(_UNIT * batches / max(tokens, 1.0))
         self.tokens = torch.zeros_like(self.tokens)
 
-    @override
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._score(batch, self.val_metrics)
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        self._log("val", self.val_metrics)
-
-    @override
-    def on_test_start(self) -> None:
-        self.test_metrics = {split: NextToken().to(self.device) for split in self.test_splits()}
-
-    @override
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._score(batch, list(self.test_metrics.values())[dataloader_idx])
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        for split, metrics in self.test_metrics.items():
-            self._log(split, metrics)
-
-    @override
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> list[str]:
-        """-> what the model writes after each prompt, which are padded on the left."""
-        return generate(self.model, self.tokenizer, batch["input_ids"], batch["attention_mask"], **self.generation)
-
-    @override
-    def samples(self) -> dict[str, str]:
-        return say(self.model, self.tokenizer, self.prompts, **self.generation)
-
     def _scales_gradients(self) -> bool:
         """Not under DeepSpeed, which keeps gradients to itself: there each batch's loss is a mean over its own tokens."""
         return "DeepSpeed" not in type(self.trainer.strategy).__name__
 
-    def _score(self, batch: dict[str, Tensor], metrics: NextToken) -> None:
+    @override
+    def score(self, batch: dict[str, Tensor], metric: NextToken, split: str) -> None:
         check_batch(batch)
         logits, labels, shift = self(batch), batch["labels"], self.shift
-        metrics.update(
+        metric.update(
             token_losses(logits, labels, shift), right_tokens(logits, labels, shift), targets_of(labels, shift)
         )
-
-    def _log(self, split: str, metrics: NextToken) -> None:
-        self.log_dict({f"{split}/{name}": value for name, value in metrics.compute().items()}, prog_bar=split == "val")
-        metrics.reset()
 
 
 def check_batch(batch: Any) -> None:
