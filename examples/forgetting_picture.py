@@ -70,6 +70,7 @@ def main(target: Path = ROOT / "docs" / "forgetting.png", measured: Path = ROOT 
         rates.plot([lr / series[0][0] for lr, _, _ in series], [old for _, old, _ in series], **line)
         outlined = [point for point in series if point in best]
         plane.plot([o for _, o, _ in outlined], [n for _, _, n in outlined], marker, ms=10, mfc="none", mec="#1f2933")
+    plane.plot([], [], "o", ms=10, mfc="none", mec="#1f2933", label="no other point is as good on both")
     plane.set(xlim=(0.05, 1.0), ylim=(0.78, 0.97), xlabel="accuracy on the digits as they were (kept)")
     plane.set_title("What is learned against what is kept", fontsize=12)
     plane.set_ylabel("accuracy on the new digits (learned)")

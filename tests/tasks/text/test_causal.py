@@ -3,6 +3,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -64,6 +65,25 @@ def test_loss_is_the_formula() -> None:
                 scores = logits[row, place - 1]
                 expected[row, place - 1] = scores.exp().sum().log() - scores[labels[row, place]]
     torch.testing.assert_close(token_losses(logits, labels), expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+def test_loss_and_gradient_are_those_of_trl(base: str, tmp_path: Path) -> None:
+    """Over all tokens of a step, of which this batch has a part."""
+    import trl
+
+    task, theirs = CausalLM(base), LlamaForCausalLM.from_pretrained(base)
+    config = trl.SFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    oracle = trl.SFTTrainer(theirs, config, train_dataset=datasets.Dataset.from_list([{"text": "x"}]),
+                            processing_class=AutoTokenizer.from_pretrained(base))  # fmt: skip
+    batch, count = pad(examples(), 2), torch.tensor(100)
+    expected = oracle.compute_loss(theirs.train(), dict(batch), num_items_in_batch=count)
+    found = token_losses(task(batch), batch["labels"]).sum() / count
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    found.backward()
+    expected.backward()
+    for mine, other in zip(task.model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -300,7 +300,8 @@ def test_recipe_runs_with_a_small_base(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.filterwarnings("ignore")  # TRL's own
 @pytest.mark.parametrize("loss", FORMULAS)
 def test_loss_and_gradient_are_those_of_trl(base: str, tmp_path: Path, loss: str) -> None:
-    trl = pytest.importorskip("trl")
+    import trl
+
     pairs, smoothing = batch(), 0.2 if loss == "robust" else 0.0
     task = task_of(base, loss=loss, beta=0.3, label_smoothing=smoothing).eval()
     turn(task.model)
