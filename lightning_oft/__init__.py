@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lightning_oft.callback.loading import load_from_checkpoint
     from lightning_oft.callback.oft import OFTFinetuning
     from lightning_oft.config import OFTConfig
-    from lightning_oft.formats import load_adapter, save_adapter
+    from lightning_oft.formats import load_adapter, save_adapter, save_merged
     from lightning_oft.layers.base import register_layer_type
     from lightning_oft.model.activation import disable_adapters, project, set_adapter
     from lightning_oft.model.adapter_state import AdapterState
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = ["AdapterState", "OFTConfig", "OFTFinetuning", "__version__", "delete_adapter", "disable_adapters", "inject",
            "load_adapter", "load_from_checkpoint", "merge", "merged", "oft_layers", "project", "register_layer_type",
-           "save_adapter", "set_adapter", "unload", "unmerge"]  # fmt: skip
+           "save_adapter", "save_merged", "set_adapter", "unload", "unmerge"]  # fmt: skip
 
 _HOME = {name: "model" for name in __all__ if name != "__version__"} | {
     "OFTConfig": "config",
@@ -32,6 +32,7 @@ _HOME = {name: "model" for name in __all__ if name != "__version__"} | {
     "load_from_checkpoint": "callback.loading",
     "register_layer_type": "layers",
     "save_adapter": "formats",
+    "save_merged": "formats",
 }
 
 

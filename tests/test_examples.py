@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 FILES = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py"))
 TOOLS = {
-    "architecture.py", "compare_with_peft.py", "forgetting.py", "forgetting_picture.py", "picture.py", "scaling_plan.py",
+    "architecture.py", "compare_with_peft.py", "forgetting.py", "forgetting_picture.py", "picture.py", "requantize.py",
+    "scaling_plan.py",
 }  # fmt: skip
 """What makes a table or a picture; like what makes bases and texts, and the benchmarks, not one idea."""
 COMMANDS = [name for name in FILES if "__main__" in (EXAMPLES / name).read_text(encoding="utf-8")]
@@ -126,6 +127,26 @@ def test_the_documented_comparison_is_what_the_command_prints() -> None:
                 assert float(now) < 1e-4
             else:
                 assert float(now) == pytest.approx(float(then), rel=0.1)
+
+
+def test_the_documented_errors_are_what_the_command_prints() -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra `quant`")
+    pytest.importorskip("torchao", reason="the extra `quant`")
+    page = (ROOT / "docs" / "quantized.md").read_text(encoding="utf-8")
+    documented = table(page.split("What requantizing costs")[1].split("##")[0])
+    printed = [list(row) for row in load("requantize.py").main()]
+    assert [row[0] for row in printed] == [row[0] for row in documented]
+    for ours, theirs in zip(printed[1:], documented[1:], strict=True):
+        assert [float(now) for now in ours[1:]] == pytest.approx([float(then) for then in theirs[1:]], rel=0.1)
+
+
+def test_the_files_of_a_base_are_merged_as_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = load("benchmarks/merge_files.py")
+    benchmark.write_base(tmp_path, 0.0002, 64)
+    most, tensors = benchmark.measure(tmp_path)
+    assert most >= 0
+    benchmark.compare(tmp_path)
+    assert capsys.readouterr().out == f"equal to the bit: {tensors} of {tensors} tensors\n"
 
 
 @pytest.mark.parametrize(("name", "drawn"), [("picture.py", "oft.png"), ("forgetting_picture.py", "forgetting.png")])

@@ -74,6 +74,8 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_snippets_run_in_their_order(page: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page == "docs/quantized.md":
+        pytest.importorskip("bitsandbytes", reason="the extra `quant`")
     for name, value in QUICK.items():
         monkeypatch.setenv(f"PL_TRAINER_{name}", value)
     names: dict[str, Any] = {"__name__": page}

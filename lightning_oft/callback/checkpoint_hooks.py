@@ -50,13 +50,13 @@ def add_checkpoint_hooks(pl_module: nn.Module) -> None:
     The module's own hooks are the ones that Lightning calls last when it saves (after weight averaging, and also with
     save_weights_only), and first when it loads, before a tensor is touched.
     """
-    for hook in (on_save_checkpoint, on_load_checkpoint):
+    for hook in (on_save_checkpoint, on_load_checkpoint, load_state_dict):
         _put(pl_module, hook.__name__, hook)
 
 
 def remove_checkpoint_hooks(pl_module: nn.Module) -> None:
     """Give the module its class's own hooks back."""
-    for name in ("on_save_checkpoint", "on_load_checkpoint"):
+    for name in ("on_save_checkpoint", "on_load_checkpoint", "load_state_dict"):
         pl_module.__dict__.pop(name, None)
 
 
@@ -72,7 +72,7 @@ def allow_adapters(pl_module: nn.Module) -> None:
         remove_checkpoint_hooks(pl_module)
 
 
-def _put(pl_module: nn.Module, name: str, hook: Callable[..., None]) -> None:
+def _put(pl_module: nn.Module, name: str, hook: Callable[..., Any]) -> None:
     # A bound method would be pickled by its name, and be the class's own when it is read again.
     pl_module.__dict__[name] = functools.partial(hook, pl_module)
 
@@ -97,6 +97,12 @@ def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
     """Check what the file is and complete it before anything is loaded."""
     from lightning_oft.formats.checkpoint import check_loaded, complete
 
+    averages = (
+        [getattr(callback, "_average_model", None) for callback in self.trainer.callbacks] if self._trainer else []
+    )
+    for average in averages:
+        if average is not None:
+            _put(average, "load_state_dict", load_state_dict)
     if "state_dict" not in checkpoint:  # FSDP2 loads tensors before it calls any hook
         check_loaded(self, checkpoint)
     elif (content := complete(self, checkpoint)) in ("plain", "merged"):
@@ -122,6 +128,14 @@ def refuse_on_load(self: Any, checkpoint: dict[str, Any]) -> None:
             "enabled=True, or give a checkpoint without one"
         )
     type(self).on_load_checkpoint(self, checkpoint)
+
+
+def load_state_dict(self: Any, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+    """Leave out packed layers of which a checkpoint holds nothing."""
+    from lightning_oft.model.packed import without_packed
+
+    with without_packed(self, state_dict):
+        return type(self).load_state_dict(self, state_dict, strict=strict, assign=assign)
 
 
 def retrain(pl_module: nn.Module, names: set[str]) -> None:

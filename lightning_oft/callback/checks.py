@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_oft.codecs import is_scattered, parameter_of
+from lightning_oft.codecs import is_scattered, is_sharded, packed_codec, parameter_of
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import rotations_of, state_of
@@ -23,7 +23,11 @@ from lightning_oft.model.traversal import Modules, adapted, class_names, joined,
 
 _AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
 """Names of the callbacks that copy the model."""
-_CHOICES = {"keep_base": ("auto", "always", "never"), "export_from": ("last", "best")}
+_CHOICES = {
+    "keep_base": ("auto", "always", "never"),
+    "export_from": ("last", "best"),
+    "merged_dtype": ("float32", "bfloat16", "float16"),
+}
 _SWITCHES = ("enabled", "ignore_mismatched_base", "merge_on_fit_end", "save_adapter_only")
 _PATHS = ("pretrained_adapter", "export_dir")
 _SPARSE = 0.2
@@ -42,7 +46,7 @@ def check_arguments(config: Mapping[str, Any], given: Mapping[str, Any]) -> None
         if value is not None and not isinstance(value, wanted):
             what = "true or false" if wanted is bool else "a string"
             raise TypeError(f"{name}={value!r}: must be {what}, got {type(value).__name__}")
-        if value not in _CHOICES.get(name, (value,)):
+        if value is not None and value not in _CHOICES.get(name, (value,)):
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(_CHOICES[name])}")
 
 
@@ -93,15 +97,9 @@ def _check_launcher(trainer: Any, what: str, remedy: str = "") -> None:
 
 
 def can_merge(trainer: Any, callback: Any, modules: Modules) -> bool:
-    """Whether the fit ends with a merge; warns where it was to and the weights are quantized or packed, or pruned."""
-    packed = packed_layers(modules)
-    if packed and (callback.merge_on_fit_end or callback.export_dir is not None):
-        what = f"the weights of {some(packed)} are quantized or packed and cannot be merged"
-        _check_launcher(trainer, what)
-        alone = "" if callback.export_dir is None else ", and export_dir gets adapter/ alone"
-        warnings.warn(
-            f"{what}: the adapter stays beside them when the fit ends{alone}; load the base without quantization to merge"
-        )
+    """Whether the fit ends with a merge: of quantized or packed weights it does not. Warns where they are pruned."""
+    if packed := packed_layers(modules):
+        _check_launcher(trainer, f"the weights of {some(packed)} are quantized or packed and cannot be merged")
     merges = bool(callback.merge_on_fit_end) and not packed
     if merges:
         warn_of_sparse(modules)
@@ -126,6 +124,22 @@ def check_given(given: set[str], mine: OFTConfig, theirs: OFTConfig) -> None:
 
 def _in_order(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) else value
+
+
+def check_precision(trainer: Any, modules: Modules) -> None:
+    """Raise ValueError where the Trainer's precision would cast the codes of quantized weights, and destroy them."""
+    plugin = trainer.precision_plugin
+    names = class_names(plugin)
+    dtype = torch.float64 if "DoublePrecision" in names else getattr(plugin, "_desired_input_dtype", None)
+    if not names & {"DoublePrecision", "HalfPrecision"} or dtype is None:
+        return
+    packed = {name: codec for name, module in modules.items() if (codec := packed_codec(module)) is not None}
+    lost = [name for name, codec in packed.items() if not codec.survives_cast(modules[name], dtype)]
+    if lost:
+        raise ValueError(
+            f"precision={plugin.precision!r} casts the quantized weights of {some(lost)}, which destroys them: use "
+            "'bf16-mixed' or '32-true', or for '16-true' and 'bf16-true' load the base with bnb_4bit_quant_storage=uint8"
+        )
 
 
 def check_layers(injected: list[str], present: list[str]) -> None:
@@ -205,7 +219,10 @@ def check_averages(trainer: Any, pl_module: nn.Module) -> None:
 
 def _exact_average(average: Callable[..., Tensor], mine: Tensor, theirs: Tensor, count: Any) -> Tensor:
     """torch's exponential average of two equal numbers, d x + (1 - d) x, rounds: the frozen base drifted by 3e-8 in 32
-    steps, other than after a resume, which starts from the base itself (measured)."""
+    steps, other than after a resume, which starts from the base itself (measured). Quantized tensors are frozen, and not
+    all of them know how to be compared."""
+    if type(mine) is not Tensor and not is_sharded(mine):
+        return theirs
     return torch.where(mine == theirs, theirs, average(mine, theirs, count))
 
 

@@ -16,8 +16,9 @@ from lightning_oft.codecs import cut_like, local_part
 from lightning_oft.formats.checkpoint import frozen_names
 from lightning_oft.formats.checkpoint_file import CheckpointError, read
 from lightning_oft.formats.errors import first_line
+from lightning_oft.formats.merged import write_merged
 from lightning_oft.formats.peft import write_peft
-from lightning_oft.formats.pretrained import check_replaceable, roots_of, save_config, write_pretrained
+from lightning_oft.formats.pretrained import check_replaceable, companions_of, roots_of, save_config, write_pretrained
 from lightning_oft.model.adapter_state import take
 from lightning_oft.model.folding import packed_layers
 from lightning_oft.model.merging import merge, unmerge
@@ -28,15 +29,21 @@ class Exporter:
     """Writes `adapter/` and `merged/` when a fit ends; every process takes part, rank zero writes. Raises OSError or
     ValueError on every process, before the fit begins, where they could not be written.
 
-    `merged/` is left out where the weights take no merge. Where adapters turn several library models, such as the parts
-    of a pipeline, it has a directory for each, by its name in the module.
+    `merged/` is left out where the weights take no merge, unless a dtype was given for it. Where adapters turn several
+    library models, such as the parts of a pipeline, it has a directory for each, by its name in the module.
     """
 
     def __init__(self, callback: Any, strategy: StrategyAdapter, pl_module: nn.Module, merges: bool) -> None:
         self._callback, self._strategy, self._trainer = callback, strategy, strategy.trainer
         self._pl_module, self._root = pl_module, submodule(walk(pl_module), callback.module)
-        self._merges, self._can_merge = merges, merges or not packed_layers(walk(self._root))
-        self._places = roots_of(self._root) if self._can_merge else {}
+        self._merges, self._dtype = merges, callback.merged_dtype
+        self._can_merge = merges or not packed_layers(walk(self._root))
+        if self._dtype is not None and type(strategy) is not StrategyAdapter:
+            raise ValueError(
+                f"merged_dtype={self._dtype!r}: cannot be written under {type(self._trainer.strategy).__name__}, where "
+                "no process has the whole weights: set it to None and call save_merged after the run"
+            )
+        self._places = roots_of(self._root) if self._can_merge or self._dtype is not None else {}
         keepers = self._trainer.checkpoint_callbacks
         if callback.export_from == "best" and not any(getattr(one, "save_top_k", 0) for one in keepers):
             raise ValueError(
@@ -70,7 +77,7 @@ class Exporter:
             what = "the processors"
             if self._places:
                 owners = (self._pl_module, getattr(self._trainer, "datamodule", None))
-                self._companions = [one for owner in owners for one in _companions(owner)]
+                self._companions = [one for owner in owners for one in companions_of(owner)]
             for companion in self._companions:
                 what = type(companion).__name__
                 companion.save_pretrained(scratch)
@@ -89,12 +96,14 @@ class Exporter:
         written = {"adapter": str(Path(self._callback.export_dir) / "adapter")}
         with self._strategy.whole():
             best = self._best() if self._callback.export_from == "best" else {}
-            follows = self._merges and not best
+            follows = self._merges and not best and self._dtype is None
             with _with_tensors(self._pl_module, best):
                 state = take(self._root, self._callback.adapter_name)
                 if self._trainer.is_global_zero:
                     write_peft(state, written["adapter"])
-                if self._can_merge and not follows:
+                if self._dtype is not None:
+                    self._write_merged(written)
+                elif self._can_merge and not follows:
                     merge(self._root, keep_base="always", device=self._strategy.merge_device())
                     try:
                         self._write_merged(written)
@@ -110,15 +119,21 @@ class Exporter:
     def _write_merged(self, written: dict[str, str]) -> None:
         written["merged model"] = str(Path(self._callback.export_dir) / "merged")
         for name, root in self._places.items():
+            place = Path(written["merged model"], name)
+            if self._dtype is not None:
+                if self._trainer.is_global_zero:
+                    write_merged(root, place, self._dtype, companions=self._companions)
+                continue
             state = self._strategy.whole_state(root)
             if self._trainer.is_global_zero:
-                write_pretrained(root, Path(written["merged model"], name), self._companions, state)
+                write_pretrained(root, place, self._companions, state)
 
     def _best(self) -> dict[str, Tensor]:
         """What trained, as it is in the best checkpoint; nothing, and a warning, where the last state must do."""
         path = getattr(self._trainer.checkpoint_callback, "best_model_path", "")
-        frozen = frozen_names(self._pl_module, walk(self._pl_module))
-        names = [name for name in self._pl_module.state_dict() if name not in frozen]
+        mine = self._pl_module.state_dict()
+        frozen = frozen_names(self._pl_module, walk(self._pl_module), mine)
+        names = [name for name in mine if name not in frozen]
         problem, theirs = "" if path else "no ModelCheckpoint has a best file", {}
         if path:
             try:
@@ -131,13 +146,6 @@ class Exporter:
             return {name: theirs[name] for name in names}
         warnings.warn(f"export_from='best': {problem or 'another process cannot read it'}: the last state is exported")
         return {}
-
-
-def _companions(owner: Any) -> list[Any]:
-    """The processors and tokenizers of a task or its data: those that it declares, else those under the usual names."""
-    names = ("image_processor", "processor", "tokenizer", "feature_extractor")
-    found = owner.companions() if hasattr(owner, "companions") else [getattr(owner, name, None) for name in names]
-    return [item for item in found if hasattr(item, "save_pretrained")]
 
 
 @contextlib.contextmanager

@@ -35,18 +35,17 @@ class OFTFinetuning(Callback):
 
     Args:
         enabled: false runs the same task without OFT.
-        module: dotted path, below the LightningModule, of the part to adapt; all of it by default. What lies outside is
-            frozen too.
+        module: dotted path, in the LightningModule, of the part to adapt; all by default. The rest is frozen too.
         adapter_name: name of this set of rotations.
         pretrained_adapter: directory of an adapter (this library's or PEFT's) to start from; its file decides which
             layers are adapted and how.
         ignore_mismatched_base: accept a pretrained_adapter of another base.
         merge_on_fit_end: fold the rotations into the weights when the fit ends.
-        keep_base: keep a CPU copy of the adapted weights to take the merge back to the bit: "auto" up to 8 GiB a
-            process, "always" or "never".
+        keep_base: keep a CPU copy of the adapted weights to take a merge back to the bit; "auto": up to 8 GiB.
         save_adapter_only: leave the frozen base out of checkpoints.
-        export_dir: where to write, when the fit ends, `adapter/` (PEFT's format) and `merged/` (a plain model).
-        export_from: what to export: the "last" state of the fit or ModelCheckpoint's "best".
+        export_dir: where a fit writes `adapter/` (PEFT's format) and `merged/`, plain.
+        merged_dtype: of `merged/`; without it a quantized base is not written.
+        export_from: state to export, "last" or ModelCheckpoint's "best".
         **config: the fields of OFTConfig. Where modules_to_save is not among them, the modules that the LightningModule's
             `new_head` names are trained whole; our tasks name a head that starts random.
 
@@ -67,6 +66,7 @@ class OFTFinetuning(Callback):
         save_adapter_only: bool = True,
         export_dir: str | None = None,
         export_from: Literal["last", "best"] = "last",
+        merged_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         **config: Any,
     ) -> None:
         super().__init__()
@@ -80,6 +80,7 @@ class OFTFinetuning(Callback):
         self.save_adapter_only = save_adapter_only
         self.export_dir = export_dir
         self.export_from = export_from
+        self.merged_dtype = merged_dtype
         checks.check_arguments(config, vars(self))
         self.config, self._given = OFTConfig(**config), set(config)
         self._run: Run | None = None
@@ -125,6 +126,8 @@ class OFTFinetuning(Callback):
             return
         root = checks.submodule(everything, self.module)
         modules = walk(root)
+        if built:
+            checks.check_precision(run.strategy.trainer, everything)
         run.config = self._whole_heads(pl_module, modules)
         if self.pretrained_adapter is None:
             injection.carry_out(modules, plan.plan_injection(modules, run.config, self.adapter_name, strict=built))
@@ -255,7 +258,7 @@ class OFTFinetuning(Callback):
             self._take_out(run, pl_module)
         modules = walk(pl_module)
         if run.was_merged and adapter_names(modules) and not merged_layers(modules):
-            self._merge(run, pl_module, pl_module, run.was_merged)
+            self._merge(run, pl_module, pl_module, run.was_merged, requantize=True)
 
     def _take_out(self, run: Run, pl_module: nn.Module) -> None:
         """Take out what the run has put in, and nothing that was there before."""
@@ -272,10 +275,12 @@ class OFTFinetuning(Callback):
             self._run.undo.close()
         self._run = None
 
-    def _merge(self, run: Run, pl_module: nn.Module, root: nn.Module, only: list[str]) -> None:
+    def _merge(
+        self, run: Run, pl_module: nn.Module, root: nn.Module, only: list[str], requantize: bool = False
+    ) -> None:
         """Merge layers of a part; once all parts are merged, the model trains like any other."""
         freezing.ask_norms(walk(pl_module), run.modes)
-        run.strategy.merge(root, self.keep_base, only)
+        run.strategy.merge(root, self.keep_base, only, requantize)
         modules = walk(pl_module)
         if all(state.merged is not None for _, _, state in adapted(modules)):
             freezing.unfreeze_merged(modules)

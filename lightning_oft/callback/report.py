@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_oft import functional
 from lightning_oft.layers.rotation import Rotation
+from lightning_oft.model.folding import packed_layers
 from lightning_oft.model.traversal import Modules, adapted, counted, merged_layers, some
 
 
@@ -44,5 +45,7 @@ def report_end(adapter_name: str, modules: Modules, written: Mapping[str, str]) 
     """Log what became of the adapter, and where it was written."""
     layers = len(list(adapted(modules)))
     how = f"{'merged into' if merged_layers(modules) else 'not merged, active beside'} {counted(layers, 'layer')}"
+    if packed_layers(modules) and not merged_layers(modules):
+        how += ", since the base is quantized (save_merged(model, directory) writes a merged model)"
     places = "".join(f"; {what} written to {place}" for what, place in written.items())
     rank_zero_info(f"OFT adapter {adapter_name!r}: {how}{places}")

@@ -1,5 +1,5 @@
 """Fold an adapter into its base model and write the result, which transformers loads as it loads any other;
-tokenizer and image processor are copied along.
+tokenizer and image processor are copied along. A quantized base is written dequantized.
 
 example:
   lightning-oft merge --base google/vit-base-patch16-224 --adapter runs/adapter --output runs/merged
@@ -15,9 +15,12 @@ from torch import nn
 
 from lightning_oft.cli.errors import OneLineParser, UserError, a_name, one_line
 from lightning_oft.formats.adapters import check_name, read_adapter
+from lightning_oft.formats.merged import as_dtype, write_merged
 from lightning_oft.formats.pretrained import Companions, loader_of, write_pretrained
+from lightning_oft.formats.streaming import StreamedMerge, stream_merge
 from lightning_oft.model import AdapterError, AdapterState, merge, oft_layers, put, unload
-from lightning_oft.model.traversal import counted
+from lightning_oft.model.packed import packed_names
+from lightning_oft.model.traversal import counted, some
 
 
 def run(arguments: list[str]) -> int:
@@ -32,6 +35,16 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"merge: {output} is there already and not empty; --overwrite replaces it")
     check_name(options.adapter, options.adapter_name)
     state = read_adapter(options.adapter, options.adapter_name)
+    dtype, companions = as_dtype(options.dtype), [Companions(options.base)]
+    streamed = _streamed(options.base, state)
+    if streamed is not None:
+        if streamed.other_bases and not options.any_base:
+            what = f"the adapter was trained on another base, {some(streamed.other_bases)} differ"
+            raise UserError(f"{options.adapter}: {what}; load the base it was trained on, or give --any-base")
+        streamed.write(output, dtype, companions)
+        name = json.loads((output / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        _say_written(output, name, len(streamed.layers))
+        return 0
     model = load_base(options.base)
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     rows = {name: parameter.shape[:1] for name, parameter in model.named_parameters()}
@@ -40,12 +53,27 @@ def run(arguments: list[str]) -> int:
         model = load_base(options.base, num_labels=heads[0], ignore_mismatched_sizes=True)
     _put(model, state, options.adapter, options.any_base)
     layers = len(oft_layers(model))
-    merge(model, keep_base="never")
-    unload(model)
-    write_pretrained(model, output, companions=[Companions(options.base)])
-    print(f"{output}: {type(model).__name__} with the rotations of {counted(layers, 'layer')} in its weights")
-    print(f'load it with  {loader_of(output)}.from_pretrained("{output}")')
+    if dtype is not None or packed_names(model):
+        write_merged(model, output, dtype, companions=companions)
+    else:
+        merge(model, keep_base="never")
+        unload(model)
+        write_pretrained(model, output, companions)
+    _say_written(output, type(model).__name__, layers)
     return 0
+
+
+def _streamed(base: str, state: AdapterState) -> StreamedMerge | None:
+    """The merge tensor by tensor, where the base is plain files; whatever else is wrong with them, loading says it."""
+    try:
+        return stream_merge(base, state)
+    except Exception:
+        return None
+
+
+def _say_written(output: Path, class_name: str, layers: int) -> None:
+    print(f"{output}: {class_name} with the rotations of {counted(layers, 'layer')} in its weights")
+    print(f'load it with  {loader_of(output)}.from_pretrained("{output}")')
 
 
 def _parser() -> OneLineParser:
@@ -54,6 +82,8 @@ def _parser() -> OneLineParser:
     parser.add_argument("--adapter", required=True, metavar="PATH", help="a PEFT adapter directory or a .ckpt file")
     parser.add_argument("--output", required=True, metavar="DIR", type=a_name, help="the directory to write")
     parser.add_argument("--adapter-name", metavar="NAME", help="which adapter, where the checkpoint has several")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, help="dtype of the weights written (default: that of the base)")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in the output directory")
     parser.add_argument("--any-base", action="store_true", help="merge into another base than the adapter's own")
     return parser

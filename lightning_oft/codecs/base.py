@@ -4,9 +4,11 @@ Nothing here knows of rotations. A codec is asked about a module and the name of
 storages spread a weight over several tensors of the module.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -35,6 +37,10 @@ class Codec(ABC):
     def write(self, module: nn.Module, parameter: str, values: Tensor) -> None:
         """Store new values of the shape and dtype that `read` gave."""
 
+    def nbytes(self, module: nn.Module, parameter: str) -> int:
+        """The bytes that `keep` takes on another device."""
+        return self.read(module, parameter).nbytes
+
     def changed(self, module: nn.Module, parameter: str, row_dim: int, step: int, change: Change) -> Tensor:
         """What `write` takes after a row-wise change. Rows are counted by `row_dim`: of a linear layer 0, of
         transformers' Conv1D 1; `step` columns must stay together, in a storage that is cut along them."""
@@ -53,9 +59,9 @@ class Codec(ABC):
 _codecs: OrderedDict[int, Codec] = OrderedDict()
 
 
-def register_codec(codec: Codec) -> RemovableHandle:
-    """Add a storage; the last one registered is asked first. Returns a handle whose `remove()` undoes it. Raises TypeError
-    where it is no codec, or the class of one."""
+def register_codec(codec: Codec, last: bool = False) -> RemovableHandle:
+    """Add a storage; the last one registered is asked first, or with `last` after all others. Returns a handle whose
+    `remove()` undoes it. Raises TypeError where it is no codec, or the class of one."""
     given: Any = codec
     if not isinstance(given, Codec):
         name = (given if isinstance(given, type) else type(given)).__name__
@@ -64,12 +70,27 @@ def register_codec(codec: Codec) -> RemovableHandle:
         )
     handle = RemovableHandle(_codecs)
     _codecs[handle.id] = codec
+    if last:
+        _codecs.move_to_end(handle.id, last=False)
     return handle
 
 
+_FORMATS = {"bitsandbytes": "bitsandbytes", "hqq": "hqq", "optimum": "quanto", "torchao": "torchao"}
+"""Packages whose layers or tensors have codecs, and the files of these, imported when the first such layer is seen."""
+
+
 def codec_of(module: nn.Module, parameter: str) -> Codec | None:
-    """The codec of a module's parameter; None where its storage is not known, such as that of packed weights."""
+    """The codec of a module's parameter; None where its storage is not known."""
+    weight = module._parameters.get(parameter)
+    kinds: tuple[Any, ...] = (type(module), type(weight), type(None if weight is None else weight.data))
+    for package in {package for kind in kinds for package in _packages(kind)}:
+        import_module(f"lightning_oft.codecs.{_FORMATS[package]}")
     return next((codec for codec in reversed(_codecs.values()) if codec.matches(module, parameter)), None)
+
+
+@functools.cache
+def _packages(kind: Any) -> frozenset[str]:
+    return frozenset(base.__module__.split(".")[0] for base in kind.__mro__) & _FORMATS.keys()
 
 
 def parameter_of(module: nn.Module, parameter: str) -> Tensor | None:

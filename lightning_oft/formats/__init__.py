@@ -9,6 +9,7 @@ from lightning_oft.formats.adapters import (
     save_adapter,
 )
 from lightning_oft.formats.errors import AdapterFileError
+from lightning_oft.formats.merged import save_merged
 
 __all__ = ["AdapterFileError", "Format", "load_adapter", "read_adapter", "read_adapters", "register_format",
-           "save_adapter"]  # fmt: skip
+           "save_adapter", "save_merged"]  # fmt: skip

@@ -24,6 +24,7 @@ from lightning_oft.model.activation import activate
 from lightning_oft.model.adapter_state import describe
 from lightning_oft.model.fingerprint import other_bases
 from lightning_oft.model.loading import use_maps
+from lightning_oft.model.packed import packed_names, without_packed
 from lightning_oft.model.traversal import Modules, active_names, adapted, adapter_names, merged_layers, some, walk
 
 Content = Literal["adapter", "full", "plain", "merged"]
@@ -45,9 +46,13 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
     states = [describe(modules, name, lambda tensor: tensor) for name in adapter_names(modules)]
     if not states:
         return
+    packed = tuple(f"{name}." for name in packed_names(model))
+    for name, parameter in model.named_parameters():  # HQQ's layers answer for their state without their children
+        if name.startswith(packed) and is_rotation_key(name):
+            checkpoint["state_dict"].setdefault(name, parameter.detach())
     merged = bool(merged_layers(modules))
     apart = {} if merged else _without_a_name(states, checkpoint)
-    adapter_only = adapter_only and not merged and _has_own_names(model, checkpoint)
+    adapter_only = adapter_only and not merged and _has_own_names(model, checkpoint, packed)
     # Values trained whole that the state dict lacks, since another adapter's are in their place.
     ids = {id(value) for _, _, slot in saved_modules.saved_tensors(modules) for value in slot.waiting.values()}
     waiting: dict[str, dict[str, Tensor]] = {}
@@ -69,10 +74,12 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
         # What another callback has unfrozen.
         "unfrozen": [] if merged else [name for name, p in _base_parameters(model, modules) if p.requires_grad],
     }
+    if merged:
+        return
+    for holder, key in _state_dicts(checkpoint):
+        dropped = frozen_names(model, modules, holder[key], kept, packed_only=not adapter_only)
+        holder[key] = {name: value for name, value in holder[key].items() if name not in dropped}
     if adapter_only:
-        dropped = frozen_names(model, modules, kept)
-        for holder, key in _state_dicts(checkpoint):
-            holder[key] = {name: value for name, value in holder[key].items() if name not in dropped}
         checkpoint["state_dict"][NOTE] = torch.empty(0)
 
 
@@ -93,11 +100,14 @@ def _without_a_name(states: list[AdapterState], checkpoint: Mapping[str, Any]) -
     return {name: value.detach() for name, value in _adapter_tensors(states).items() if name not in present}
 
 
-def _has_own_names(model: nn.Module, checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a state dict has the names of the modules: under others, nobody could tell the base from the rest."""
+def _has_own_names(model: nn.Module, checkpoint: Mapping[str, Any], packed: tuple[str, ...]) -> bool:
+    """Whether a state dict has the names of the modules, below `packed` ones any: under others, nobody could tell the
+    base from the rest."""
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     own = {strip_wrappers(name) for name, _ in tensors}
-    return all(strip_wrappers(n) in own or n.endswith("_extra_state") for n in checkpoint["state_dict"])
+    return all(
+        strip_wrappers(n) in own or n.startswith(packed) or n.endswith("_extra_state") for n in checkpoint["state_dict"]
+    )
 
 
 def _state_dicts(checkpoint: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
@@ -109,10 +119,21 @@ def _state_dicts(checkpoint: dict[str, Any]) -> list[tuple[dict[str, Any], str]]
     return [(holder, key) for holder, key in places if isinstance(holder.get(key), dict)]
 
 
-def frozen_names(model: nn.Module, modules: Modules, kept: Iterable[Tensor] = ()) -> set[str]:
-    """State-dict names of the base's parameters that never trained."""
+def frozen_names(
+    model: nn.Module, modules: Modules, names: Iterable[str], kept: Iterable[Tensor] = (), packed_only: bool = False
+) -> set[str]:
+    """Those of a state dict's names that belong to the base and never trained: its parameters, and all that a quantized
+    layer has beside its parameters, or this alone, since no such layer could load it into what is packed already."""
     keep = {id(tensor) for tensor in kept}
-    return {name for name, p in _base_parameters(model, modules) if not p.requires_grad and id(p) not in keep}
+    frozen = {name for name, p in _base_parameters(model, modules) if not p.requires_grad and id(p) not in keep}
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)} - frozen
+    packed = tuple(f"{name}." for name in packed_names(model))
+    return {
+        name
+        for name in names
+        if (name in frozen and not packed_only)
+        or (name.startswith(packed) and name not in trained and not is_rotation_key(name))
+    }
 
 
 def _base_parameters(model: nn.Module, modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:
@@ -140,14 +161,16 @@ def complete(model: nn.Module, checkpoint: dict[str, Any]) -> Content:
     part of its weights already, so the model's adapter starts again from the identity.
     Raises CheckpointError where the base or the adapter is another one.
     """
-    content, modules, current = content_of(checkpoint), walk(model), model.state_dict()
+    content, modules = content_of(checkpoint), walk(model)
+    with without_packed(model, checkpoint["state_dict"]):
+        current = model.state_dict()
     if content in ("plain", "merged"):
         rotations = {name: value for name, value in current.items() if is_rotation_key(name)}
         fill = rotations if content == "plain" else {name: torch.zeros_like(value) for name, value in rotations.items()}
     else:
         if ENTRY in checkpoint:
             _use_maps(modules, _check(modules, checkpoint, with_base=content == "adapter"))
-        frozen = frozen_names(model, modules) if content == "adapter" else set()
+        frozen = frozen_names(model, modules, current) if content == "adapter" else set()
         fill = {name: value for name, value in current.items() if name in frozen}
         _choose_as(modules, checkpoint.get(ENTRY, {}))
         _load_apart(modules, checkpoint.get(ENTRY, {}))
@@ -245,7 +268,8 @@ def _choose_as(modules: Modules, entry: Mapping[str, Any]) -> None:
 def load_state(model: nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
     """`load_state_dict`, as strict as the module asks for; a CheckpointError says in one line what does not fit."""
     try:
-        model.load_state_dict(state, strict=getattr(model, "strict_loading", True))
+        with without_packed(model, state):
+            model.load_state_dict(state, strict=getattr(model, "strict_loading", True))
     except RuntimeError:
         shapes = ({n: getattr(v, "shape", None) for n, v in found.items()} for found in (model.state_dict(), state))
         difference = _difference(*shapes)

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,16 +44,25 @@ def write_pretrained(
         FileExistsError: something is there that is no model.
         OSError: the directory cannot be written; what was there is untouched.
     """
-    target = Path(directory)
-    check_replaceable(target)
 
-    def write(place: Path) -> None:
+    def save(place: Path) -> None:
         if class_names(root) & LIBRARY_MODELS:
             root.save_pretrained(place, **({} if state is None else {"state_dict": state}))  # type: ignore[operator]
         elif state is not None:
             save_file(state, str(place / "model.safetensors"), metadata={"format": "pt"})
         else:
             save_model(root, str(place / "model.safetensors"), metadata={"format": "pt"})
+
+    return write_model(directory, save, companions)
+
+
+def write_model(directory: str | Path, save: Callable[[Path], None], companions: Iterable[Any] = ()) -> Path:
+    """Have a merged model saved into a directory that appears complete or not at all. Raises as `write_pretrained`."""
+    target = Path(directory)
+    check_replaceable(target)
+
+    def write(place: Path) -> None:
+        save(place)
         for companion in companions:
             try:
                 companion.save_pretrained(place)
@@ -98,6 +107,13 @@ def check_replaceable(directory: str | Path) -> None:
         what = "is a file where a directory is wanted"
     if what is not None:
         raise FileExistsError(f"{directory}: {what}: give another directory")
+
+
+def companions_of(owner: Any) -> list[Any]:
+    """The processors and tokenizers of a task or its data: those that it declares, else those under the usual names."""
+    names = ("image_processor", "processor", "tokenizer", "feature_extractor")
+    found = owner.companions() if hasattr(owner, "companions") else [getattr(owner, name, None) for name in names]
+    return [item for item in found if hasattr(item, "save_pretrained")]
 
 
 class Companions(NamedTuple):

@@ -69,6 +69,7 @@ class FirstForward(TorchFunctionMode):
     def close(self) -> None:
         """End; once, however often it is called."""
         self._undo.close()
+        self._sources.clear()  # a quantized tensor that anything refers to weakly moves to no other device
 
     def uncalled(self) -> list[str]:
         """Names of the adapted layers that were not called although the module around them was."""

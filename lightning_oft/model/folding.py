@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_oft import functional
 from lightning_oft.codecs import Codec, codec_of, is_sharded, parameter_of
 from lightning_oft.layers import LayerState, RotatedWeight, Rotation, rotations_of
-from lightning_oft.model.fingerprint import fingerprint
+from lightning_oft.model.fingerprint import weight_fingerprint
 from lightning_oft.model.traversal import adapted
 
 CPU_PIECE, PIECE = 2**19, 2**24
@@ -38,19 +38,18 @@ class FoldedWeight(NamedTuple):
 
     def fingerprint(self) -> str | None:
         """The fingerprint of the weight as it is now; None where it is sharded."""
-        parameter = parameter_of(self.layer, self.part.parameter)
-        return fingerprint(self.read() if parameter is None else parameter)
+        return weight_fingerprint(self.layer, self.part.parameter)
 
-    def folded(self, device: Device = None, undo: bool = False) -> Tensor:
+    def folded(self, device: Device = None, undo: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """What this process stores of the weight after the layer type's fold, or its undoing; in memory of its own, as
-        others may hold the weight."""
+        others may hold the weight. In the weight's dtype by default."""
         weight = self.read()
         where = torch.device(device) if device is not None else weight.device
         matrices = [rotation.matrix() for rotation in self.rotations]
         if undo:
             matrices = [functional.inverse(matrix) for matrix in reversed(matrices)]
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        matrices = [matrix.to(where, dtype) for matrix in matrices]
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        matrices = [matrix.to(where, exact) for matrix in matrices]
         layer_type, entries = self.state.layer_type, CPU_PIECE if where.type == "cpu" else PIECE
 
         def change(rows: Tensor, columns: slice) -> Tensor:
@@ -58,7 +57,7 @@ class FoldedWeight(NamedTuple):
             if columns != slice(None):  # the blocks of these columns; a shared block turns all of them
                 cuts = [slice(columns.start // m.shape[-1], columns.stop // m.shape[-1]) for m in matrices]
                 own = [m if m.shape[0] == 1 else m[cut] for m, cut in zip(matrices, cuts, strict=True)]
-            result = torch.empty_like(rows)
+            result = torch.empty_like(rows, dtype=dtype)
             count = max(1, entries * rows.shape[layer_type.row_dim] // max(1, rows.numel()))
             pieces = (whole.split(count, layer_type.row_dim) for whole in (rows, result))  # type: ignore[no-untyped-call]
             for piece, place in zip(*pieces, strict=True):
@@ -68,8 +67,9 @@ class FoldedWeight(NamedTuple):
         step = math.lcm(*(matrix.shape[-1] for matrix in matrices))
         return self.codec.changed(self.layer, self.part.parameter, layer_type.row_dim, step, change)
 
-    def merge(self, keep: Keep, device: Device, holders: Counter[int]) -> str | None:
-        """Fold the rotations in, and return the fingerprint. A parameter that other modules share is left to them."""
+    def merge(self, keep: Keep, device: Device, holders: Counter[int]) -> float:
+        """Fold the rotations in, and return how far outputs are off by what quantizing has lost, relative to them. A
+        parameter that other modules share is left to them."""
         name, folded = self.part.parameter, self.folded(device)
         parameter = parameter_of(self.layer, name)
         # Not of a sharded weight: one process that raised would leave the others waiting.
@@ -77,14 +77,16 @@ class FoldedWeight(NamedTuple):
         if is_whole and not is_finite(folded) and is_finite(self.read()):
             what = f"cannot merge: the merged {name} overflows {folded.dtype}; nothing was changed"
             raise ValueError(f"{what}: load an earlier state of the adapter, or merge in float32")
-        if parameter is not None and holders[id(parameter)] > 1:
+        if parameter is not None and holders[id(parameter)] > 1 and self.codec.is_exact:
             self.state.base[name] = parameter
             self._set_parameter(nn.Parameter(folded, requires_grad=False))
         else:
             place = "cpu" if keep == "host" else folded.device
             self.state.base[name] = None if keep is None else self.codec.keep(self.layer, name, place)
             self.codec.write(self.layer, name, folded)
-        return self.fingerprint()
+        assert self.state.merged is not None  # a layer is merged before its weights are
+        self.state.merged[name] = self.fingerprint()
+        return 0.0 if self.codec.is_exact else output_error(self.read(), folded)
 
     def unmerge(self) -> None:
         """Give the layer its base weight back, if `merge` got as far as this one."""
@@ -126,6 +128,13 @@ def exact_codecs(layer: nn.Module, state: LayerState) -> dict[str, Codec] | None
 def packed_layers(layers: Mapping[str, nn.Module]) -> list[str]:
     """Names of the adapted layers whose weights are quantized or packed, so that nothing can be folded into them."""
     return [name for name, layer, state in adapted(layers) if exact_codecs(layer, state) is None]
+
+
+def output_error(stored_oi: Tensor, wanted_oi: Tensor) -> float:
+    """How far x W^T is off, relative to its norm, where another weight is stored than is wanted; for normal x (64, i)."""
+    x = torch.randn(64, wanted_oi.shape[1], generator=torch.Generator().manual_seed(0)).to(wanted_oi.device)
+    wanted = x @ wanted_oi.float().mT
+    return float((x @ stored_oi.to(wanted_oi.device).float().mT - wanted).norm() / wanted.norm())
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from lightning_oft.config import OFTConfig
 from lightning_oft.layers import LayerState, LayerType, Rotation, state_of
 from lightning_oft.layers.shared_map import share_maps
 from lightning_oft.layers.state import drop_empty_record, make_record, rotations_of
-from lightning_oft.model import activation, fingerprint, first_forward, freezing, saved_modules, traversal
+from lightning_oft.model import activation, fingerprint, first_forward, freezing, packed, saved_modules, traversal
 from lightning_oft.model.plan import Plan, plan_injection
 from lightning_oft.model.traversal import Modules, adapted, adapter_names, some, walk
 
@@ -53,6 +53,7 @@ def carry_out(modules: Modules, plan: Plan) -> list[str]:
         for rotation in rotations_of(layer, adapter_name).values()
     )
     freezing.freeze(modules)
+    packed.enable_gradients(modules)
     freezing.layers_changed(modules)
     if waiting:
         what = f"adapter {plan.adapter_name!r} is not active on {some(waiting)}, where another adapter is"

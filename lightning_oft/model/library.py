@@ -20,9 +20,17 @@ class _Unmerged(SwappedClass):
             what = (
                 f"{type(self).__name__}.save_pretrained: the rotations are not merged, and from_pretrained drops them"
             )
-            remedy = "save_adapter(model, directory) keeps them, and after merge(model) they are in the weights"
+            remedy = "save_adapter(model, directory) keeps them, save_merged(model, directory) writes a merged model"
             warnings.warn(f"{what}: {remedy}", stacklevel=2)
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def dequantize(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise RuntimeError: it would replace the layers that carry rotations."""
+        raise RuntimeError(
+            f"{type(self).__name__}: dequantize() would replace the layers that carry rotations and lose these: "
+            "save_merged(model, directory) writes a dequantized merged model; or take the adapter off with "
+            "unload(model), dequantize, and load_adapter"
+        )
 
 
 class _UnmergedAndFusable(_Unmerged):

@@ -1,4 +1,4 @@
-"""Whether layers can be merged, and what a merge or a file would do without a word."""
+"""Whether layers can be merged, and what a merge or a file would do, or has cost, without a word."""
 
 import contextlib
 import logging
@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from lightning_oft.codecs import whole
+from lightning_oft.codecs import packed_codec, whole
 from lightning_oft.layers.base import refusal
 from lightning_oft.layers.state import rotations_of
 from lightning_oft.model.folding import exact_codecs, is_finite
+from lightning_oft.model.packed import writable_codec
 from lightning_oft.model.traversal import adapted, some
 
 log = logging.getLogger(__name__)
@@ -24,14 +25,24 @@ OFFLOADED = (
 Gathered = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
 """Within it, the tensors of a layer are at hand."""
 
+_BOTH_WAYS = (
+    "save_merged(model, directory) writes a merged model with plain weights, merge(model, requantize=True) writes these "
+    "back in their own format, which costs a second quantization error"
+)
+_NO_WAY_BACK = (
+    "nothing here writes their format; save_merged(model, directory) writes a merged model with plain weights"
+)
 
-def check_mergeable(layers: dict[str, nn.Module], gathered: Gathered) -> dict[str, bool]:
-    """Raise ValueError where a layer cannot be merged. Returns of each whether it has a rotation but the identity."""
+
+def check_mergeable(layers: dict[str, nn.Module], gathered: Gathered, requantize: bool) -> dict[str, bool]:
+    """Raise ValueError where a layer cannot be merged, with `requantize` into its own format. Returns of each whether
+    it has a rotation but the identity."""
     packed, absent, broken, has_turned = [], [], [], {}
     for name, layer, state in adapted(layers):
         if (reason := refusal(layer)) is not None:  # such as a weight norm that was put there since
             raise ValueError(f"cannot merge {some([name])}: {reason}; nothing was changed")
-        if (codecs := exact_codecs(layer, state)) is None:
+        codecs = exact_codecs(layer, state) or (writable_codec(layer) if requantize else None)
+        if codecs is None:
             packed.append(name)
             continue
         with gathered(layer):
@@ -46,7 +57,7 @@ def check_mergeable(layers: dict[str, nn.Module], gathered: Gathered) -> dict[st
             else:
                 has_turned[name] = any(bool(generator.any()) for generator in generators)
     for names, what, remedy in (
-        (packed, "the weights of {} are quantized or packed", "load the base without quantization to merge"),
+        (packed, "the weights of {} are quantized or packed", _NO_WAY_BACK if requantize else _BOTH_WAYS),
         (absent, "the weights of {} are on the meta device, not loaded or offloaded", OFFLOADED),
         (broken, "generators of {} are NaN or infinite", "load an earlier state of the adapter"),
     ):
@@ -64,3 +75,14 @@ def report_untrained(has_turned: Mapping[str, bool], action: str) -> None:
         log.warning(
             "%s: the rotations of %s are %s: %s; leave them out with exclude_modules", action, some(idle), what, why
         )
+
+
+def report_requantized(layers: dict[str, nn.Module], errors: dict[str, float]) -> None:
+    """Log what writing weights back in their formats has put the outputs of their layers off by."""
+    formats = {codec.storage(layers[name]) for name in errors if (codec := packed_codec(layers[name])) is not None}
+    worst = max(errors, key=errors.__getitem__)
+    log.warning(
+        "merge: %d layers are requantized (%s): on random inputs their outputs are off by %.2g of their norm on average, "
+        "by %.2g at most (%s)",
+        len(errors), ", ".join(sorted(map(str, formats))), sum(errors.values()) / len(errors), errors[worst], worst,
+    )  # fmt: skip

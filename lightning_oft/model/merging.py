@@ -13,7 +13,7 @@ from lightning_oft.codecs import is_sharded, reshard
 from lightning_oft.layers.state import LayerState, drop_empty_record, make_record
 from lightning_oft.model import activation, fingerprint, freezing, traversal
 from lightning_oft.model.folding import Device, FoldedWeight, Keep, folded_weights
-from lightning_oft.model.mergeable import Gathered, check_mergeable, report_untrained
+from lightning_oft.model.mergeable import Gathered, check_mergeable, report_requantized, report_untrained
 from lightning_oft.model.traversal import Modules, adapted, merged_layers, some, walk
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ def merge(
     adapter_name: str | list[str] | None = None,
     keep_base: KeepBase = "auto",
     device: torch.device | str | None = None,
+    requantize: bool = False,
 ) -> list[str]:
     """Fold the active rotations into the weights, in place; the model computes alone what it did with its adapters.
 
@@ -43,14 +44,16 @@ def merge(
         keep_base: whether to keep a CPU copy of the adapted weights, which `unmerge` returns to the bit: "auto" keeps
             them up to 8 GiB a process, "always", or "never" (unmerge then solves, to 1e-6 in float32).
         device: where to compute, layer by layer; where each weight is by default.
+        requantize: write quantized weights back in the format of the base, which costs a second quantization error:
+            how far it puts outputs off is measured and logged. What `unmerge` returns to stays on the device.
 
     Raises:
-        ValueError: no adapter, or a generator is not finite; names the layer.
+        ValueError: no adapter, a generator is not finite, or a weight is quantized and `requantize` off; names the layer.
         RuntimeError: already merged, or inside disable_adapters.
     """
     modules = walk(model)
     traversal.require_unmerged(modules, "merge again")
-    return merge_layers(modules, adapter_name, keep_base, device)
+    return merge_layers(modules, adapter_name, keep_base, device, requantize=requantize)
 
 
 @torch.no_grad()
@@ -61,19 +64,23 @@ def merge_layers(
     device: Device = None,
     gathered: Gathered = contextlib.nullcontext,
     only: Collection[str] | None = None,
+    requantize: bool = False,
 ) -> list[str]:
     """`merge` of all layers or of those named, for a model whose tensors are at hand within `gathered(layer)` only."""
     if keep_base not in ("auto", "always", "never"):
         raise ValueError(f"keep_base={keep_base!r}: must be 'auto', 'always' or 'never'")
     layers = {name: layer for name, layer, _ in adapted(modules) if only is None or name in only}
     with contextlib.ExitStack() as undo:
-        has_turned = _prepare(modules, layers, adapter_name, gathered, undo)
-        size = sum(one.read().nbytes for _, layer, state in adapted(layers) for one in folded_weights(layer, state))
+        has_turned = _prepare(modules, layers, adapter_name, gathered, undo, requantize)
+        weights = [one for _, layer, state in adapted(layers) for one in folded_weights(layer, state)]
+        size = sum(one.codec.nbytes(one.layer, one.part.parameter) for one in weights)
         keep = keep_base == "always" or (keep_base == "auto" and size <= KEEP_LIMIT)
         log.info("merge: %s the base weights (%.1f MiB)", "keeping" if keep else "not keeping", size / 2**20)
-        _fold(modules, layers, "host" if keep else None, device, gathered, undo)
+        errors = _fold(modules, layers, "host" if keep else None, device, gathered, undo)
         undo.pop_all()
     report_untrained(has_turned, "merge")
+    if requantized := {name: error for name, error in errors.items() if error}:
+        report_requantized(layers, requantized)
     if untied := _untied(layers):
         log.warning("merge: %s shared a weight with another module; it has a copy of its own now", some(untied))
         _untie_configs(modules)
@@ -89,6 +96,7 @@ def _prepare(
     adapter_name: str | list[str] | None,
     gathered: Gathered,
     undo: contextlib.ExitStack,
+    requantize: bool = False,
 ) -> dict[str, bool]:
     """Make the adapters active that are to be merged, and raise where that cannot be done; `undo` gets the way back.
     Returns by layer whether it has a rotation other than the identity."""
@@ -101,7 +109,7 @@ def _prepare(
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         activation.check_choice(modules, names)
         activation.activate(modules, names, names)
-    return check_mergeable(layers, gathered)
+    return check_mergeable(layers, gathered, requantize)
 
 
 @torch.no_grad()
@@ -112,17 +120,18 @@ def _fold(
     device: Device,
     gathered: Gathered,
     undo: contextlib.ExitStack,
-) -> None:
-    """Merge layer by layer; `undo` gets the way back of each."""
+) -> dict[str, float]:
+    """Merge layer by layer; `undo` gets the way back of each. Returns what quantizing has put their outputs off by."""
+    errors = {}
     holders = Counter(id(one) for module in modules.values() for one in module._parameters.values())
-    for _, layer, state in adapted(layers):
+    for name, layer, state in adapted(layers):
         undo.callback(_unmerge_layer, layer, state, gathered)
         with gathered(layer):
             state.merged, state.base = {}, {}
-            for weight in folded_weights(layer, state):
-                state.merged[weight.part.parameter] = weight.merge(keep, device, holders)
+            errors[name] = max(weight.merge(keep, device, holders) for weight in folded_weights(layer, state))
             state.layer_type.detach(layer)
             layer.__dict__["oft_R"] = layer._modules.pop("oft_R")  # out of the module tree; `layer.oft_R` answers
+    return errors
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_oft.codecs import PlainCodec, codec_of, local_part, parameter_of
+from lightning_oft.codecs import PlainCodec, codec_of, local_part, packed_codec, parameter_of
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.base import LayerType, has_forward_of_its_own, has_own_forward, layer_type_of
 from lightning_oft.layers.own_forward import OwnForward
@@ -210,7 +210,8 @@ def _is_dead(layer: Any) -> bool:
     """Whether a linear layer passes no gradient to its input, which would leave its rotation untrained."""
     weight = getattr(layer, "weight", None)
     is_plain = type(layer) is nn.Linear and isinstance(weight, Tensor) and type(local_part(weight.data)) is Tensor
-    if is_plain or not hasattr(layer, "in_features"):
+    codec = packed_codec(layer)
+    if is_plain or not hasattr(layer, "in_features") or (codec is not None and codec.passes_gradient):
         return False
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
     device = next((p.device for p in layer._parameters.values() if p is not None), None)

@@ -55,7 +55,7 @@ def _named(bench: Bench) -> None:
 YAMLS = [
     _yaml("a mistyped field", "oft.target_module", "all-linear", "oft.target_module", "does not accept", "did you mean 'oft.target_modules'?"),
     _yaml("two sizes", "oft.r", 4, "r=4 and oft_block_size=16", "exclude each other", "give one of them"),
-    _yaml("an optimizer's option that is another's", "optimizer", {"class_path": "AdamW", "init_args": {"learning_rate": 1}}, "optimizer",
+    _yaml("an optimizer's option that is another's", "optimizer", {"class_path": "torch.optim.AdamW", "init_args": {"learning_rate": 1}}, "optimizer",
         "Option 'learning_rate' is not accepted", "AdamW takes lr, betas, eps, weight_decay"),
     _yaml("a target that is not there", "oft.target_modules", ["attn"], "target_modules=['attn']", "matches nothing",
         "layers that could be adapted: ", varies=True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -194,29 +194,19 @@ class Quantized(Small):
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
 
-SAID = "net.0, net.3 are quantized or packed and cannot be merged: the adapter stays beside them"
-
-
-class Began(pl.Callback):
-    """Whether the first batch was there by the time of the last warning."""
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        warnings.warn("the first batch")
-
-
 @pytest.mark.parametrize("kind", [Packed, Weightless, Wrapped])
 @pytest.mark.parametrize("export", ["last", "best", None])
-def test_a_base_that_takes_no_merge_is_said_at_the_start_and_gives_its_adapter(
-    tmp_path: Path, kind: Any, export: str | None
+def test_a_base_that_takes_no_merge_gives_its_adapter_and_says_what_would_be_merged(
+    tmp_path: Path, kind: Any, export: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     Quantized.kind = kind
     options: dict[str, Any] = {"export_dir": str(tmp_path / "export"), "export_from": export} if export else {}
     model, keeper = Quantized(batch_norm=False), ModelCheckpoint(tmp_path, monitor="val")
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        trainer(tmp_path, oft(**options), keeper, Began(), limit_train_batches=1).fit(model, loader(), loader(False))
-    said = [str(one.message) for one in seen]
-    assert said.index("the first batch") > next(n for n, text in enumerate(said) if SAID in text)
+    with caplog.at_level(logging.INFO):
+        trainer(tmp_path, oft(**options), keeper, limit_train_batches=1).fit(model, loader(), loader(False))
+    last = next(text for text in reversed(caplog.messages) if text.startswith("OFT adapter"))
+    assert "not merged" in last
+    assert "quantized (save_merged(model, directory)" in last
     assert not merged_layers(model)
     if export:
         assert [path.name for path in (tmp_path / "export").iterdir()] == ["adapter"]
@@ -342,11 +332,12 @@ BOTH = {"target_modules": ["query", "value", "c_attn"], "modules_to_save": None}
 
 
 @PIPELINE
-def test_there_is_one_directory_for_each_library_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_there_is_one_directory_for_each_library_model(tmp_path: Path, dtype: str | None) -> None:
     merged, model = tmp_path / "export" / "merged", Pipeline()
     model.tokenizer = Processor("tokenizer")  # type: ignore[assignment]
     for _ in range(2):  # and a second fit replaces both
-        trainer(tmp_path, oft(export_dir=str(tmp_path / "export"), **BOTH)).fit(model, loader())
+        trainer(tmp_path, oft(export_dir=str(tmp_path / "export"), merged_dtype=dtype, **BOTH)).fit(model, loader())
     assert {path.name for path in merged.iterdir()} == {"encoder", "parts.decoder"}
     for name, kind in (("encoder", BertModel), ("parts.decoder", GPT2LMHeadModel)):
         own, loaded = state(model.get_submodule(name)), state(kind.from_pretrained(merged / name))

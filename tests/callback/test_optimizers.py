@@ -158,7 +158,7 @@ def _stock_cli(root: Path, model: type[Small], *arguments: str) -> Small:
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended", "ignore:\n    ")
 def test_the_optimizer_block_of_the_stock_command_line_is_named_and_the_remedy_trains(tmp_path: Path) -> None:
-    block = ["--optimizer", "SGD", "--optimizer.lr", "0.1"]
+    block = ["--optimizer", "torch.optim.SGD", "--optimizer.lr", "0.1"]
     with pytest.raises(RuntimeError, match=r"net\.0, net\.3 are in no optimizer .* OptimizerCallable"):
         _stock_cli(tmp_path, Bare, *block)
     as_argument = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"]

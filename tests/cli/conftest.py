@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import pytest
 import yaml
 
@@ -25,6 +26,18 @@ SHORT = {
     "enable_model_summary": False,
     "logger": False,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_optimizers_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another test may have imported it into this process, after which `AdamW` has two meanings to jsonargparse; the
+    command line never imports it before it has parsed its options."""
+    every = jsonargparse._typehints.get_all_subclass_paths
+
+    def own(*args: Any, **kwargs: Any) -> list[str]:
+        return [path for path in every(*args, **kwargs) if not path.startswith("bitsandbytes.")]
+
+    monkeypatch.setattr("jsonargparse._typehints.get_all_subclass_paths", own)
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,9 @@ def test_optimizers_that_write_past_autograd_leave_no_stale_matrix(
 def test_bitsandbytes_leaves_no_stale_matrix() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     rotation, x = _rotation(blocks=32, b=64, std=0.05).eval(), torch.randn(5, 2048)
-    optimizer = bitsandbytes.optim.AdamW8bit(rotation.parameters(), lr=0.1)
+    optimizer = bitsandbytes.optim.AdamW8bit(
+        rotation.parameters(), lr=0.01
+    )  # 0.1 turns beyond what float32 solves to 1e-6
     with torch.no_grad():
         before = rotation(x)
     rotation(x).square().sum().add(rotation.weight.sum()).backward()

@@ -53,9 +53,9 @@ class StrategyAdapter:
         device = self.trainer.strategy.root_device
         return device if device.type != "cpu" else None
 
-    def merge(self, root: nn.Module, keep_base: KeepBase, only: Collection[str]) -> None:
+    def merge(self, root: nn.Module, keep_base: KeepBase, only: Collection[str], requantize: bool = False) -> None:
         """Merge some layers."""
-        merge_layers(walk(root), keep_base=keep_base, device=self.merge_device(), only=only)
+        merge_layers(walk(root), None, keep_base, self.merge_device(), only=only, requantize=requantize)
 
     def whole(self) -> AbstractContextManager[Any]:
         """A context in which every process has all parameters, or the part of each that a DTensor shows."""

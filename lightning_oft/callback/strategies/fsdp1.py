@@ -49,7 +49,7 @@ class FSDP1Adapter(StrategyAdapter):
             return Steps(self.trainer.optimizers, rotations, undo, gathered=_summon)
 
     @override
-    def merge(self, root: nn.Module, keep_base: KeepBase, only: Collection[str]) -> None:
+    def merge(self, root: nn.Module, keep_base: KeepBase, only: Collection[str], requantize: bool = False) -> None:
         """A layer's tensors lie in the flat parameter of the unit around it, its rotations in units of their own."""
         model = self.trainer.strategy.model
         with _summon([model]):  # makes it the root, where no fit has

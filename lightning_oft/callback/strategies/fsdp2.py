@@ -103,7 +103,7 @@ class FSDP2Adapter(StrategyAdapter):
 
 def _only_trained(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """Take out of a state dict what an adapter-only checkpoint leaves out."""
-    for name in frozen_names(module, walk(module)):
+    for name in frozen_names(module, walk(module), [name.removeprefix(prefix) for name in state_dict]):
         state_dict.pop(prefix + name, None)
 
 
