@@ -46,6 +46,7 @@ def report_end(adapter_name: str, modules: Modules, written: Mapping[str, str]) 
     layers = len(list(adapted(modules)))
     how = f"{'merged into' if merged_layers(modules) else 'not merged, active beside'} {counted(layers, 'layer')}"
     if packed_layers(modules) and not merged_layers(modules):
-        how += ", since the base is quantized (save_merged(model, directory) writes a merged model)"
+        how += ", since the base is quantized"
+        how += "" if "merged model" in written else " (save_merged(model, directory) writes a merged model)"
     places = "".join(f"; {what} written to {place}" for what, place in written.items())
     rank_zero_info(f"OFT adapter {adapter_name!r}: {how}{places}")
