@@ -65,7 +65,7 @@ class Exporter:
             if (directory / "adapter").is_file():
                 what = "is a file where a directory is wanted"
                 raise FileExistsError(f"{directory}/adapter: {what}: give another directory")
-            with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            with tempfile.TemporaryDirectory(prefix=".", dir=directory) as scratch:  # hidden, if a kill leaves it
                 return self._try_companions(Path(scratch))
         except OSError as error:  # ours say all by themselves, and have no number
             said = f"export_dir={str(directory)!r}: cannot be written ({error.strerror}): give another directory"
