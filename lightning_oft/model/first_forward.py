@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_oft.codecs import is_scattered, parameter_of
-from lightning_oft.functional import is_traced
+from lightning_oft.functional import RotatedInput, is_traced
 from lightning_oft.layers.state import applied_rotations, drop_empty_record, make_record, record_of
 from lightning_oft.model.traversal import Modules, adapted, some, walk
 
@@ -107,6 +107,8 @@ class FirstForward(TorchFunctionMode):
         return result
 
     def _sources_of(self, tensor: Tensor) -> frozenset[str]:
+        if isinstance(tensor, RotatedInput):  # asked for its base, it would be rotated here and nowhere else
+            return frozenset()
         for one in (tensor, tensor._base):  # what it is a view of, where it was made before
             if one is not None and one in self._sources:
                 return self._sources[one]  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from small import Small, loader, oft, trainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_oft import inject, load_adapter, merge, save_adapter, unload
+from lightning_oft import OFTConfig, inject, load_adapter, merge, save_adapter, unload
 
 
 class Decoder(nn.Module):
@@ -231,6 +231,26 @@ def test_the_watch_ends_with_the_first_forward_however_that_ends() -> None:
         inject(model, config(target_modules=["0"]))
         leave(model)
         assert not model._forward_pre_hooks
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("rows", [2, 64], ids=["input", "weight"])
+def test_a_checkpoint_computes_in_the_first_forward_what_it_computes_again(rows: int) -> None:
+    """Whichever side is rotated: the second time nobody watches."""
+    model = Checkpointed()
+    names = inject(model, OFTConfig(oft_block_size=4))
+    model(torch.randn(rows, 16)).sum().backward()
+    generators = [p.grad for n, p in model.named_parameters() if "oft_R" in n]
+    assert len(generators) == len(names) == 2
+    assert all(grad is not None for grad in generators)
 
 
 def test_a_loaded_adapter_is_watched_too(tmp_path: Path) -> None:
