@@ -1,17 +1,13 @@
 """Samples: what a model writes after its fixed prompts, after each validation, at the speed of its base."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 from typing_extensions import override
 
 from lightning_oft.callback.strategies.base import strategy_adapter
-from lightning_oft.model.folding import packed_layers
-from lightning_oft.model.merging import merged
-from lightning_oft.model.traversal import walk
+from lightning_oft.model.merging import merged_where_possible
 
 
 class Samples(Callback):
@@ -26,15 +22,10 @@ class Samples(Callback):
         """Called on every process, each of which generates: a sharded model needs all of them."""
         if trainer.sanity_checking or not getattr(pl_module, "prompts", None):
             return
-        with strategy_adapter(trainer).whole(), _at_full_speed(pl_module):
+        with strategy_adapter(trainer).whole(), merged_where_possible(pl_module):
             said = pl_module.samples()
         if trainer.is_global_zero and said:
             log_text(trainer.loggers, said, trainer.global_step)
-
-
-def _at_full_speed(pl_module: nn.Module) -> AbstractContextManager[None]:
-    """A context in which a model is merged, where its weights can be: quantized ones go on beside their rotations."""
-    return nullcontext() if packed_layers(walk(pl_module)) else merged(pl_module)
 
 
 def log_text(loggers: Any, said: dict[str, str], step: int) -> None:

@@ -4,6 +4,7 @@ from lightning_oft.data.base import SplitDataModule as SplitDataModule
 from lightning_oft.data.text.classification import TextClassificationDataModule, TokenClassificationDataModule
 from lightning_oft.data.text.module import TextDataModule
 from lightning_oft.data.text.preferences import PreferenceDataModule
+from lightning_oft.data.text.prompts import PromptDataModule
 from lightning_oft.data.text.seq2seq import Seq2SeqDataModule
 from lightning_oft.data.vision.digits import DigitsDataModule
 from lightning_oft.data.vision.images import ImageDataModule
@@ -13,6 +14,7 @@ __all__ = [
     "DigitsDataModule",
     "ImageDataModule",
     "PreferenceDataModule",
+    "PromptDataModule",
     "Seq2SeqDataModule",
     "TextClassificationDataModule",
     "TextDataModule",

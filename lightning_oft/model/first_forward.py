@@ -89,7 +89,7 @@ class FirstForward(TorchFunctionMode):
             return result
         tensors = [x for x in _flat([*args, *(kwargs or {}).values()]) if isinstance(x, Tensor)]
         met = [self._sources_of(tensor) for tensor in tensors]
-        if not any(met):
+        if not any(met) or _is_merging():
             return result
         running = {id(module) for module in _running()}
         self._called |= running
@@ -128,14 +128,23 @@ def _takes_no_values(function: str, met: list[frozenset[str]]) -> bool:
     return function.endswith(("_like", "_as")) or function.startswith("new_") or (function == "to" and not met[0])
 
 
-def _running() -> Iterator[nn.Module]:
-    """The modules whose methods are running in this thread, the innermost first."""
+def _frames() -> Iterator[Any]:
+    """What is running in this thread, the innermost first."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module):
-            yield module
+        yield frame
         frame = frame.f_back
+
+
+def _running() -> Iterator[nn.Module]:
+    """The modules whose methods are running."""
+    found = (frame.f_locals.get("self") for frame in _frames())
+    return (module for module in found if isinstance(module, nn.Module))
+
+
+def _is_merging() -> bool:
+    """Whether it is a merge that reads the weights: a training step may generate with a merged model."""
+    return any(frame.f_globals.get("__name__") == "lightning_oft.model.merging" for frame in _frames())
 
 
 def describe_reads(reads: Mapping[str, str]) -> str:

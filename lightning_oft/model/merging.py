@@ -12,7 +12,7 @@ from torch import nn
 from lightning_oft.codecs import is_sharded, reshard
 from lightning_oft.layers.state import LayerState, drop_empty_record, make_record
 from lightning_oft.model import activation, fingerprint, freezing, traversal
-from lightning_oft.model.folding import Device, FoldedWeight, Keep, folded_weights
+from lightning_oft.model.folding import Device, FoldedWeight, Keep, folded_weights, packed_layers
 from lightning_oft.model.mergeable import Gathered, check_mergeable, report_requantized, report_untrained
 from lightning_oft.model.traversal import Modules, adapted, merged_layers, some, walk
 
@@ -227,6 +227,14 @@ def merged(model: nn.Module, adapter_name: str | list[str] | None = None) -> Ite
                 undo.pop_all()
                 what = f"cannot leave merged(model): the weights of {some(changed)} were changed inside, so it stays merged"
                 raise RuntimeError(f"{what}; call unload(model) to keep them as the new base")
+
+
+def merged_where_possible(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """`merged(model)` to generate in; of a model without adapters, or whose weights are quantized and take no merge,
+    nothing is done."""
+    modules = walk(model)
+    has_adapter = any(True for _ in adapted(modules))
+    return merged(model) if has_adapter and not packed_layers(modules) else contextlib.nullcontext()
 
 
 def _merged_weights(layers: dict[str, nn.Module]) -> Iterator[tuple[str, FoldedWeight]]:

@@ -3,6 +3,7 @@
 from lightning_oft.tasks.base import Task as Task
 from lightning_oft.tasks.text import (
     CausalLM,
+    PolicyOptimization,
     PreferenceOptimization,
     Seq2SeqLM,
     SequenceClassification,
@@ -13,6 +14,7 @@ from lightning_oft.tasks.vision import ImageClassification
 __all__ = [
     "CausalLM",
     "ImageClassification",
+    "PolicyOptimization",
     "PreferenceOptimization",
     "Seq2SeqLM",
     "SequenceClassification",

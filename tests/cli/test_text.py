@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -48,19 +49,35 @@ def test_the_offline_run_learns_says_so_and_leaves_what_plain_libraries_load(
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_the_recipe_runs_with_a_small_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"prompt": f"Say {i}", "completion": " yes" * (i + 1)} for i in range(20)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+ROWS: dict[str, dict[str, Any]] = {
+    "sft": {"prompt": "Say it", "completion": " yes"},
+    "chat-sft": {"messages": [{"role": "user", "content": "Say"}, {"role": "assistant", "content": "yes"}]},
+    "grpo": {"prompt": "Two and two are", "answer": "4"},
+}
+OPTIONS = {
+    "sft": {"max_length": "64"},
+    # The template's path is that of a checkout, where the recipes lie too.
+    "chat-sft": {"max_length": "200", "chat_template": str(ROOT / "configs/recipes/llama-3-chat.jinja")},
+    "grpo": {"max_length": "64"},
+}
+
+
+@pytest.mark.parametrize("recipe", ROWS)
+def test_the_recipe_runs_with_a_small_base(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "rows.jsonl").write_text((json.dumps(ROWS[recipe]) + "\n") * 10)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     model, data, trainer = "--model.init_args", "--data.init_args", "--trainer"
-    words = ["fit", "--config", str(ROOT / "configs/recipes/text-sft.yaml"), f"{data}.data", "rows.jsonl"]
-    words += [f"{data}.max_length", "64", f"{data}.val_fraction", "0.2", f"{trainer}.precision", "32-true"]
-    words += [f"{model}.pretrained", str(ROOT / "examples/bases/docs-llama"), f"{model}.dtype", "float32"]
+    words = ["fit", "--config", str(ROOT / f"configs/recipes/text-{recipe}.yaml"), f"{data}.data", "rows.jsonl"]
+    words += [word for name, value in OPTIONS[recipe].items() for word in (f"{data}.{name}", value)]
+    words += [f"{data}.val_fraction", "0.2", f"{trainer}.precision", "32-true", f"{trainer}.max_steps", "1"]
+    words += [f"{model}.pretrained", "examples/bases/docs-llama", f"{model}.dtype", "float32"]
     words += [f"{model}.generation", "{max_new_tokens: 2}", f"{trainer}.accelerator", "cpu"]
     words += [f"{trainer}.enable_progress_bar", "false", f"{trainer}.logger", "false"]
+    words += [f"{model}.max_completion_length", "4"] if recipe == "grpo" else []
     assert main(words) == 0
-    assert {path.name for path in (tmp_path / "runs" / "text-sft").iterdir()} >= {"adapter", "merged"}
+    assert {path.name for path in (tmp_path / "runs" / f"text-{recipe}").iterdir()} >= {"adapter", "merged"}
 
 
 def test_samples_stand_below_each_other() -> None:

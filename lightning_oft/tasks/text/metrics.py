@@ -1,4 +1,4 @@
-"""Scores over tokens and over pairs, whatever their batches and processes."""
+"""Scores over tokens, pairs and completions, whatever their batches and processes."""
 
 import torch
 from torch import Tensor
@@ -52,3 +52,25 @@ class Preferences(Metric):
     def compute(self) -> dict[str, Tensor]:
         """-> "loss", "accuracy" and "margin", scalars; NaN where there was no pair."""
         return dict(zip(("loss", "accuracy", "margin"), self.sums / self.count, strict=True))
+
+
+class Rewards(Metric):
+    """Mean reward of completions, and their mean length."""
+
+    full_state_update = False
+    sums: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(2), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, rewards: Tensor, lengths: Tensor) -> None:
+        """rewards: (N,) floating; lengths: (N,) tokens."""
+        self.sums += torch.stack([rewards.sum(), lengths.sum()])
+        self.count += len(rewards)
+
+    def compute(self) -> dict[str, Tensor]:
+        """-> "reward" and "length", scalars; NaN where there was no completion."""
+        return dict(zip(("reward", "length"), self.sums / self.count, strict=True))

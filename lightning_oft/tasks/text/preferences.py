@@ -4,22 +4,20 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_oft.model.reference import has_reference, keep_reference, reference, require_reference
 from lightning_oft.tasks.base import Dtype, LRInterval
+from lightning_oft.tasks.text.compared import ComparedTask
 from lightning_oft.tasks.text.generation import evaluating
-from lightning_oft.tasks.text.generative import GenerativeTask
 from lightning_oft.tasks.text.losses import PREFERENCE_LOSSES, log_probs, preference_losses
 from lightning_oft.tasks.text.metrics import Preferences
 
-_ENTRY = "preference_reference"
+_ENTRY = "reference_log_probs"
 
 
-class PreferenceOptimization(GenerativeTask):
+class PreferenceOptimization(ComparedTask):
     """Direct preference optimization (Rafailov et al. 2023) of any model of transformers' AutoModelForCausalLM.
 
     The reference is the model that the fit starts from. With OFT that takes no second copy: it is the base with adapters
@@ -81,8 +79,6 @@ class PreferenceOptimization(GenerativeTask):
         self.loss: str = loss
         self.beta, self.label_smoothing, self.precompute_reference = beta, label_smoothing, precompute_reference
         self.load_generator(prompts, generation)
-        self.has_trained = False
-        """Whether the model has left its reference, which is then chosen for good."""
         self.reference_log_probs: dict[str, Tensor] = {}
         """By split, (rows, 3) float32: of chosen and rejected completions, and what tells the rows from others; where they
         were precomputed."""
@@ -96,28 +92,25 @@ class PreferenceOptimization(GenerativeTask):
 
     def reference(self, batch: dict[str, Tensor]) -> Tensor:
         """-> log-probabilities (2, B) float32 by the reference, without gradient and dropout."""
-        with reference(self.library_model), evaluating(self.library_model):
+        with self.at_reference(), evaluating(self.library_model):
             found: Tensor = self(batch)[0]
         return found
 
+    @property
     @override
-    def setup(self, stage: str) -> None:
-        """Called when the model has its adapters: one that has learned already is what a fit will be compared with."""
-        if stage != "predict" and not self.has_trained and keep_reference(self.library_model) and stage == "fit":
-            rank_zero_info("the reference is the adapter that the fit starts from; a frozen copy is named 'reference'")
+    def compares(self) -> bool:
+        return self.has_reference or not self.precompute_reference
+
+    @property
+    @override
+    def remedy(self) -> str:
+        return "set precompute_reference: true"
 
     @override
     def on_fit_start(self) -> None:
         """Called when the fit begins: the reference must be at hand, or its log-probabilities."""
-        at_hand = has_reference(self.library_model)
-        if not at_hand and not self.precompute_reference:
-            raise ValueError(
-                "no adapter: once the model trains, nothing is left to compare it with; adapt it with OFT, or set "
-                "precompute_reference: true"
-            )
-        if not self.has_trained:
-            require_reference(self.library_model)
-        if self.precompute_reference and (at_hand or not self.has_trained):
+        super().on_fit_start()
+        if self.precompute_reference and (self.has_reference or not self.has_trained):
             self.reference_log_probs = self._all_reference_log_probs()
 
     @override
@@ -136,15 +129,13 @@ class PreferenceOptimization(GenerativeTask):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Called when a checkpoint is written: without an adapter only these numbers know the reference."""
-        numbers = {} if has_reference(self.library_model) else self.reference_log_probs
-        checkpoint[_ENTRY] = {"has_trained": self.has_trained, "log_probs": numbers}
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_ENTRY] = {} if self.has_reference else self.reference_log_probs
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Called when a checkpoint is read: a model that has trained keeps the reference that it had."""
-        entry = checkpoint.get(_ENTRY, {})
-        self.has_trained = entry.get("has_trained", False)
-        self.reference_log_probs = dict(entry.get("log_probs", {}))
+        super().on_load_checkpoint(checkpoint)
+        self.reference_log_probs = dict(checkpoint.get(_ENTRY, {}))
 
     def _losses(self, batch: dict[str, Tensor], split: str) -> tuple[Tensor, Tensor]:
         """Losses (B,), and rewards (2, B) without gradient."""
@@ -158,7 +149,7 @@ class PreferenceOptimization(GenerativeTask):
         in_fit = self.trainer.state.fn == "fit"
         if in_fit and split in self.reference_log_probs:
             return self._looked_up(batch, split)
-        if has_reference(self.library_model) or not self.has_trained:
+        if self.has_reference or not self.has_trained:
             return self.reference(batch)
         return self._looked_up(batch, split)
 
