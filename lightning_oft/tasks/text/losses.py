@@ -77,16 +77,20 @@ def preference_losses(
     raise ValueError(f"loss={loss!r}: must be one of {', '.join(PREFERENCE_LOSSES)}")
 
 
-def group_advantages(rewards_bg: Tensor, scale_rewards: str = "group") -> Tensor:
+def group_advantages(rewards_bg: Tensor, scale_rewards: str = "group", everyone: Tensor | None = None) -> Tensor:
     """Rewards less the mean of their group, over a standard deviation + 1e-4 (Shao et al. 2024, section 4.1.2), (B, G).
 
     rewards: (B, G) floating, G completions of each of B prompts. The deviation is that of the group, or with "batch" that
-    of all rewards; with "none" there is none (Liu et al. 2025).
+    of the rewards of `everyone`, all processes; with "none" there is none (Liu et al. 2025).
     """
     centred = rewards_bg - rewards_bg.mean(1, keepdim=True)
     if scale_rewards == "none":
         return centred
-    spread = rewards_bg.std(1, keepdim=True) if scale_rewards == "group" else rewards_bg.std()
+    spread = (
+        rewards_bg.std(1, keepdim=True)
+        if scale_rewards == "group"
+        else (rewards_bg if everyone is None else everyone).std()
+    )
     return centred / (spread + 1e-4)
 
 

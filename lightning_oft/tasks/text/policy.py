@@ -1,6 +1,5 @@
 """PolicyOptimization: a language model learns from what functions say of its own completions (GRPO)."""
 
-from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
 
@@ -12,32 +11,12 @@ from typing_extensions import override
 from lightning_oft.model.merging import merged_where_possible
 from lightning_oft.tasks.base import Dtype, LRInterval
 from lightning_oft.tasks.text.compared import ComparedTask
+from lightning_oft.tasks.text.completions import Sampled, check_batch, ends_of, own_tokens
 from lightning_oft.tasks.text.generation import evaluating
 from lightning_oft.tasks.text.losses import POLICY_LOSSES, divergences, group_advantages, policy_losses, token_log_probs
 from lightning_oft.tasks.text.metrics import Rewards
 from lightning_oft.tasks.text.rewards import Reward, import_reward, path_of, rewards_of
 from lightning_oft.tasks.text.token_mean import TokenMean
-
-
-@dataclass
-class Sampled:
-    """Completions of a batch's prompts, N of P tokens and T more, and what is known of them."""
-
-    input_ids: Tensor
-    """(N, P + T) int64."""
-    attention_mask: Tensor
-    """(N, P + T) int64: not padding, before and after."""
-    mask: Tensor
-    """(N, T) bool: the tokens of a completion, the one that ends it among them."""
-    rewards: Tensor
-    """(F, N) float32, by function; NaN where it has nothing to say."""
-    advantages: Tensor
-    """(N,) float32."""
-    reference: Tensor | None = None
-    """(N, T) log-probabilities by the reference, where it counts."""
-    old: Tensor | None = None
-    """(N, T) log-probabilities by the model that wrote them, once they are known."""
-    uses: int = 0
 
 
 class PolicyOptimization(TokenMean, ComparedTask):
@@ -165,8 +144,7 @@ class PolicyOptimization(TokenMean, ComparedTask):
         }
         made = self._generate(prompt_ids, prompt_mask, ends, **{**drawing, **options})
         written = made[:, prompt_ids.shape[1] :]
-        is_end = torch.isin(written, torch.tensor(ends, device=written.device, dtype=written.dtype))
-        mask = is_end.cumsum(-1) - is_end.int() == 0  # up to the first end, and with it
+        mask = own_tokens(written, ends)
         rewards = self._judge(batch["columns"], written, mask, count).to(written.device)
         attention_mask = torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], 1)
         advantages = self._advantages(self.total(rewards), count)
@@ -265,21 +243,14 @@ class PolicyOptimization(TokenMean, ComparedTask):
         return rewards_of(self.rewards, prompts, texts, ids, repeated, names)
 
     def _advantages(self, total: Tensor, count: int) -> Tensor:
+        groups = total.view(-1, count)
         if count == 1:
             return torch.zeros_like(total)
-        groups = total.view(-1, count)
-        if self.scale_rewards == "batch" and self.trainer.world_size > 1:
-            everyone: Any = self.all_gather(groups)
-            centred = groups - groups.mean(1, keepdim=True)
-            centred = centred / (everyone.std() + 1e-4)
-            return centred.flatten()
-        return group_advantages(groups, self.scale_rewards).flatten()
+        everyone: Any = self.all_gather(groups) if self.scale_rewards == "batch" else groups
+        return group_advantages(groups, self.scale_rewards, everyone).flatten()
 
     def _ends(self) -> list[int]:
-        """The tokens that end a completion."""
-        found = getattr(self.model.generation_config, "eos_token_id", None)
-        found = self.tokenizer.eos_token_id if found is None else found
-        return [] if found is None else [found] if isinstance(found, int) else list(found)
+        return ends_of(self.model, self.tokenizer)
 
     @property
     def _arguments(self) -> Any:
@@ -305,11 +276,3 @@ def check_arguments(task: PolicyOptimization) -> None:
         raise ValueError(f"beta={task.beta}, epsilon={low}, epsilon_high={high}: at least 0, in (0, 1), above 0")
     if task.scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f"scale_rewards={task.scale_rewards!r}: must be one of group, batch, none")
-
-
-def check_batch(batch: Any) -> None:
-    """Raise ValueError, one line, when a batch is not what the task can take."""
-    wanted = {"input_ids", "attention_mask", "columns"}
-    if not isinstance(batch, dict) or not wanted <= set(batch):
-        found = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
-        raise ValueError(f"batch: found {found}; a batch is PromptDataModule's: {', '.join(sorted(wanted))}")

@@ -18,8 +18,8 @@ from lightning_oft.data import PromptDataModule
 from lightning_oft.model.reference import REFERENCE
 from lightning_oft.model.traversal import adapter_names, merged_layers, walk
 from lightning_oft.tasks import PolicyOptimization
+from lightning_oft.tasks.text.completions import Sampled
 from lightning_oft.tasks.text.losses import POLICY_LOSSES, divergences, group_advantages, policy_losses
-from lightning_oft.tasks.text.policy import Sampled
 
 ROOT = Path(__file__).parents[3]
 TOKENIZER = ROOT / "examples" / "bases" / "docs-llama"
