@@ -25,8 +25,9 @@ from bad_inputs.calls import CALLS, CONFIGS
 from bad_inputs.commands import COMMANDS, YAMLS
 from bad_inputs.files import CHECKPOINTS, FILES
 from bad_inputs.table import Bench, Exit, Mistake, is_same, snapshot
+from bad_inputs.text import DATA
 
-TABLE: list[Mistake] = [*CALLS, *CONFIGS, *FILES, *CHECKPOINTS, *YAMLS, *COMMANDS]
+TABLE: list[Mistake] = [*CALLS, *CONFIGS, *FILES, *CHECKPOINTS, *YAMLS, *COMMANDS, *DATA]
 _HEAD = """\
 # What goes wrong, and what it says
 

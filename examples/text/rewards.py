@@ -1,4 +1,4 @@
-"""Reward functions that configs/recipes/text-grpo.yaml names; yours may stand in any module, the working directory's too."""
+"""Reward functions that configs/recipes/text-grpo.yaml and grpo.yaml name; yours may stand in any module, the working directory's too."""
 
 import re
 from typing import Any
@@ -15,6 +15,11 @@ def right_number(completions: list[Any], answer: list[Any], **_: Any) -> list[fl
 def brevity(completion_ids: list[list[int]], **_: Any) -> list[float]:
     """From 1 for no tokens down to 0 for 512 or more."""
     return [max(0.0, 1 - len(ids) / 512) for ids in completion_ids]
+
+
+def letter_e(completions: list[Any], **_: Any) -> list[float]:
+    """The share of letters e."""
+    return [text.count("e") / max(len(text), 1) for text in map(_text, completions)]
 
 
 def _text(completion: Any) -> str:

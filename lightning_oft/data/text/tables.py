@@ -201,6 +201,8 @@ def encode_rows(rows: Mapping[str, list[Any]], indices: list[int], encoder: Any,
     for place, index in enumerate(indices):
         try:
             example = encoder({name: rows[name][place] for name in encoder.kind})
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{split}, row {index + 1}: no UTF-8 ({error.reason}); save the file as UTF-8") from None
         except ValueError as error:
             raise ValueError(f"{split}, row {index + 1}: {error}") from None
         for name, values in example.items():

@@ -74,7 +74,7 @@ def rewards_of(
                 given[number, place] = math.nan
             if not given[number, place].isfinite():
                 raise ValueError(
-                    f"reward {path}, {names[place]}: gave {value!r} for {str(completions[place])[:80]!r}; a reward is a "
+                    f"reward {path}, {names[place]}: gave {value!r} (for {str(completions[place])[:80]!r}); a reward is a "
                     "finite number, or None to leave the completion to other functions"
                 )
     silent = given.isnan().all(0).nonzero()

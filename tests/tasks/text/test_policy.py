@@ -251,7 +251,7 @@ def joined(parts: list[Sampled]) -> Sampled:
     ("reward", "said"),
     [
         (raises, r"reward .*\.raises, row \d to row \d: raised KeyError: 'answer'"),
-        (nan, r"reward .*\.nan, row 2: gave nan for .*; a reward is a finite number, or None"),
+        (nan, r"reward .*\.nan, row 2: gave nan .*; a reward is a finite number, or None"),
         (silent, r"rewards, row \d: every function gave None; one must give a number"),
         (few, r"reward .*\.few, .*: gave 1 numbers for \d completions"),
     ],
