@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import GptOssConfig, MixtralConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 from lightning_oft import OFTConfig, oft_layers
@@ -53,10 +56,27 @@ class Holder(nn.Module):
         return output
 
 
+class Mixture(nn.Module):
+    """The experts of a mixture, each hit, with a choice of them that no rotation changes."""
+
+    def __init__(self, experts: type[nn.Module], options: Any, implementation: str) -> None:
+        super().__init__()
+        options._experts_implementation = implementation
+        self.layer = experts(options)  # type: ignore[call-arg]
+        for parameter in self.layer.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = torch.arange(2 * len(x)).view(-1, 2) % 4
+        mixed: Tensor = self.layer(x, chosen, torch.linspace(0.1, 1, 2 * len(x), dtype=x.dtype).view(-1, 2))
+        return mixed
+
+
 def _held(build: Callable[..., nn.Module], *args: Any, **options: Any) -> Callable[[], nn.Module]:
     return lambda: Holder(build(*args, **options))
 
 
+EXPERTS: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_local_experts": 4}
 KINDS: dict[str, Case] = {
     "linear_2d": Case(_held(nn.Linear, 12, 6), _floats(3, 12)),
     "linear_3d": Case(_held(nn.Linear, 12, 6, bias=False), _floats(3, 5, 12)),
@@ -80,6 +100,8 @@ KINDS: dict[str, Case] = {
         lambda: SelfAttention(batch_first=True, kdim=12, vdim=6),
         lambda: (torch.randn(2, 5, 8), torch.randn(2, 4, 12), torch.randn(2, 4, 6)),
     ),
+    "experts": Case(lambda: Mixture(MixtralExperts, MixtralConfig(**EXPERTS), "batched_mm"), _floats(6, 16)),
+    "experts_transposed": Case(lambda: Mixture(GptOssExperts, GptOssConfig(**EXPERTS), "eager"), _floats(6, 16)),
 }
 
 

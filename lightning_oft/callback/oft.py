@@ -177,7 +177,7 @@ class OFTFinetuning(Callback):
 
             run.exporter = Exporter(self, run.strategy, pl_module, run.merges)
         checks.check_averages(trainer, pl_module)
-        report.report_start(self.adapter_name, len(run.layers), rotations, pl_module)
+        report.report_start(self.adapter_name, {one: modules[one] for one in run.layers}, rotations, pl_module)
         optimizers.report(trainer.optimizers, rotations, pl_module)
         for logger in trainer.loggers:
             logger.log_hyperparams({"oft": dataclasses.asdict(run.config)})

@@ -13,17 +13,21 @@ from lightning_oft.model.folding import packed_layers
 from lightning_oft.model.traversal import Modules, adapted, counted, merged_layers, some
 
 
-def report_start(adapter_name: str, layers: int, rotations: Mapping[str, Rotation], pl_module: nn.Module) -> None:
+def report_start(
+    adapter_name: str, layers: Mapping[str, nn.Module], rotations: Mapping[str, Rotation], pl_module: nn.Module
+) -> None:
     """Log what is adapted; warn where a constraint allows next to nothing, or more than a truncated series can do."""
     total = sum(p.numel() for p in pl_module.parameters())
     trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
     sizes = Counter(rotation.block_size for rotation in rotations.values())
     blocks = ", ".join(f"{size} (x{count})" for size, count in sorted(sizes.items()))
+    kinds = Counter(state.layer_type.name for _, _, state in adapted(layers))
+    each = f" ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})" if len(kinds) > 1 else ""
     radii = {name: rotation.radius for name, rotation in rotations.items() if rotation.radius is not None}
     angles = {name: functional.largest_angle(radius) for name, radius in radii.items()}
     limit = f"; the constraint allows rotations up to {max(angles.values()):.3g} degrees" if angles else ""
     rank_zero_info(
-        f"OFT adapter {adapter_name!r}: {counted(layers, 'layer')}, {trainable:,} of {total:,} parameters train "
+        f"OFT adapter {adapter_name!r}: {counted(len(layers), 'layer')}{each}, {trainable:,} of {total:,} parameters train "
         f"({100 * trainable / max(total, 1):.2f}%), block size {blocks}{limit}"
     )
     if tight := [name for name, angle in angles.items() if angle < 1]:

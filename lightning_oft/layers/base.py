@@ -117,6 +117,11 @@ class LayerType(ABC):
         """Whether a module computes this arithmetic: one of a registered class, or one that only resembles it."""
         return is_registered
 
+    def refusal(self, layer: nn.Module) -> str | None:
+        """Why a layer that resembles this type cannot be adapted, with the remedy; None where it can. Named, it is an
+        error; "all-linear" leaves it out and says so."""
+        return None
+
     def is_known_to_peft(self, layer: nn.Module) -> bool:
         """Whether PEFT computes the same with the generators of this layer."""
         return False
@@ -231,6 +236,9 @@ def layer_types() -> dict[str, LayerType]:
 
 def refusal(module: nn.Module) -> str | None:
     """Why a module of a known type cannot be adapted as it stands, with the remedy; None where it can."""
+    layer_type = layer_type_of(module)
+    if layer_type is not None and (reason := layer_type.refusal(module)) is not None:
+        return reason
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "its shape is not known yet: run one batch through the model first to materialise it"
     if parametrize.is_parametrized(module):

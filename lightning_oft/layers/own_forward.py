@@ -18,11 +18,11 @@ class RotatedParameters(SwappedClass):
         """Run the forward of the module's own class on a view of the module that has rotated weights in place of its
         own. A view rather than a swap: two threads may call one module, and a forward of any subclass keeps working."""
         parts = state_of(self).layer_type.rotated_weights(self)  # type: ignore[union-attr]
-        weights = {part.parameter: _weight_in_use(self, name, part) for name, part in parts.items()}
-        return self._oft_base.forward(_view(self, self._oft_base, weights), *args, **kwargs)
+        weights = {part.parameter: weight_in_use(self, name, part) for name, part in parts.items()}
+        return self._oft_base.forward(view_of(self, self._oft_base, weights), *args, **kwargs)
 
 
-def _weight_in_use(layer: nn.Module, name: str, part: RotatedWeight) -> Tensor:
+def weight_in_use(layer: nn.Module, name: str, part: RotatedWeight) -> Tensor:
     """The weight, rotated. Where no gradient is recorded it is as trainable as before the base was frozen: torch folds
     a batched product or not by `requires_grad` of its operands, and the identity would be exact to 1e-7 only."""
     above, _, key = part.parameter.rpartition(".")
@@ -33,16 +33,17 @@ def _weight_in_use(layer: nn.Module, name: str, part: RotatedWeight) -> Tensor:
     return weight.detach().requires_grad_()
 
 
-def _view(module: nn.Module, cls: type[nn.Module], weights: Mapping[str, Tensor]) -> nn.Module:
+def view_of(module: nn.Module, cls: type[nn.Module], weights: Mapping[str, Tensor]) -> nn.Module:
     """The module under a class, with other weights by their dotted names; it shares everything else."""
-    view = object.__new__(cls)
-    view.__dict__.update(module.__dict__)
-    view.__dict__["_parameters"] = {**module._parameters, **{key: weights[key] for key in weights if "." not in key}}
+    view, own = object.__new__(cls), {key: weight for key, weight in weights.items() if "." not in key}
+    # FSDP1 lays the gathered weights of a forward over the parameters, as plain attributes.
+    view.__dict__.update((key, value) for key, value in module.__dict__.items() if key not in own)
+    view.__dict__["_parameters"] = {**module._parameters, **own}
     view.__dict__["_modules"] = dict(module._modules)
     for child in {name.partition(".")[0] for name in weights if "." in name}:
         below = {name.removeprefix(f"{child}."): weights[name] for name in weights if name.startswith(f"{child}.")}
         inner: Any = module._modules[child]
-        view._modules[child] = _view(inner, type(inner), below)
+        view._modules[child] = view_of(inner, type(inner), below)
     return view
 
 

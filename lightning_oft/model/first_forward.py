@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 _PRODUCTS = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm",
              "einsum", "tensordot", "bilinear", "inner", "embedding", "embedding_bag", "conv1d", "conv2d", "conv3d",
-             "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention"}  # fmt: skip
+             "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention", "_grouped_mm"}  # fmt: skip
 """Names of the functions in which a weight meets activations."""
 
 

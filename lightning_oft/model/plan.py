@@ -35,7 +35,7 @@ def plan_injection(modules: Modules, config: OFTConfig, adapter_name: str, stric
     layers = _block_sizes(targets, config, adapter_name)
     states = [state_of(target.module) for target in targets.values()]
     if strict and any(state is None or adapter_name not in state.configs for state in states):
-        report_names(modules, config)
+        report_names(modules, config, targets)
     plan = Plan(adapter_name, config, layers, _saved_tensors(modules, layers, config, strict))
     # A rotated weight that is tied to a trained one would train too, and no adapter file could say so.
     trained = {id(tensor_of(module, key)): module for module, key in plan.saved}

@@ -4,7 +4,8 @@ import contextlib
 import difflib
 import logging
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ from torch import nn
 
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.base import layer_type_of, layer_types, refusal, rotated_weights_of
-from lightning_oft.model.traversal import Modules, class_names, joined, some
+from lightning_oft.layers.experts import Experts
+from lightning_oft.model.traversal import Modules, class_names, counted, joined, some
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +91,9 @@ def find_targets(modules: Modules, config: OFTConfig, strict: bool = True) -> di
     return found
 
 
-def report_names(modules: Modules, config: OFTConfig) -> None:
-    """Log the names that match nothing beside others that do, and what "all-linear" leaves out. Not as warnings: a list
-    may be meant for several architectures."""
+def report_names(modules: Modules, config: OFTConfig, targets: Mapping[str, Target]) -> None:
+    """Log the names that match nothing beside others that do, and what "all-linear" finds and leaves out. Not as
+    warnings: a list may be meant for several architectures."""
     names = [name.split(".") for name in modules]
     endings = {".".join(parts[start:]) for parts in names for start in range(len(parts))}
     for field, wanted in (("target_modules", config.target_modules), ("exclude_modules", config.exclude_modules)):
@@ -103,16 +105,51 @@ def report_names(modules: Modules, config: OFTConfig) -> None:
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             log.warning("%s: %s matches no module%s: correct or remove it", field, some(lost), hint)
     if _is_all_linear(config.target_modules) and log.isEnabledFor(logging.INFO):
-        left: dict[str, list[str]] = {}
-        for name, module in modules.items():
-            layer_type = layer_type_of(module)
-            if layer_type is not None and not layer_type.in_all_linear and not _excluded(config, name):
-                left.setdefault(layer_type.name, []).append(name)
-        if left:
-            what = "; ".join(f"{kind} ({some(names)})" for kind, names in left.items())
-            log.info(
-                "target_modules='all-linear' leaves out %s: name them, or the ends of their names, to adapt them", what
-            )
+        kinds = Counter(kind.name for one in targets.values() if (kind := layer_type_of(one.module)) is not None)
+        found = ", ".join(f"{kind} ({counted(number, 'layer')})" for kind, number in kinds.items())
+        log.info("target_modules='all-linear' finds %s", found)
+        _report_left(modules, config)
+
+
+def _report_left(modules: Modules, config: OFTConfig) -> None:
+    """Log what "all-linear" leaves out that could be adapted, and why it cannot be where it cannot."""
+    left: dict[str, list[str]] = {}
+    refused: dict[str, list[str]] = {}
+    routers = routers_of(modules)
+    for name, module in modules.items():
+        layer_type, reason = layer_type_of(module), _reason(module)
+        if _excluded(config, name) or name in routers:
+            continue
+        if reason is not None:
+            refused.setdefault(reason, []).append(name)
+        elif layer_type is not None and not layer_type.in_all_linear:
+            left.setdefault(layer_type.name, []).append(name)
+    if frozen := [name for name in routers if modules[name]._parameters and not _excluded(config, name)]:
+        refused["they choose the experts of each token; modules_to_save trains them whole"] = frozen
+    for reason, names in refused.items():
+        log.info("target_modules='all-linear' leaves out %s: %s", some(names), reason)
+    if left:
+        what = "; ".join(f"{kind} ({some(names)})" for kind, names in left.items())
+        log.info(
+            "target_modules='all-linear' leaves out %s: name them, or the ends of their names, to adapt them", what
+        )
+
+
+def _reason(module: nn.Module) -> str | None:
+    """Why the type of a module refuses it."""
+    layer_type = layer_type_of(module)
+    return layer_type.refusal(module) if layer_type is not None else None
+
+
+_ROUTERS = ("gate", "router")
+
+
+def routers_of(modules: Modules) -> list[str]:
+    """Names of what stands beside experts and chooses those of each token, by the names that transformers gives it, and
+    of what is below. "all-linear" leaves it alone: a choice is no smooth function of a rotation."""
+    above = {name.rpartition(".")[0] for name, module in modules.items() if isinstance(layer_type_of(module), Experts)}
+    tops = {joined(name, router) for name in above for router in _ROUTERS}
+    return [name for name in modules if tops and any(one in tops for one in accumulate(name.split("."), joined))]
 
 
 def _is_all_linear(wanted: Any) -> bool:
@@ -139,7 +176,8 @@ def _selected(modules: Modules, owners: dict[str, tuple[str, str]], config: OFTC
                 with contextlib.suppress(AttributeError, NotImplementedError):
                     heads.add(id(module.get_output_embeddings()))  # type: ignore[operator]
         found = {name: layer_type_of(m) for name, m in modules.items() if id(m) not in heads and name not in owners}
-        names = [name for name, layer_type in found.items() if layer_type is not None and layer_type.in_all_linear]
+        left = {*routers_of(modules), *(name for name, module in modules.items() if _reason(module) is not None)}
+        names = [name for name, kind in found.items() if kind is not None and kind.in_all_linear and name not in left]
     elif isinstance(wanted, str):
         if config.layers_to_transform is not None:
             what = f"layers_to_transform={config.layers_to_transform!r}: the architecture's own choice is a pattern"

@@ -98,7 +98,7 @@ def adapted(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, 
 
 def oft_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The adapted layers by name, merged ones too. Each carries `.oft_R[adapter_name]`: a Rotation, or for
-    nn.MultiheadAttention a ModuleDict of them."""
+    nn.MultiheadAttention and experts a ModuleDict of them."""
     return {name: layer for name, layer, _ in adapted(walk(model))}
 
 

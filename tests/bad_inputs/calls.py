@@ -132,6 +132,22 @@ class _LowRank(nn.Module):
         self.down, self.up = nn.Parameter(torch.ones(8, 2)), nn.Parameter(torch.ones(2, 8))
 
 
+class _Experts(nn.Module):
+    """Holds experts, in 16 or in 8 bits, and does not say how."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 4, dtype=dtype), requires_grad=False)
+        self.down_proj = nn.Parameter(torch.zeros(2, 4, 4, dtype=dtype), requires_grad=False)
+
+
+def _experts(dtype: torch.dtype) -> Any:
+    def make(bench: Bench) -> None:
+        inject(bench.watch(nn.ModuleDict({"experts": _Experts(dtype)})), config(target_modules=["experts"]))
+
+    return make
+
+
 class _Inert(LayerType):
     def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
         return {"": RotatedWeight("down", 8)}
@@ -220,6 +236,10 @@ CALLS = [
         ValueError, "0: a _Elsewhere", "does not compute from its weight what a layer of type linear does", "add it to exclude_modules"),
     _call("inject: a look-alike without a weight", lambda b: inject(b.watch(nn.Sequential(_LowRank())), config(target_modules=["0"])),
         ValueError, "0: a _LowRank", "has no parameter `weight` to merge into", "add it to exclude_modules"),
+    _call("inject: experts in a layout of their own", _experts(torch.bfloat16), ValueError,
+        "selects what cannot be adapted: experts", "nothing says how a _Experts stores its experts", "register_layer_type(_Experts, like=Experts(is_transposed=...))"),
+    _call("inject: experts that are packed", _experts(torch.int8), ValueError,
+        "experts: its experts are quantized or packed", "selects what cannot be adapted", "load the base without quantization"),
     _call("register_layer_type: a type that rotates nothing", lambda b: register_layer_type(_LowRank, like=_Inert()), TypeError,
         "register_layer_type(like=_Inert())", "nothing of it rotates", "give it a mixin, an input_hook, an output_hook or an attach"),
     _call("register_codec: the class itself", lambda b: register_codec(PlainCodec), TypeError,  # type: ignore[arg-type]

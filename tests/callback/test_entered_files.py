@@ -33,6 +33,6 @@ print(*(name for name in sys.modules if name.split(".")[0] == "lightning_oft"))
 def test_a_fit_of_one_batch_enters_few_files() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, check=True)
     entered = done.stdout.split()
-    assert len(entered) <= 50, sorted(entered)
+    assert len(entered) <= 51, sorted(entered)
     absent = ("formats", "cli", "tasks", "data", "callback.export", "callback.strategies.fsdp", "callback.loading")
     assert not [name for name in entered if name.removeprefix("lightning_oft.").startswith(absent)]

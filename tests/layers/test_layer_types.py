@@ -7,6 +7,7 @@ import importlib
 import itertools
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ SOME = (
     "conv_transpose1d",
     "attention",
     "attention_kdim_vdim",
+    "experts",
+    "experts_transposed",
 )
 """One of each way to rotate: by the input, by the output, by the weight, by the weights of several parts."""
 some_cases = pytest.mark.parametrize("case", [KINDS[name] for name in SOME], ids=SOME)
@@ -146,3 +149,14 @@ def test_a_call_without_a_known_input_is_a_type_error() -> None:
     with pytest.raises(TypeError, match=r"Named called with \['tokens'\]: pass its input as the first argument"):
         model["layer"](tokens=torch.randn(2, 8))
     assert model["layer"](torch.randn(2, 8)).shape == (2, 8)
+
+
+@pytest.mark.parametrize(("name", "weight"), [("attention", "in_proj_weight"), ("experts_transposed", "down_proj")])
+def test_weights_that_fsdp1_lays_over_the_parameters_are_rotated_too(name: str, weight: str) -> None:
+    model, inputs = _model(KINDS[name])
+    inject(model, config())
+    randomize(model)
+    expected = model(*inputs)
+    layer: Any = model.layer
+    vars(layer)[weight] = getattr(layer, weight).detach()  # as in the middle of a forward
+    assert torch.equal(model(*inputs), expected)
