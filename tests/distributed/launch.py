@@ -62,7 +62,8 @@ RESUMED_ALONE = [cell for cell in CELLS if cell[0] in ("ddp", "fsdp2-block-distr
 _SAVED = [f"{action}:{strategy}:{kind}" for strategy, kind in CELLS for action in ("save", "resume")]
 _MORE = [*(f"fit:{name}" for name in FITS), *(f"bytes:{name}" for name in BYTES), *CROSSED, ROUNDED]
 _MORE += [f"guard:{name}" for name in GUARDED]
-_TASKS = [f"task:{name}" for name in ("vision", "text", "text-ddp", "split", "recipe", "bytes", "bytes-checkpointing")]
+_NAMES = ("vision", "text", "text-ddp", "split", "recipe", "experts", "experts-fsdp1", "experts-cut")
+_TASKS = [f"task:{name}" for name in (*_NAMES, "bytes", "bytes-checkpointing")]
 GROUPS: dict[str, tuple[int, list[str]]] = {
     "two": (2, [*_SAVED, *_MORE, "layers", "merged", "refusals", *_TASKS]),
     "one": (1, [f"resume:{strategy}:{kind}" for strategy, kind in RESUMED_ALONE]),

@@ -13,12 +13,17 @@ import torch
 import yaml
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from scenario import callback, trainer
+from strategies import CPUFSDP
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from lightning_oft import OFTConfig, inject
 from lightning_oft.callback.samples import Samples
+from lightning_oft.callback.strategies.fsdp1 import FSDP1Adapter
 from lightning_oft.cli import main as main_of_cli
 from lightning_oft.codecs import reshard
 from lightning_oft.data.text.batches import pad
@@ -99,6 +104,55 @@ def fit_text(strategy: Any, world: int, rank: int, root: Path) -> dict[str, Any]
     run = trainer(strategy, str(root), world, [oft, Samples()], **options)
     run.fit(task, loader, loader)
     return {"state": whole_state(task), "scores": {k: float(v) for k, v in run.callback_metrics.items() if "val/" in k}}
+
+
+class Mixture(pl.LightningModule):
+    """A small Mixtral, sharded as our tasks are."""
+
+    def __init__(self, implementation: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = MixtralForCausalLM(MixtralConfig(num_hidden_layers=2, num_local_experts=4, **LLAMA)).train()
+        self.model.set_experts_implementation(implementation)
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard_blocks(self.model, self.device_mesh)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        loss: torch.Tensor = self.model(input_ids=batch).logits.square().mean()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 0.01, weight_decay=0.0)
+
+
+def fit_experts(strategy: Any, world: int, rank: int, root: Path, implementation: str) -> dict[str, Any]:
+    """Two steps with the adapter of a mixture, and its merge."""
+    task = Mixture(implementation)
+    tokens = torch.randint(0, LLAMA["vocab_size"], (8, TOKENS), generator=torch.Generator().manual_seed(0))
+    sampler: Any = DistributedSampler(tokens, world, rank, shuffle=False)  # type: ignore[arg-type, var-annotated]
+    oft = callback(target_modules="all-linear", oft_block_size=BLOCK, bias="none", use_cayley_neumann=False)
+    options = {"max_steps": 2, "accumulate_grad_batches": 1, "gradient_clip_val": None}
+    run = trainer(strategy, str(root), world, [oft], **options)
+    run.fit(task, DataLoader(tokens, 4 // world, sampler=sampler))  # type: ignore[arg-type]
+    reshard(task.modules())
+    if isinstance(run.strategy, CPUFSDP):
+        adapter = FSDP1Adapter(run)
+        with adapter.whole():
+            return {"state": adapter.whole_state(task)}
+    return {"state": whole_state(task)}
+
+
+def cut_experts(world: int) -> dict[str, str]:
+    """What is said to experts that tensor parallelism has cut."""
+    mesh, experts = init_device_mesh("cpu", (world,)), Mixture("eager").model.model.layers[0].mlp.experts
+    experts.down_proj = torch.nn.Parameter(distribute_tensor(experts.down_proj.data, mesh, [Shard(2)]))
+    try:
+        inject(torch.nn.ModuleDict({"experts": experts}), OFTConfig(target_modules=["experts"], oft_block_size=BLOCK))
+    except ValueError as error:
+        return {"said": str(error)}
+    return {}
 
 
 def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -201,14 +255,21 @@ def run_recipe(world: int, root: Path) -> dict[str, Any]:
 
 
 def run(name: str, root: Path) -> dict[str, Any]:
-    """`vision`, `text`, `text-ddp`, `split` (tensor parallel, refused), `recipe`, `bytes`, `bytes-checkpointing`."""
+    """`vision`, `text`, `text-ddp`, `split` (tensor parallel, refused), `recipe`, `experts`, `experts-fsdp1`, `experts-cut`,
+    `bytes`, `bytes-checkpointing`."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if name == "experts-cut":
+        return cut_experts(world)
+    if name == "experts-fsdp1":
+        return fit_experts(CPUFSDP(state_dict_type="sharded"), world, rank, root, "eager")
     if name == "recipe":
         return run_recipe(world, root)
     split = world if name == "split" else 1
     strategy = ModelParallelStrategy(world // split, split, process_group_backend="gloo")
     if name in ("text", "text-ddp"):
         return fit_text(strategy if name == "text" else DDPStrategy(process_group_backend="gloo"), world, rank, root)
+    if name == "experts":
+        return fit_experts(strategy, world, rank, root, "grouped_mm")
     if name in ("vision", "split"):
         return fit_vision(strategy, world, rank, root)
     return count_bytes(strategy, world, root, checkpointing=name == "bytes-checkpointing")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import Runs
-from tasks_worker import fit_text, fit_vision
+from tasks_worker import Mixture, fit_experts, fit_text, fit_vision
 from torch import nn
 from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM
 
@@ -40,6 +40,21 @@ def test_processes_learn_text_as_one_does_from_unlike_numbers_of_tokens(name: st
     assert largest_difference(first["state"], second["state"]) == 0
     assert largest_difference(first["state"], alone["state"]) < 1e-6
     assert first["scores"] == pytest.approx(alone["scores"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "implementation"), [("experts", "grouped_mm"), ("experts-fsdp1", "eager")])
+def test_sharded_experts_equal_one_process(name: str, implementation: str, runs: Runs, tmp_path: Path) -> None:
+    first = runs.two[0][f"task:{name}"]
+    assert "error" not in first, first.get("trace")
+    alone = fit_experts("auto", 1, 0, tmp_path, implementation)["state"]
+    assert largest_difference({key: first["state"][key] for key in alone}, alone) < 1e-6
+    base = Mixture(implementation).state_dict()
+    assert max(float((alone[key] - base[key]).abs().max()) for key in alone if "experts.down_proj" in key) > 1e-4
+
+
+def test_experts_that_are_cut_are_refused(runs: Runs) -> None:
+    said = runs.two[0]["task:experts-cut"].get("said", "")
+    assert "experts: its experts are cut by tensor or expert parallelism" in said
 
 
 def test_every_block_is_one_unit_and_stays_one(runs: Runs) -> None:
