@@ -22,7 +22,7 @@ class OFTConfig:
     r: int = 0
     """Number of rotation blocks per layer, instead of `oft_block_size`."""
     target_modules: str | list[str] | None = "all-linear"
-    """Layers to adapt: `all-linear` (every linear and attention layer but the output embedding), a list of names (each
+    """Layers to adapt: `all-linear` (linear, attention and expert layers, not the output embedding), a list of names (each
     matches a whole name or its end), a regular expression for the whole name, or null for the known architecture's
     own choice."""
     exclude_modules: str | list[str] | None = None

@@ -64,6 +64,14 @@ def check_max_angle(found: Any) -> None:
     assert found[None][0] < found[20.0][0] < found[5.0][0]
 
 
+def check_experts_memory(found: Any) -> None:
+    copy = found["all weights of down_proj"]
+    assert found["rotated"] - found["frozen"] < copy / 4
+    assert found["rotated, eager"] - found["frozen"] > copy
+    page = (ROOT / "docs" / "text.md").read_text(encoding="utf-8")
+    assert all(f"{name}: {size:.1f} MiB" in page for name, size in found.items())
+
+
 def check_two_adapters(found: Any) -> None:
     assert found["disabled, to the base"] == 0.0
     assert max(found.values()) < 1e-4
@@ -83,6 +91,7 @@ def check_fabric(found: Any) -> None:
 SHOWN: dict[str, Callable[[Any], None]] = {
     "callback_in_five_lines.py": check_regression,
     "coft_max_angle.py": check_max_angle,
+    "experts_memory.py": check_experts_memory,
     "fabric.py": check_fabric,
     "peft_roundtrip.py": check_peft_roundtrip,
     "two_adapters.py": check_two_adapters,
