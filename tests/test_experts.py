@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -246,6 +247,10 @@ def _spread(experts: Any) -> None:
     experts._is_expert_parallel = True
 
 
+def _hooked(experts: Any) -> None:
+    experts.forward = functools.partial(experts.forward)
+
+
 REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
     "float8": (_packed, "quantized or packed: load the base without quantization"),
     "mxfp4": (_renamed, "quantized or packed"),
@@ -259,6 +264,7 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
         "not known .* is_transposed=True.*: add it to exclude_modules, or register a LayerType",
     ),
     "three weights": (_gated, "not known .* is_transposed=False"),
+    "hooked": (_hooked, "its forward was replaced on the instance"),
     "expert parallel": (_spread, "cut by tensor or expert parallelism"),
 }
 

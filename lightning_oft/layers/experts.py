@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_oft.layers.base import LayerType, RotatedWeight, register_layer_type
-from lightning_oft.layers.own_forward import RotatedParameters, view_of, weight_in_use
+from lightning_oft.layers.base import LayerType, RotatedWeight, has_forward_of_its_own, register_layer_type
+from lightning_oft.layers.own_forward import RotatedParameters, class_below, view_of, weight_in_use
 from lightning_oft.layers.state import applied_rotations, rotations_of, state_of
 
 _ENTRIES = ("gate_up_proj", "up_proj")
@@ -25,7 +25,7 @@ class _RotatedExperts(RotatedParameters):
         """Run the module's own forward on a rotated input, (t, h), with what reaches down_proj rotated too: that costs
         two products, where rotated weights would be a copy of all experts. Of a forward that may do more with its
         input, or an implementation that shows nothing of its inside, weights are rotated."""
-        base = self._oft_base
+        base = class_below(self)
         if not _is_dispatched(base):
             return super().forward(hidden_states, *args, **kwargs)
         for rotation in applied_rotations(self, _entry(self)):
@@ -101,6 +101,9 @@ class Experts(LayerType):
         if _is_cut(layer, weights):
             what = "its experts are cut by tensor or expert parallelism"
             return f"{what}, where each process would train another rotation: load the model without it"
+        if state_of(layer) is None and has_forward_of_its_own(layer):
+            what = "its forward was replaced on the instance (by a device_map?), which hides that of a class"
+            return f"{what}: adapt the model before that"
         return None
 
     @override

@@ -17,9 +17,15 @@ class RotatedParameters(SwappedClass):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the module's own class on a view of the module that has rotated weights in place of its
         own. A view rather than a swap: two threads may call one module, and a forward of any subclass keeps working."""
-        parts = state_of(self).layer_type.rotated_weights(self)  # type: ignore[union-attr]
+        base, state = class_below(self), state_of(self)
+        parts = state.layer_type.rotated_weights(self) if state is not None else {}
         weights = {part.parameter: weight_in_use(self, name, part) for name, part in parts.items()}
-        return self._oft_base.forward(view_of(self, self._oft_base, weights), *args, **kwargs)
+        return base.forward(view_of(self, base, weights), *args, **kwargs)
+
+
+def class_below(module: nn.Module) -> Any:
+    """The module's own class. It has it back after a merge, and what wrapped its forward before still calls ours."""
+    return getattr(type(module), "_oft_base", type(module))
 
 
 def weight_in_use(layer: nn.Module, name: str, part: RotatedWeight) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import itertools
 import pickle
@@ -160,3 +161,21 @@ def test_weights_that_fsdp1_lays_over_the_parameters_are_rotated_too(name: str, 
     layer: Any = model.layer
     vars(layer)[weight] = getattr(layer, weight).detach()  # as in the middle of a forward
     assert torch.equal(model(*inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["attention", "experts", "experts_transposed"])
+def test_a_forward_that_was_wrapped_while_it_rotated_goes_on_after_a_merge(name: str) -> None:
+    """accelerate's hooks keep the forward that they find."""
+    model, inputs = _model(KINDS[name])
+    inject(model, config())
+    randomize(model)
+    expected = model(*inputs)
+    model.layer.forward = functools.partial(model.layer.forward)  # type: ignore[operator, union-attr]
+    assert torch.equal(model(*inputs), expected)
+    merge(model)
+    assert relative(model(*inputs), expected) < 1e-5
+    unmerge(model)
+    assert torch.equal(model(*inputs), expected)
+    merge(model)
+    unload(model)
+    assert relative(model(*inputs), expected) < 1e-5
