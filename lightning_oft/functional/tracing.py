@@ -6,17 +6,19 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _NOTHING: AbstractContextManager[object] = contextlib.nullcontext()
 
 
 def is_traced(*tensors: Tensor) -> bool:
-    """Whether formulas must be plain operators: under torch.compile, torch.func and torch.jit.trace, and for tensors of
-    other kinds (DTensor, a subclass). Otherwise hand-written functions may stand for them."""
+    """Whether formulas must be plain operators: under torch.compile, torch.func, torch.jit.trace and forward-mode
+    differentiation, and for tensors of other kinds (DTensor, a subclass). Otherwise hand-written functions may stand for them."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
         or any(type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter for tensor in tensors)
     )
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_oft.functional import is_traced
 from lightning_oft.layers.base import LayerType, RotatedWeight, SwappedClass
 from lightning_oft.layers.state import record_of, rotated_weight, state_of
 
@@ -34,7 +35,7 @@ def weight_in_use(layer: nn.Module, name: str, part: RotatedWeight) -> Tensor:
     above, _, key = part.parameter.rpartition(".")
     owner = layer.get_submodule(above)
     weight, record = rotated_weight(layer, name, getattr(owner, key), part.side), record_of(owner)
-    if torch.is_grad_enabled() or weight.requires_grad or record is None or key not in record.frozen:
+    if torch.is_grad_enabled() or is_traced() or weight.requires_grad or key not in getattr(record, "frozen", ()):
         return weight
     return weight.detach().requires_grad_()
 
@@ -51,6 +52,37 @@ def view_of(module: nn.Module, cls: type[nn.Module], weights: Mapping[str, Tenso
         inner: Any = module._modules[child]
         view._modules[child] = view_of(inner, type(inner), below)
     return view
+
+
+@torch.no_grad()
+def merges_as_called(layer: nn.Module, layer_type: LayerType) -> bool | None:
+    """Whether a forward that somebody put on a layer gives the same for a turned input as with a turned weight; None
+    where it cannot be tried. On the layer itself, whose weight is another one meanwhile: the function is bound to it."""
+    ((_, part), *more) = layer_type.rotated_weights(layer).items()
+    weight, example = layer._parameters.get(part.parameter), layer_type.example(layer)
+    if weight is None or more or layer_type.mixin is not None or example is None:
+        return None
+    devices = [weight.device] if weight.is_cuda else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        axis = nn.functional.normalize(torch.randn(part.fan, device=weight.device), dim=0).to(weight.dtype)
+        matrix = layer_type.from_matrix(layer, _mirrored(layer_type.to_matrix(layer, weight.detach()), axis), weight)
+        x = example[0].to(weight.device, weight.dtype if example[0].is_floating_point() else None)
+        try:
+            rotated = layer.forward(_mirrored(x, axis) if part.side == "input" else x)
+            rotated = _mirrored(rotated, axis) if part.side == "output" else rotated
+            layer._parameters[part.parameter] = nn.Parameter(matrix, requires_grad=False)
+            merged = layer.forward(x)
+            return bool((rotated - merged).norm() <= 0.02 * merged.norm())
+        except Exception:  # it cannot run here and now
+            return None
+        finally:
+            layer._parameters[part.parameter] = weight
+
+
+def _mirrored(x: Tensor, axis: Tensor) -> Tensor:
+    """The reflection x (I - 2 v v^T), which is orthogonal and needs no matrix. x: (..., fan), v: (fan,)."""
+    return x - 2 * (x @ axis)[..., None] * axis
 
 
 def keep_off_fast_path(layer: nn.Module, args: Any, kwargs: Any) -> None:

@@ -33,24 +33,29 @@ class SharedMap:
         """R of one member, (n or 1, b, b) in `dtype`; differentiable. Only for one that `can_share`."""
         waiting = self._waiting.pop(id(rotation), None)
         if waiting is None or waiting.key != _key(rotation, dtype) or waiting.matrix.grad_fn.is_spent:
-            self._compute(rotation, dtype)
-            waiting = self._waiting.pop(id(rotation))
+            return self._compute(rotation, dtype)
         found: Tensor = waiting.matrix
         return found
 
-    def _compute(self, rotation: Any, dtype: torch.dtype) -> None:
+    def _compute(self, rotation: Any, dtype: torch.dtype) -> Tensor:
+        """R of one member; those of the others wait. Another thread may do the same meanwhile."""
         self._leave_out_idle(rotation)
         together = [one for one in self.members.values() if one is rotation or _are_alike(one, rotation)]
         found = functional.rotations_of([one.weight for one in together], rotation.block_size, rotation.terms, dtype)
-        for one, matrix in zip(together, found, strict=True):
-            self._waiting[id(one)] = _Waiting(_key(one, dtype), matrix)
+        matrices = dict(zip(map(id, together), found, strict=True))
+        mine = matrices.pop(id(rotation))
+        self._waiting |= {
+            id(one): _Waiting(_key(one, dtype), matrices[id(one)]) for one in together if one is not rotation
+        }
+        return mine
 
     def _leave_out_idle(self, rotation: Any) -> None:
         """Not before the generators have changed: an activation checkpoint must find the same members once more."""
         opener = (id(rotation), rotation.weight._version)
         if self._opener is not None and self._opener[0] == opener[0] and self._opener != opener:
-            for idle in self._waiting:
-                self.members.pop(idle).shared = None
+            for idle in list(self._waiting):
+                if (member := self.members.pop(idle, None)) is not None:
+                    member.shared = None
             self._waiting = {}
         self._opener = opener
 

@@ -34,7 +34,10 @@ def _adapted(case: Case, exact: bool) -> nn.Module:
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 exact = pytest.mark.parametrize("exact", [False, True], ids=["series", "exact"])
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:block sizes adjusted", "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"
+    "ignore:block sizes adjusted",
+    "ignore:There is a performance drop",
+    "ignore::torch.jit.TracerWarning",
+    "ignore::DeprecationWarning",
 )
 
 
@@ -73,3 +76,19 @@ def test_the_exporter_to_onnx_knows_every_operator(case: Case, exact: bool, monk
     names = [one.name for one in session.get_inputs()]
     (output,) = session.run(None, {name: value.numpy() for name, value in zip(names, x, strict=True)})
     torch.testing.assert_close(torch.from_numpy(output), model(*x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["attention", "masked", "conv2d_groups"])
+def test_vmap_without_gradients_computes_the_same(name: str) -> None:
+    model, (x,) = _adapted(CASES[name], exact=True), CASES[name].inputs()
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.func.vmap(model)(torch.stack([x, x]))[1], expected)
+
+
+def test_forward_mode_differentiation_goes_through_a_rotation() -> None:
+    model, x = _adapted(CASES["linear_3d"], exact=True), torch.randn(3, 5, 12)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        tangent = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
+    torch.testing.assert_close(tangent, model(x))  # the layer has no bias: it is linear
