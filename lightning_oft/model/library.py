@@ -68,6 +68,6 @@ def sync_library_models(modules: Modules) -> None:
 
 
 def _mixin_for(module: nn.Module) -> type | None:
-    if class_names(module) & LIBRARY_MODELS:
+    if class_names(module) & (LIBRARY_MODELS | {"ModelHubMixin"}):  # huggingface_hub's, for any module
         return _UnmergedAndFusable if hasattr(module, "fuse_qkv_projections") else _Unmerged
     return _FusableAttention if hasattr(module, "fuse_projections") else None

@@ -69,8 +69,19 @@ def check(modules: Modules, plan: Plan) -> None:
             what = f"adapter {name!r} is already there with another configuration ({'; '.join(changed)})"
             remedy = "unload(model) to start anew, keep its configuration to train it further"
             raise ValueError(f"{some([layer])}: {what}: {remedy}, or choose another adapter_name")
+    if copies := [layer for layer in plan.layers if states[layer] is None and _is_fused_copy(modules, layer)]:
+        what = f"{some(copies)}: a copy of projections that were fused, which unfusing and loading again drop"
+        raise ValueError(
+            f"{what}: call unfuse_qkv_projections(), leave them out with exclude_modules, and fuse after a merge"
+        )
     new = {layer: (modules[layer], sizes) for layer, sizes in plan.layers.items() if states[layer] is None}
     plan.types.update(fitting_types(new))
+
+
+def _is_fused_copy(modules: Modules, name: str) -> bool:
+    """Whether a layer is what diffusers' attention makes of its projections' weights, beside these."""
+    above, _, key = name.rpartition(".")
+    return key in ("to_qkv", "to_kv", "to_added_qkv") and bool(getattr(modules.get(above), "fused_projections", False))
 
 
 def nearest_divisor(number: int, wanted: int) -> int:

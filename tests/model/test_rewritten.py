@@ -109,6 +109,25 @@ def test_one_attention_is_not_fused_before_it_is_merged_either() -> None:
     assert relative(model[:2](X), adapted) < 1e-5
 
 
+def test_copies_of_projections_that_were_fused_take_no_adapter_and_the_remedy_works() -> None:
+    """Unfusing takes them away, and neither it nor a file would take their rotations along, merged or not."""
+    model = Fusable()
+    model.fuse_qkv_projections()
+    model.to_kv = model.to_qk  # type: ignore[assignment]
+    del model.to_qk
+    with pytest.raises(ValueError, match=r"^to_kv: a copy of projections that were fused.*unfuse_qkv.*exclude_modules"):
+        inject(model, config(target_modules="all-linear"))
+    assert not oft_layers(model)
+    model.fused_projections = False
+    del model.to_kv
+    inject(model, config(**PROJECTIONS, exclude_modules=["to_kv"]))
+    randomize(model)
+    adapted = model(X)
+    merge(model)
+    model.fuse_qkv_projections()
+    assert relative(model(X), adapted) < 1e-5
+
+
 def test_projections_that_were_fused_before_are_named_in_the_first_forward(caplog: pytest.LogCaptureFixture) -> None:
     model = Fusable()
     model.fuse_qkv_projections()
@@ -311,6 +330,21 @@ def test_saving_an_unmerged_library_model_says_that_the_rotations_are_dropped(
         save(model, tmp_path / "merged")
     again = transformers.BertModel.from_pretrained(tmp_path / "merged").eval()
     assert relative(again(ids).last_hidden_state, expected) < 1e-5
+
+
+class ModelHubMixin(nn.Module):
+    """Named as huggingface_hub's, whose from_pretrained passes over keys that it does not know."""
+
+    def save_pretrained(self) -> None:
+        """Would write."""
+
+
+def test_a_module_of_the_hubs_mixin_speaks_up_too() -> None:
+    model = ModelHubMixin()
+    model.layer = nn.Linear(8, 8)
+    inject(model, config())
+    with pytest.warns(UserWarning, match="ModelHubMixin.save_pretrained: the rotations are not merged"):
+        model.save_pretrained()
 
 
 def test_a_library_model_stays_what_it_is_in_every_other_way() -> None:
