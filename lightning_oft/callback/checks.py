@@ -10,15 +10,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_oft.codecs import is_scattered, is_sharded, packed_codec, parameter_of
+from lightning_oft.codecs import is_sharded, packed_codec
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import rotations_of, state_of
-from lightning_oft.model.first_forward import FirstForward, describe_reads, is_compiled
+from lightning_oft.model.first_forward import FirstForward, describe, is_compiled
 from lightning_oft.model.folding import packed_layers
 from lightning_oft.model.freezing import is_frozen_norm
+from lightning_oft.model.mergeable import sparse_layers
 from lightning_oft.model.traversal import Modules, adapted, class_names, joined, some, walk
 
 _AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
@@ -30,8 +32,12 @@ _CHOICES = {
 }
 _SWITCHES = ("enabled", "ignore_mismatched_base", "merge_on_fit_end", "save_adapter_only")
 _PATHS = ("pretrained_adapter", "export_dir")
-_SPARSE = 0.2
-"""Share of zeros from which on a weight is taken for a pruned one; pretrained weights have next to none."""
+
+
+_UNSEEN = (
+    "OFT: %s, so nobody sees whether a weight is used past its layer, where a merge would change the model: fit one batch "
+    "without that to be told"
+)
 
 
 def check_arguments(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -100,10 +106,12 @@ def can_merge(trainer: Any, callback: Any, modules: Modules) -> bool:
     """Whether the fit ends with a merge: of quantized or packed weights it does not. Warns where they are pruned."""
     if packed := packed_layers(modules):
         _check_launcher(trainer, f"the weights of {some(packed)} are quantized or packed and cannot be merged")
-    merges = bool(callback.merge_on_fit_end) and not packed
-    if merges:
-        warn_of_sparse(modules)
-    return merges
+    elif (callback.merge_on_fit_end or callback.export_dir is not None) and (sparse := sparse_layers(modules)):
+        warnings.warn(
+            f"the weights of {some(sparse)} are sparse, and the merge will fill their zeros: set merge_on_fit_end=False, "
+            "which keeps the rotations beside them, or prune the merged model again"
+        )
+    return bool(callback.merge_on_fit_end) and not packed
 
 
 def check_given(given: set[str], mine: OFTConfig, theirs: OFTConfig) -> None:
@@ -165,22 +173,26 @@ def trainable_rotations(modules: Modules, adapter_name: str) -> dict[str, Rotati
     }
 
 
-def watch_first_forward(pl_module: nn.Module, undo: contextlib.ExitStack) -> FirstForward | None:
-    """See what the forward of the first batch does with adapted weights; not of compiled code, which must stay as is."""
+def watch_first_forward(pl_module: nn.Module, batch: Any, undo: contextlib.ExitStack) -> FirstForward | None:
+    """See what the forward of the first batch does with adapted weights; not of compiled code, which must stay as is,
+    nor with shards. Logs what nobody looks at."""
     modules = walk(pl_module)
     if is_compiled(modules):
+        rank_zero_info(_UNSEEN, "the model is compiled")
         return None
     first = FirstForward(modules)
+    if first.scattered:
+        rank_zero_info(_UNSEEN, f"the weights of {some(first.scattered)} are sharded")
     undo.callback(first.close)
-    first.open()
+    first.open([batch])
     return first
 
 
 def check_reads(first: FirstForward) -> None:
-    """Raise RuntimeError where a weight was read past its layer's forward."""
+    """Raise RuntimeError where a weight was used past its layer, or written."""
     first.close()
-    if first.reads:
-        raise RuntimeError(describe_reads(first.reads))
+    if said := describe(first):
+        raise RuntimeError(said)
 
 
 def check_gradients(idle: list[str]) -> None:
@@ -241,27 +253,3 @@ def check_pruning(trainer: Any, pl_module: nn.Module) -> None:
                 f"ModelPruning would prune rotations and the weights they turn ({what}), whose zeros a merge "
                 "fills: give it other parameters_to_prune, or prune the merged model in a fit of its own"
             )
-
-
-def warn_of_sparse(modules: Modules) -> None:
-    """Warn where a merge would fill the zeros of weights that were pruned before."""
-    sparse = [
-        name
-        for name, layer, state in adapted(modules)
-        for part in state.layer_type.rotated_weights(layer).values()
-        if (weight := parameter_of(layer, part.parameter)) is not None
-        and not (weight.is_meta or is_scattered(weight))
-        and _is_sparse(state.layer_type.to_matrix(layer, weight.detach()))
-    ]
-    if sparse:
-        warnings.warn(
-            f"the weights of {some(sparse)} are sparse, and the merge will fill their zeros: set merge_on_fit_end=False, "
-            "which keeps the rotations beside them, or prune the merged model again"
-        )
-
-
-def _is_sparse(matrix_oi: Tensor) -> bool:
-    """Whether rows have zeros among their entries. Rows that are zero altogether stay it, however they are turned."""
-    rows = matrix_oi[:: max(1, len(matrix_oi) // 64)]
-    rows = rows[rows.any(1)]
-    return len(rows) > 0 and float((rows == 0).to(torch.float32).mean()) > _SPARSE

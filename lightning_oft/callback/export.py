@@ -21,7 +21,7 @@ from lightning_oft.formats.peft import write_peft
 from lightning_oft.formats.pretrained import check_replaceable, companions_of, roots_of, save_config, write_pretrained
 from lightning_oft.model.adapter_state import take
 from lightning_oft.model.folding import packed_layers
-from lightning_oft.model.merging import merge, unmerge
+from lightning_oft.model.merging import merge_layers, unmerge
 from lightning_oft.model.traversal import some, walk
 
 
@@ -104,7 +104,7 @@ class Exporter:
                 if self._dtype is not None:
                     self._write_merged(written)
                 elif self._can_merge and not follows:
-                    merge(self._root, keep_base="always", device=self._strategy.merge_device())
+                    merge_layers(walk(self._root), keep_base="always", device=self._strategy.merge_device())
                     try:
                         self._write_merged(written)
                     finally:

@@ -187,7 +187,7 @@ class OFTFinetuning(Callback):
         """Called before each batch: from the first on, what is trained is kept, however the fit ends."""
         if (run := self._run) is not None:
             if not run.has_begun:
-                run.first_forward = checks.watch_first_forward(pl_module, run.undo)
+                run.first_forward = checks.watch_first_forward(pl_module, batch, run.undo)
             run.has_begun = run.keeps_adapter = True
 
     @override

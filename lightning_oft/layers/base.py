@@ -99,8 +99,12 @@ class LayerType(ABC):
         """Make the layer's forward rotate; once, however often it is called."""
         if self.mixin is not None:
             swap_class(layer, self.mixin)
-        if self.input_hook is not None and self.input_hook not in layer._forward_pre_hooks.values():
-            layer.register_forward_pre_hook(self.input_hook, with_kwargs=True)
+        if self.input_hook is not None:
+            if self.input_hook not in layer._forward_pre_hooks.values():
+                layer.register_forward_pre_hook(self.input_hook, with_kwargs=True)
+            # Last of all: a hook that changes the input changes that of a merged layer, which is not rotated.
+            for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is self.input_hook]:
+                layer._forward_pre_hooks.move_to_end(key)  # type: ignore[attr-defined]
         if self.output_hook is not None and self.output_hook not in layer._forward_hooks.values():
             # First of all: a hook that was there before sees the vectors that a merged layer would give it.
             layer.register_forward_hook(self.output_hook, prepend=True)

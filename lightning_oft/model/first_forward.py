@@ -9,6 +9,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from types import CodeType
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_oft.codecs import is_scattered, parameter_of
 from lightning_oft.functional import RotatedInput, is_traced
-from lightning_oft.layers.state import applied_rotations, drop_empty_record, make_record, record_of
+from lightning_oft.layers.rotation import Rotation
+from lightning_oft.layers.state import applied_rotations, drop_empty_record, make_record, record_of, state_of
 from lightning_oft.model.traversal import Modules, adapted, some, walk
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,11 @@ _PRODUCTS = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv",
              "einsum", "tensordot", "bilinear", "inner", "embedding", "embedding_bag", "conv1d", "conv2d", "conv3d",
              "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention", "_grouped_mm"}  # fmt: skip
 """Names of the functions in which a weight meets activations."""
+
+_SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
+_KEEPS = {"requires_grad_", "detach_", "share_memory_"}
+"""Names of functions that change a tensor, and of those that are named so and do not."""
 
 
 class FirstForward(TorchFunctionMode):
@@ -39,31 +46,50 @@ class FirstForward(TorchFunctionMode):
     def __init__(self, modules: Modules) -> None:
         super().__init__()
         self.reads: dict[str, str] = {}  # where the weight of a layer was read, by its name
+        self.writes: set[str] = set()  # the layers whose weight was written when they were called
         self._modules = modules
         self._undo = contextlib.ExitStack()
         self._called = {id(modules[""])}
         self._sources = WeakTensorKeyDictionary()  # the names of the layers whose weights are in a tensor
+        self._activations = WeakTensorKeyDictionary()  # tensors that depend on the inputs
+        self.scattered: list[str] = []  # the layers of whose weight a process holds a part only, which is not followed
         self._watched: list[str] = []  # the layers whose weight is at hand, where a call of the layer meets it
         self._readers: dict[str, set[int]] = {}  # ids of the modules that may read a layer's weight
+        self._hooked: set[int] = set()  # ids of the layers that hooks rotate: `layer.forward(x)` goes past these
+        self._mixed: set[int] = set()  # and of those whose methods rotate: hooks read the weight past these
         self._tied: dict[str, set[int]] = {}  # ids of the other modules that hold a layer's weight
         holders: dict[int, set[int]] = {}
         for module in modules.values():
             for parameter in module._parameters.values():
                 holders.setdefault(id(parameter), set()).add(id(module))
+        self._stored: dict[int, set[str]] = {}  # the names of the layers whose weights are at an address
+        self._held = set(holders) | {id(buffer) for module in modules.values() for buffer in module._buffers.values()}
         for name, layer, state in adapted(modules):
             self._readers[name] = {id(layer)}
+            if state.layer_type.mixin is not None:
+                self._mixed.add(id(layer))
+            elif state.layer_type.input_hook or state.layer_type.output_hook:
+                self._hooked.add(id(layer))
             for part, rotated in state.layer_type.rotated_weights(layer).items():
                 weight = parameter_of(layer, rotated.parameter)
-                if weight is not None and applied_rotations(layer, part) and not is_scattered(weight):
+                if weight is not None and is_scattered(weight):
+                    self.scattered.append(name)
+                elif weight is not None and applied_rotations(layer, part):
                     self._watched.append(name)
                     # A module that is tied to the weight keeps the base after a merge; a part of the layer does not.
                     owner = layer.get_submodule(rotated.parameter.rpartition(".")[0])
                     self._tied[name] = holders.get(id(weight), set()) - {id(owner)}
                     self._readers[name] |= self._tied[name]
                     self._sources[weight] = self._sources_of(weight) | {name}
+                    self._stored.setdefault(_address(weight), set()).add(name)
 
-    def open(self) -> None:
-        """Begin, in this thread."""
+    def open(self, inputs: Any = ()) -> None:
+        """Begin, in this thread, what is computed from these inputs."""
+        for name in self._watched:  # a hook that came since the injection would get its input rotated
+            layer = self._modules[name]
+            state_of(layer).layer_type.attach(layer)  # type: ignore[union-attr]
+        for tensor in _tensors(inputs):
+            self._activations[tensor] = True
         self._undo.enter_context(self)
 
     def close(self) -> None:
@@ -84,27 +110,57 @@ class FirstForward(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called for every torch function while this is open."""
+        if torch.compiler.is_compiling() or _is_merging():
+            return func(*args, **(kwargs or {}))
+        name, given = getattr(func, "__name__", ""), [*args, *(kwargs or {}).values()]
+        self._note_write(func, name, args)
         result = func(*args, **(kwargs or {}))
-        if torch.compiler.is_compiling():
+        if name.endswith("_like") or name.startswith("new_"):
             return result
-        tensors = [x for x in _flat([*args, *(kwargs or {}).values()]) if isinstance(x, Tensor)]
+        # Of `x.to(weight)` and `x.type_as(weight)` the values are those of x.
+        tensors = list(_tensors(given[:1] if name == "to" or name.endswith("_as") else given))
         met = [self._sources_of(tensor) for tensor in tensors]
-        if not any(met) or _is_merging():
-            return result
-        running = {id(module) for module in _running()}
-        self._called |= running
-        names = [
-            name for name, own in self._readers.items() if any(name in found for found in met) and not own & running
-        ]
-        if names:
-            name = getattr(func, "__name__", "")
-            if name in _PRODUCTS and not all(met):
-                self.reads.update(dict.fromkeys(names, type(next(_running(), None)).__name__))
-            elif not _takes_no_values(name, met):
-                for tensor in _flat([result]):
-                    if isinstance(tensor, Tensor) and tensor.dim() > 0:
-                        self._sources[tensor] = frozenset(names)
+        is_product = name in _PRODUCTS and not all(met)
+        meets = (is_product and any(met)) or any(tensor in self._activations for tensor in tensors)
+        results = [tensor for tensor in _tensors([result, *args[: name in _IN_PLACE]]) if tensor.dim() > 0]
+        if meets or (is_product and not all(id(tensor) in self._held for tensor in tensors)):
+            self._activations.update(dict.fromkeys(results, True))
+        if any(met) and (names := self._passed(set().union(*met))):
+            if meets and results:
+                self.reads.update(dict.fromkeys(names, self._where()))
+            elif not meets:
+                own = (tensor for tensor in results if id(tensor) not in self._held)
+                self._sources.update(dict.fromkeys(own, frozenset(names)))
         return result
+
+    def _passed(self, met: set[str]) -> list[str]:
+        """The names of the layers whose weights are met outside of what rotates them."""
+        inside = set[int]()
+        for module, code in _running():
+            self._called.add(number := id(module))
+            is_call = code is nn.Module._call_impl.__code__
+            is_method = code.co_filename != nn.Module._call_impl.__code__.co_filename
+            if is_call if number in self._hooked else is_method or number not in self._mixed:
+                inside.add(number)
+        return [name for name in met if not self._readers[name] & inside]
+
+    def _note_write(self, func: Any, name: str, args: Any) -> None:
+        """Note whose weights a function is about to change in a call of their own layers, as hooks that mask or clip
+        do. A weight that gets another dtype or device, as of cast or offloaded layers, stays the same."""
+        is_set = func == _SET_DATA
+        if not (is_set or name in _IN_PLACE or (name.endswith("_") and name not in _KEEPS and name[-2:] != "__")):
+            return
+        if not args or not isinstance(args[0], Tensor):
+            return
+        old, new = args[0], args[1] if is_set else args[0]
+        is_same = (old.dtype, old.device) != (new.dtype, new.device) or (is_set and _address(old) == _address(new))
+        names = set() if is_same else self._stored.get(_address(old), set())
+        self.writes |= names - set(self._passed(names)) if names else set()
+
+    def _where(self) -> str:
+        """The class of the innermost module that is running and is not rotated itself."""
+        others = (module for module, _ in _running() if not isinstance(module, Rotation) and state_of(module) is None)
+        return type(next(others, None)).__name__
 
     def _sources_of(self, tensor: Tensor) -> frozenset[str]:
         if isinstance(tensor, RotatedInput):  # asked for its base, it would be rotated here and nowhere else
@@ -115,17 +171,17 @@ class FirstForward(TorchFunctionMode):
         return frozenset()
 
 
-def _flat(values: Any) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from _flat(value)
-        else:
+def _address(tensor: Tensor) -> int:
+    """Where the memory begins that a tensor has or is a view into; 0 where there is none."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values.values() if isinstance(values, Mapping) else values:
+        if isinstance(value, Tensor):
             yield value
-
-
-def _takes_no_values(function: str, met: list[frozenset[str]]) -> bool:
-    """Whether a function asks a weight for its dtype, device or shape only: `x.to(weight)`, `x.type_as(weight)`."""
-    return function.endswith(("_like", "_as")) or function.startswith("new_") or (function == "to" and not met[0])
+        elif isinstance(value, list | tuple | Mapping):
+            yield from _tensors(value)
 
 
 def _frames() -> Iterator[Any]:
@@ -136,10 +192,12 @@ def _frames() -> Iterator[Any]:
         frame = frame.f_back
 
 
-def _running() -> Iterator[nn.Module]:
-    """The modules whose methods are running."""
-    found = (frame.f_locals.get("self") for frame in _frames())
-    return (module for module in found if isinstance(module, nn.Module))
+def _running() -> Iterator[tuple[nn.Module, CodeType]]:
+    """The modules whose methods are running, with the method's code."""
+    for frame in _frames():
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module):
+            yield module, frame.f_code
 
 
 def _is_merging() -> bool:
@@ -147,11 +205,19 @@ def _is_merging() -> bool:
     return any(frame.f_globals.get("__name__") == "lightning_oft.model.merging" for frame in _frames())
 
 
-def describe_reads(reads: Mapping[str, str]) -> str:
-    """Which weights are read where, why that matters, and the remedy."""
-    what = f"the weight of {some(reads)} is read in {some(dict.fromkeys(reads.values()))}, past its layer's forward"
-    why = "where no rotation reaches it, and a merge would change the model"
-    return f"{what}, {why}: call the layer there, or leave it out with exclude_modules"
+def describe(first: FirstForward) -> str:
+    """Which weights are used where or written, why that matters, and the remedy; empty where there are none."""
+    reads, leave_out = first.reads, "leave it out with exclude_modules"
+    found = []
+    if reads:
+        what = f"the weight of {some(reads)} is used in {some(dict.fromkeys(reads.values()))}, past its layer"
+        why = "where no rotation reaches it, and a merge would change the model"
+        found.append(f"{what}, {why}: call the layer there, or {leave_out}")
+    if first.writes:
+        what = f"the weight of {some(sorted(first.writes))} is written when its layer is called"
+        why = "by a hook that would write a merged one too"
+        found.append(f"{what}, {why}: let the forward of a subclass compute with what the hook makes, or {leave_out}")
+    return "; ".join(found)
 
 
 def watch(modules: Modules) -> None:
@@ -160,7 +226,12 @@ def watch(modules: Modules) -> None:
     model, hooks = modules[""], modules[""]._forward_pre_hooks.values()
     if _open not in hooks and _open_in_training not in hooks:
         is_fused = any(isinstance(module, nn.MultiheadAttention) for module in modules.values())
-        model.register_forward_pre_hook(_open_in_training if is_fused else _open)
+        model.register_forward_pre_hook(_open_in_training if is_fused else _open, with_kwargs=True)
+
+
+def is_pending(model: nn.Module) -> bool:
+    """Whether a model is still to be looked at: no forward has come, or none that could be."""
+    return any(hook in (_open, _open_in_training) for hook in model._forward_pre_hooks.values())
 
 
 def unwatch(model: nn.Module) -> None:
@@ -169,6 +240,7 @@ def unwatch(model: nn.Module) -> None:
         for key in [key for key, hook in hooks.items() if hook in (_open, _open_in_training, _close)]:
             hooks.pop(key)
             model._forward_hooks_always_called.pop(key, None)
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def is_compiled(modules: Modules) -> bool:
@@ -177,7 +249,7 @@ def is_compiled(modules: Modules) -> bool:
     return bool(modules.compiled) or any(calls) or getattr(modules[""], "_compiler_ctx", None) is not None
 
 
-def _open(model: nn.Module, args: Any) -> None:
+def _open(model: nn.Module, args: Any, kwargs: Any) -> None:
     if is_traced() or getattr(model, "_is_replica", False):
         return
     modules = walk(model)
@@ -185,12 +257,12 @@ def _open(model: nn.Module, args: Any) -> None:
     if not is_compiled(modules):
         make_record(model).first_forward = first = FirstForward(modules)
         model.register_forward_hook(_close, always_call=True)
-        first.open()
+        first.open([args, kwargs])
 
 
-def _open_in_training(model: nn.Module, args: Any) -> None:
+def _open_in_training(model: nn.Module, args: Any, kwargs: Any) -> None:
     if model.training:
-        _open(model, args)
+        _open(model, args, kwargs)
 
 
 def _close(model: nn.Module, args: Any, output: Any) -> None:
@@ -204,8 +276,13 @@ def _close(model: nn.Module, args: Any, output: Any) -> None:
     unwatch(model)
     if first is None:  # it belonged to a forward that failed
         return
-    if first.reads:
-        warnings.warn(describe_reads(first.reads), stacklevel=2)
+    if said := describe(first):
+        warnings.warn(said, stacklevel=2)
+    if first.scattered:
+        what = (
+            "are sharded, so nobody sees whether they are used past their layers, where a merge would change the model"
+        )
+        log.warning("the weights of %s %s", some(first.scattered), what)
     if uncalled := [name for name in first.uncalled() if name not in first.reads]:
         remedy = "where that is always so, as of projections that were fused, leave them out with exclude_modules"
         instead = first.called_instead(uncalled)

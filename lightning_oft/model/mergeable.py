@@ -2,17 +2,21 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lightning_oft.codecs import packed_codec, whole
-from lightning_oft.layers.base import refusal
-from lightning_oft.layers.state import rotations_of
+from lightning_oft.codecs import is_scattered, packed_codec, parameter_of, whole
+from lightning_oft.layers.base import has_forward_of_its_own, refusal
+from lightning_oft.layers.own_forward import OwnForward, merges_as_called
+from lightning_oft.layers.state import every_rotation, rotations_of
+from lightning_oft.model import first_forward
 from lightning_oft.model.folding import exact_codecs, is_finite
 from lightning_oft.model.packed import writable_codec
-from lightning_oft.model.traversal import adapted, some
+from lightning_oft.model.traversal import Modules, adapted, some
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +25,14 @@ OFFLOADED = (
     "offloaded)"
 )
 """The remedy for tensors that are not at hand."""
+
+OTHER_FORWARD = (
+    "the forward that was put on the instance does not compute the same with a rotated input and a merged weight: make it "
+    "the forward of a subclass, or leave the layer out with exclude_modules"
+)
+
+_SPARSE = 0.2
+"""Share of zeros from which on a weight is taken for a pruned one; pretrained weights have next to none."""
 
 Gathered = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
 """Within it, the tensors of a layer are at hand."""
@@ -52,6 +64,8 @@ def check_mergeable(layers: dict[str, nn.Module], gathered: Gathered, requantize
             weights = [codec.read(layer, parameter) for parameter, codec in codecs.items()]
             if any(tensor.is_meta for tensor in (*generators, *weights)):
                 absent.append(name)
+            elif has_forward_of_its_own(layer) and merges_as_called(layer, state.layer_type) is False:
+                raise ValueError(f"cannot merge {some([name])}: {OTHER_FORWARD}; nothing was changed")
             elif not all(map(is_finite, generators)):
                 broken.append(name)
             else:
@@ -86,3 +100,39 @@ def report_requantized(layers: dict[str, nn.Module], errors: dict[str, float]) -
         "by %.2g at most (%s)",
         len(errors), ", ".join(sorted(map(str, formats))), sum(errors.values()) / len(errors), errors[worst], worst,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def notes_on_merge(modules: Modules) -> Iterator[None]:
+    """Around a merge: says what it has filled or changed that nobody could look at."""
+    sparse = set(sparse_layers(modules))
+    rotations = (rotation for _, layer, _ in adapted(modules) for rotation in every_rotation(layer))
+    is_unseen = first_forward.is_pending(modules[""]) and any(one.weight.grad is not None for one in rotations)
+    yield
+    if filled := sorted(sparse.difference(sparse_layers(modules))):
+        what = f"merge: the weights of {some(filled)} were sparse, and their zeros are filled"
+        warnings.warn(f"{what}: prune them again, or unmerge(model) and keep the rotations beside them", stacklevel=5)
+    if is_unseen:
+        what = "merge: no forward of the model was looked at (compiled, sharded, or only its other methods were called)"
+        log.warning("%s: a weight that is used past its layer has changed what it computes; compare outputs", what)
+
+
+def sparse_layers(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the adapted layers whose weights have been pruned: a merge fills their zeros. Not of those that run a
+    forward of their own, which may make the zeros anew."""
+    return [
+        name
+        for name, layer, state in adapted(modules)
+        if not isinstance(state.layer_type, OwnForward)
+        for part in state.layer_type.rotated_weights(layer).values()
+        if (weight := parameter_of(layer, part.parameter)) is not None
+        and not (weight.is_meta or is_scattered(weight) or not weight.is_floating_point())
+        and _is_sparse(state.layer_type.to_matrix(layer, weight.detach()))
+    ]
+
+
+def _is_sparse(matrix_oi: Tensor) -> bool:
+    """Whether rows have zeros among their entries. Rows that are zero altogether stay it, however they are turned."""
+    rows = matrix_oi[:: max(1, len(matrix_oi) // 64)]
+    rows = rows[rows.any(1)]
+    return len(rows) > 0 and float((rows == 0).to(torch.float32).mean()) > _SPARSE

@@ -13,7 +13,13 @@ from lightning_oft.codecs import is_sharded, reshard
 from lightning_oft.layers.state import LayerState, drop_empty_record, make_record
 from lightning_oft.model import activation, fingerprint, freezing, traversal
 from lightning_oft.model.folding import Device, FoldedWeight, Keep, folded_weights, packed_layers
-from lightning_oft.model.mergeable import Gathered, check_mergeable, report_requantized, report_untrained
+from lightning_oft.model.mergeable import (
+    Gathered,
+    check_mergeable,
+    notes_on_merge,
+    report_requantized,
+    report_untrained,
+)
 from lightning_oft.model.traversal import Modules, adapted, merged_layers, some, walk
 
 log = logging.getLogger(__name__)
@@ -53,7 +59,8 @@ def merge(
     """
     modules = walk(model)
     traversal.require_unmerged(modules, "merge again")
-    return merge_layers(modules, adapter_name, keep_base, device, requantize=requantize)
+    with notes_on_merge(modules):
+        return merge_layers(modules, adapter_name, keep_base, device, requantize=requantize)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ rotation of it train? On copies: of the model nothing changes."""
 import contextlib
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
@@ -14,17 +15,18 @@ from torch import Tensor, nn
 from lightning_oft.codecs import PlainCodec, codec_of, local_part, packed_codec, parameter_of
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.base import LayerType, has_forward_of_its_own, has_own_forward, layer_type_of
-from lightning_oft.layers.own_forward import OwnForward
+from lightning_oft.layers.own_forward import OwnForward, merges_as_called
 from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import LayerState, make_record
 from lightning_oft.model.folding import folded_weights
-from lightning_oft.model.mergeable import OFFLOADED
+from lightning_oft.model.mergeable import OFFLOADED, OTHER_FORWARD
 from lightning_oft.model.traversal import some
 
 log = logging.getLogger(__name__)
 
-_TOLERANCE = 0.02
-"""Relative difference up to which a rotated layer and a merged one are the same: a layer may round inside."""
+_EXACT, _TOLERANCE = 1e-4, 0.02
+"""Relative differences up to which a rotated layer and a merged one are the same: where they compute alike, and where
+a layer that runs a forward of its own may round inside."""
 
 
 class Unfit(Exception):
@@ -35,8 +37,8 @@ def fitting_types(layers: Mapping[str, tuple[nn.Module, Mapping[str, int]]]) -> 
     """For each layer, given with the block sizes of its parts, the type that rotates it so that merged is as trained.
 
     That of its class, where the forward is that of the class or a trial on a copy shows that it computes the same; else
-    OwnForward, which rotates the weight below the forward. Layers of one kind are tried once. Warns where a forward was
-    put on the instance. Raises ValueError where a merged layer would not be the trained one.
+    OwnForward, which rotates the weight below the forward. Layers of one kind are tried once. Warns of a forward on the
+    instance that cannot be tried. Raises ValueError where a merged layer would not be the trained one.
     """
     tried: dict[Hashable, LayerType | Unfit | None] = {}
     types: dict[str, LayerType] = {}
@@ -69,12 +71,15 @@ def fitting_types(layers: Mapping[str, tuple[nn.Module, Mapping[str, int]]]) -> 
 
 def _kind(layer: nn.Module, sizes: Mapping[str, int]) -> Hashable:
     """What layers have in common that need one trial: class, tensors, settings and blocks."""
-    if type(layer) is nn.Linear and not has_forward_of_its_own(layer):  # most layers of most models
+    if (
+        type(layer) is nn.Linear and not has_forward_of_its_own(layer) and not layer._forward_hooks
+    ):  # most of most models
         weight: Any = layer._parameters.get("weight")
         return nn.Linear, None if weight is None else (type(weight.data), weight.dtype, weight.is_meta)
     tensors = [(key, t.dtype, t.device, type(t.data)) for key, t in _own_tensors(layer)]
     values = [(key, value) for key, value in vars(layer).items() if isinstance(value, bool | int | float | str)]
-    return type(layer), tuple(tensors), tuple(values), tuple(sizes.items()), has_forward_of_its_own(layer)
+    own = id(layer.__dict__["forward"]) if has_forward_of_its_own(layer) else 0, bool(layer._forward_hooks)
+    return type(layer), tuple(tensors), tuple(values), tuple(sizes.items()), own
 
 
 def _own_tensors(layer: nn.Module) -> list[tuple[str, Tensor]]:
@@ -99,10 +104,14 @@ def _fitting_type(layer: nn.Module, sizes: Mapping[str, int]) -> LayerType | Non
         raise Unfit(
             "its forward was replaced on the instance, which hides that of a class: adapt the layer before that"
         )
+    if has_forward_of_its_own(layer):
+        is_same = merges_as_called(layer, layer_type)
+        if is_same is False:
+            raise Unfit(OTHER_FORWARD)
+        return layer_type if is_same or not has_own_forward(layer) else None
     if not has_own_forward(layer):
-        return layer_type
-    if has_forward_of_its_own(layer):  # a copy of it would call a function that is bound to the original
-        return None
+        # A hook on the output is given the input too, and that of a merged layer is not rotated.
+        return OwnForward(layer_type) if layer_type.input_hook is not None and layer._forward_hooks else layer_type
     with _unnoticed(layer):
         found = _confirmed_type(layer, layer_type, sizes)
     if found is not None:
@@ -147,14 +156,15 @@ def _confirmed_type(layer: nn.Module, layer_type: LayerType, sizes: Mapping[str,
         return own_forward  # it cannot run here and now, and this is right whatever it computes
     if inputs[0].is_floating_point() and not output.requires_grad:
         raise Unfit(_DEAD)
-    candidates = (layer_type, own_forward)
-    return next((one for one in candidates if _merges_as_trained(_copy(layer), one, sizes, inputs)), None)
+    candidates = ((layer_type, _EXACT), (own_forward, _TOLERANCE))
+    return next((one for one, most in candidates if _difference(_copy(layer), one, sizes, inputs) < most), None)
 
 
-def _merges_as_trained(
+def _difference(
     copied: nn.Module, layer_type: LayerType, sizes: Mapping[str, int], inputs: tuple[Tensor, ...]
-) -> bool:
-    """Whether a layer gives the same with large rotations beside its weights as with them folded in, and trains them."""
+) -> float:
+    """How far a layer with large rotations beside its weights is from one with them folded in; infinite where they
+    would not train."""
     weights, config = layer_type.rotated_weights(copied), OFTConfig(oft_block_size=2, use_cayley_neumann=False)
     parameters: dict[str, Any] = {part: parameter_of(copied, weights[part].parameter) for part in sizes}
     made = {part: Rotation(weights[part].fan, size, config, parameters[part].device) for part, size in sizes.items()}
@@ -173,9 +183,8 @@ def _merges_as_trained(
                 weight.codec.write(copied, weight.part.parameter, weight.folded())
             merged = _run(copied, inputs)
     except Exception:  # a weight of another shape, or a forward that takes no rotated one
-        return False
-    difference = float((rotated.detach() - merged).norm() / merged.norm())
-    return rotated.requires_grad and difference < _TOLERANCE
+        return math.inf
+    return float((rotated.detach() - merged).norm() / merged.norm()) if rotated.requires_grad else math.inf
 
 
 def _copy(layer: nn.Module) -> nn.Module:

@@ -297,7 +297,7 @@ CALLS = [
     _call("OFTFinetuning: a layer that the loss does not reach", _fit(_Unused, target_modules=["net.0", "spare"]), RuntimeError,
         "the rotations of spare", "got no gradient", "add it to exclude_modules"),
     _call("OFTFinetuning: a weight that is read past its layer", _fit(_Reading, target_modules=["net.0"]), RuntimeError,
-        "the weight of net.0 is read in _Reading", "a merge would change the model", "call the layer there, or leave it out"),
+        "the weight of net.0 is used in _Reading", "a merge would change the model", "call the layer there, or leave it out"),
 ]  # fmt: skip
 
 CONFIGS = [

@@ -290,6 +290,10 @@ def test_a_merge_that_fills_the_zeros_of_pruned_weights_is_said_and_the_remedy_k
     model.net[0].weight.data[:, ::2] = 0  # type: ignore[index, operator, union-attr]
     trainer(tmp_path, oft(merge_on_fit_end=False)).fit(model, loader())
     assert float((model.net[0].weight == 0).float().mean()) == 0.5  # type: ignore[index, operator, union-attr]
+    with pytest.warns(UserWarning, match=r"^merge: the weights of net\.0 were sparse, and their zeros are filled.*unm"):
+        merge(model)
+    unmerge(model)
+    assert float((model.net[0].weight == 0).float().mean()) == 0.5  # type: ignore[index, operator, union-attr]
 
 
 class DeepSpeedStrategy:

@@ -109,6 +109,16 @@ class Frozen(nn.Module):
 
 
 FLAT, IMAGE, IDS = torch.randn(3, 8), torch.randn(2, 8, 6, 6), torch.tensor([1, 2, 5])
+
+
+class RoundedWeight(nn.Linear):
+    """Rounds its weight to 8 bits, as quantization-aware training does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rounded = (self.weight * 128).round() / 128
+        return F.linear(input, self.weight + (rounded - self.weight).detach(), self.bias)
+
+
 RIGHT: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], bool]] = {
     "masked": (Masked, (FLAT,), True),
     "masked_in_place": (MaskedInPlace, (FLAT,), True),
@@ -117,6 +127,7 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], bool]] = {
     "masked_conv": (lambda: MaskedConv(8, 6, 3), (IMAGE,), True),
     "transposed": (lambda: Centred(8, 6, 3), (IMAGE,), True),
     "embedding": (lambda: NormedEmbedding(11, 8), (IDS,), True),
+    "rounded_weight": (lambda: RoundedWeight(8, 6), (FLAT,), True),
     "two_inputs": (lambda: TwoInputs(8, 6), (FLAT, FLAT), True),
     "cosine": (lambda: Cosine(8, 6), (FLAT,), False),
     "equalised": (lambda: Equalised(8, 6), (FLAT,), False),
@@ -284,10 +295,60 @@ def _adapted(layer: nn.Module) -> Holder:
     return model
 
 
-def test_a_forward_that_was_put_on_an_instance_is_said_or_refused() -> None:
+def _put(layer: Any, forward: Callable[[Any, Tensor], Tensor]) -> None:
+    bound, weight = layer.forward, layer.weight
+    layer.forward = lambda x: forward((bound, layer, weight), x)
+
+
+HARMLESS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "behind": lambda its, x: its[0](x).relu() if x.is_floating_point() else its[0](x) * 3,
+    "scaled": lambda its, x: its[0](2 * x) if x.is_floating_point() else its[0](x) * 2,
+    "its_own": lambda its, x: type(its[1]).forward(its[1], x),
+}
+HARMFUL: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "gated": lambda its, x: its[0](x * torch.arange(8.0)),
+    "normalised": lambda its, x: F.linear(x, F.normalize(its[1].weight, dim=0)),
+    "residual": lambda its, x: its[0](x) + x[:, :6],
+    "captured": lambda its, x: F.linear(x, its[2]),
+    "absolute": lambda its, x: F.linear(x, its[1].weight.abs()),
+}
+
+
+@pytest.mark.parametrize("first", ["inject", "forward"])
+@pytest.mark.parametrize("forward", HARMLESS.values(), ids=HARMLESS)
+def test_a_forward_that_was_put_on_an_instance_is_tried(forward: Any, first: str) -> None:
+    for layer, x in ((nn.Linear(8, 6), FLAT), (nn.Embedding(11, 8), IDS)):
+        model, weight = Holder(layer), layer.weight
+        steps = (lambda model=model: inject(model, config(use_cayley_neumann=False)), lambda m=layer: _put(m, forward))
+        for step in steps if first == "inject" else reversed(steps):
+            step()
+        assert layer.weight is weight
+        randomize(model)
+        adapted = model(x)
+        merge(model)
+        assert relative(model(x), adapted) < 1e-5
+
+
+@pytest.mark.parametrize("forward", HARMFUL.values(), ids=HARMFUL)
+def test_one_that_a_merge_would_change_is_refused_before_and_when_it_came_later_by_the_merge(forward: Any) -> None:
+    what = "layer: the forward that was put on the instance does not compute the same.*exclude_modules"
     model = Holder(nn.Linear(8, 6))
-    forward = model.layer.forward
-    model.layer.forward = lambda x: forward(x).relu()  # type: ignore[method-assign]
+    _put(model.layer, forward)
+    with pytest.raises(ValueError, match=f"^{what}"):
+        inject(model, config())
+    assert not oft_layers(model)
+    later = _adapted(nn.Linear(8, 6))
+    _put(later.layer, forward)
+    randomize(later)
+    adapted = later(FLAT)
+    with pytest.raises(ValueError, match=f"^cannot merge {what}; nothing was changed"):
+        merge(later)
+    assert torch.equal(later(FLAT), adapted)
+
+
+def test_one_that_cannot_be_tried_is_said_and_one_that_hides_a_class_is_refused() -> None:
+    model = Holder(nn.Linear(8, 6))
+    _put(model.layer, lambda its, x: its[0](x[:, :, 0]))
     with pytest.warns(UserWarning, match=r"the forward of layer was replaced on the instance.*exclude_modules"):
         inject(model, config())
     attention, x = SelfAttention(), torch.randn(5, 2, 8)
