@@ -181,7 +181,7 @@ def test_a_layer_that_is_never_called_is_named(tmp_path: Path) -> None:
 
     model = Bypassing()
     base = state(model)
-    with pytest.raises(RuntimeError, match=r"weight of net.0 is read in Bypassing, past.*exclude_modules"):
+    with pytest.raises(RuntimeError, match=r"weight of net.0 is used in Bypassing, past.*exclude_modules"):
         trainer(tmp_path, oft()).fit(model, loader())
     assert torch.equal(state(model)["net.3.weight"], base["net.3.weight"])
 
