@@ -82,7 +82,8 @@ DATA = [
     _rows("a chat without a template", CHAT, ValueError, "train, row 1", "the tokenizer has no chat template", "set chat_template to a file that holds one",
         template=None),
     _rows("a chat template without marks", CHAT, ValueError, "train, row 1", "no {% generation %} marks", "completion_only: false", template="{{ messages }}"),
-    _rows("text in another encoding", '{"text": "caf\xe9"}\n'.encode("latin-1"), ValueError, "train, row 1", "no UTF-8", "save the file as UTF-8"),
+    _rows("text in another encoding", '{"text": "tea"}\n{"text": "caf\xe9"}\n'.encode("latin-1"), ValueError, "rows.jsonl, line 2", "byte 14 is not UTF-8",
+        "convert the file"),
     _reward("a reward that is no number", no_number, "reward bad_inputs.text.no_number, row 1", "gave nan (", "a reward is a finite number, or None"),
     _reward("a reward function that raises", no_answer, "reward bad_inputs.text.no_answer, row 1", "raised KeyError: 'answer'", "raised KeyError"),
 ]  # fmt: skip

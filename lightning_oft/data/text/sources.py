@@ -92,6 +92,13 @@ def _is_split(name: str) -> bool:
     return name.lower().split("-")[0].split("_")[0] in ("train", "val", "test", *_OWN)
 
 
+def check_files(data: str | Mapping[str, str]) -> None:
+    """Raise ValueError as check_lines does, for the first line of no use in the local files of a data set."""
+    for source in [data] if isinstance(data, str) else data.values():
+        for file in (file for group in _files(source, Path(source).expanduser()).values() for file in group):
+            check_lines(file)
+
+
 def check_lines(file: Path) -> None:
     """Raise ValueError, one line that names the first line of a file that is not UTF-8, or in a .jsonl no JSON object."""
     if READERS.get(file.suffix) == "parquet":

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_oft.data.base import SplitDataModule
 from lightning_oft.data.text.batches import LengthGrouped, pad
-from lightning_oft.data.text.sources import Tables, load_tables
+from lightning_oft.data.text.sources import Tables, check_files, load_tables
 
 
 class TableDataModule(SplitDataModule):
@@ -105,7 +105,11 @@ class TableDataModule(SplitDataModule):
                 encoder = self.make_encoder(split, table, limit)
             except ValueError as error:
                 raise ValueError(f"{split}: {error}") from None
-            splits[split] = self._mapped(table, partial(encode_rows, encoder=encoder, split=split), encoder.kind)
+            try:
+                splits[split] = self._mapped(table, partial(encode_rows, encoder=encoder, split=split), encoder.kind)
+            except UnicodeDecodeError:
+                check_files(self.data)
+                raise
         if self.val_fraction and "val" not in splits and "train" in splits:
             parts = splits["train"].train_test_split(self.val_fraction, seed=self.seed)
             splits = {
@@ -201,8 +205,8 @@ def encode_rows(rows: Mapping[str, list[Any]], indices: list[int], encoder: Any,
     for place, index in enumerate(indices):
         try:
             example = encoder({name: rows[name][place] for name in encoder.kind})
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{split}, row {index + 1}: no UTF-8 ({error.reason}); save the file as UTF-8") from None
+        except UnicodeDecodeError:  # of any row of the batch, whose columns are read at once
+            raise
         except ValueError as error:
             raise ValueError(f"{split}, row {index + 1}: {error}") from None
         for name, values in example.items():

@@ -214,7 +214,8 @@ class PolicyOptimization(TokenMean, ComparedTask):
             sampled = self.sample(batch, self.num_generations)
             self.sampled.append(sampled)
         sampled.uses += 1
-        self.sampled = [one for one in self.sampled if one.uses < self.num_iterations]
+        unused = [one for one in self.sampled if one.uses < self.num_iterations]
+        self.sampled = unused[-self.trainer.accumulate_grad_batches :]  # a batch that never comes again is forgotten
         return sampled
 
     def _generate(self, prompt_ids: Tensor, prompt_mask: Tensor, ends: list[int], **options: Any) -> Tensor:

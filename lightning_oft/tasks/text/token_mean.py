@@ -13,7 +13,8 @@ _UNIT = 1024
 
 
 class TokenMean(LightningModule):
-    """Base of the tasks that divide by tokens: over accumulated batches and processes, whatever part of them each has."""
+    """Base of the tasks that divide by tokens: over accumulated batches and processes, whatever part of them each has. A
+    step in which `token_mean` was not called keeps its gradients."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -33,11 +34,13 @@ class TokenMean(LightningModule):
         """
         if not self._scales_gradients():
             return
-        tokens = float(self.trainer.strategy.reduce(self.tokens, reduce_op="sum"))
+        tokens = float(self.trainer.strategy.reduce(self.tokens.to(self.device), reduce_op="sum"))
+        if not tokens:
+            return
         batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
         for parameter in self.parameters():
             if parameter.grad is not None:
-                parameter.grad.mul_(_UNIT * batches / max(tokens, 1.0))
+                parameter.grad.mul_(_UNIT * batches / tokens)
         self.tokens = torch.zeros_like(self.tokens)
 
     def _scales_gradients(self) -> bool:

@@ -233,6 +233,21 @@ def test_the_mean_over_tokens_is_that_of_a_whole_step(base: str, tmp_path: Path)
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("loss", POLICY_LOSSES)
+def test_a_step_has_the_gradient_of_its_loss(base: str, tmp_path: Path, loss: str) -> None:
+    task, alone = (task_of(base, max_completion_length=4, loss=loss) for _ in range(2))
+    inject(alone.model, OFTConfig(oft_block_size=8))
+    table = {name: sampled_of(task, name) for name in ("Say it", "Read")}
+    task._take = lambda batch: joined([table[p] for p in batch["columns"]["prompt"]])  # type: ignore[method-assign]
+    trainer(limit_val_batches=0).fit(task, data_of(tmp_path, ROWS[:2]))
+    one = joined(list(table.values()))
+    losses, _ = alone.losses(one)
+    (losses.sum() / one.mask.sum() if loss == "dapo" else alone.reduced(losses, one.mask)).backward()
+    expected = [-parameter.grad for name, parameter in alone.named_parameters() if "oft_R" in name]  # SGD, rate 1
+    for mine, other in zip(generators(task), expected, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-4)
+
+
 def sampled_of(task: PolicyOptimization, prompt: str) -> Sampled:
     generator = torch.Generator().manual_seed(len(prompt))
     ids = torch.randint(3, 1024, (3, 7), generator=generator)
