@@ -59,11 +59,14 @@ ROUNDED = "fit:fsdp2-block-late-injects-bf16"
 BYTES = ["fsdp2-layer-wide", "fsdp2-block-wide-conv1d"]
 RESUMED_ALONE = [cell for cell in CELLS if cell[0] in ("ddp", "fsdp2-block-distributed", "tp")]
 
+TEXT = ["text", "text-ddp", "dpo", "dpo-ddp", "grpo"]
+EXPERTS = ["experts", "experts-fsdp1", "experts-cut"]
+TASKS = ["vision", *TEXT, "split", "recipe", *EXPERTS, "bytes", "bytes-checkpointing"]
+
 _SAVED = [f"{action}:{strategy}:{kind}" for strategy, kind in CELLS for action in ("save", "resume")]
 _MORE = [*(f"fit:{name}" for name in FITS), *(f"bytes:{name}" for name in BYTES), *CROSSED, ROUNDED]
 _MORE += [f"guard:{name}" for name in GUARDED]
-_NAMES = ("vision", "text", "text-ddp", "split", "recipe", "experts", "experts-fsdp1", "experts-cut")
-_TASKS = [f"task:{name}" for name in (*_NAMES, "bytes", "bytes-checkpointing")]
+_TASKS = [f"task:{name}" for name in TASKS]
 GROUPS: dict[str, tuple[int, list[str]]] = {
     "two": (2, [*_SAVED, *_MORE, "layers", "merged", "refusals", *_TASKS]),
     "one": (1, [f"resume:{strategy}:{kind}" for strategy, kind in RESUMED_ALONE]),

@@ -160,3 +160,8 @@ def trainer(
         default_root_dir=root,
         **{**defaults, **options},
     )
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    return {name: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().clone() for name, v in state.items()}

@@ -1,10 +1,9 @@
-"""Our own tasks under FSDP2, and what FSDP2 costs in bytes; launch.py runs the scenarios."""
+"""Our own tasks and experts under FSDP2, and what FSDP2 costs in bytes; launch.py runs the scenarios."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from scenario import callback, trainer
+from scenario import callback, trainer, whole_state
 from strategies import CPUFSDP
+from text_worker import fit_text
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -22,17 +22,14 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lightning_oft import OFTConfig, inject
-from lightning_oft.callback.samples import Samples
 from lightning_oft.callback.strategies.fsdp1 import FSDP1Adapter
 from lightning_oft.cli import main as main_of_cli
 from lightning_oft.codecs import reshard
-from lightning_oft.data.text.batches import pad
-from lightning_oft.tasks import CausalLM, ImageClassification
+from lightning_oft.tasks import ImageClassification
 from lightning_oft.tasks.sharding import shard_blocks
 
 ROOT = Path(__file__).parents[2]
 VIT = ROOT / "examples" / "bases" / "digits-vit"
-DOCS = ROOT / "examples" / "bases" / "docs-llama"
 RECIPE = ROOT / "configs" / "recipes" / "distributed-fsdp2.yaml"
 VISION = {"target_modules": "all-linear", "bias": "none", "modules_to_save": ["classifier"], "oft_block_size": 8}
 LLAMA = {
@@ -84,28 +81,6 @@ def fit_vision(strategy: Any, world: int, rank: int, root: Path) -> dict[str, An
     return {"state": whole_state(task), "units": units, "units after": after, "scores": {**validated, **tested}}
 
 
-def text_rows() -> list[dict[str, list[int]]]:
-    """Sixteen documents of very unlike length, so that processes learn from unlike numbers of tokens."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = [5, 9, 2, 7, 3, 12, 4, 30] * 2
-    rows = [torch.randint(3, 1024, (size,), generator=generator).tolist() for size in sizes]
-    return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in rows]
-
-
-def fit_text(strategy: Any, world: int, rank: int, root: Path) -> dict[str, Any]:
-    """Two steps of two batches, and a validation with samples."""
-    torch.manual_seed(0)
-    task = CausalLM(str(DOCS), prompts=["When the"], optimizer=lambda groups: torch.optim.SGD(groups, 0.01))
-    rows = text_rows()
-    sampler: Any = DistributedSampler(rows, world, rank, shuffle=False)  # type: ignore[arg-type, var-annotated]
-    loader: Any = DataLoader(rows, 4 // world, sampler=sampler, collate_fn=partial(pad, pad_token_id=2))  # type: ignore[arg-type]
-    options = {"max_epochs": 1, "max_steps": -1, "gradient_clip_val": 1.0}
-    oft = callback(target_modules="all-linear", oft_block_size=32, bias="none", use_cayley_neumann=False)
-    run = trainer(strategy, str(root), world, [oft, Samples()], **options)
-    run.fit(task, loader, loader)
-    return {"state": whole_state(task), "scores": {k: float(v) for k, v in run.callback_metrics.items() if "val/" in k}}
-
-
 class Mixture(pl.LightningModule):
     """A small Mixtral, sharded as our tasks are."""
 
@@ -153,11 +128,6 @@ def cut_experts(world: int) -> dict[str, str]:
     except ValueError as error:
         return {"said": str(error)}
     return {}
-
-
-def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    state = model.state_dict()
-    return {name: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().clone() for name, v in state.items()}
 
 
 class Llama(pl.LightningModule):
@@ -255,8 +225,8 @@ def run_recipe(world: int, root: Path) -> dict[str, Any]:
 
 
 def run(name: str, root: Path) -> dict[str, Any]:
-    """`vision`, `text`, `text-ddp`, `split` (tensor parallel, refused), `recipe`, `experts`, `experts-fsdp1`, `experts-cut`,
-    `bytes`, `bytes-checkpointing`."""
+    """`vision`, `text`, `text-ddp`, `dpo`, `dpo-ddp`, `grpo`, `split` (tensor parallel, refused), `recipe`, `experts`,
+    `experts-fsdp1`, `experts-cut`, `bytes`, `bytes-checkpointing`."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if name == "experts-cut":
         return cut_experts(world)
@@ -266,8 +236,10 @@ def run(name: str, root: Path) -> dict[str, Any]:
         return run_recipe(world, root)
     split = world if name == "split" else 1
     strategy = ModelParallelStrategy(world // split, split, process_group_backend="gloo")
-    if name in ("text", "text-ddp"):
-        return fit_text(strategy if name == "text" else DDPStrategy(process_group_backend="gloo"), world, rank, root)
+    kind, _, is_ddp = name.partition("-")
+    if kind in ("text", "dpo", "grpo"):
+        chosen = DDPStrategy(process_group_backend="gloo") if is_ddp else strategy
+        return fit_text(chosen, world, rank, root, kind)
     if name == "experts":
         return fit_experts(strategy, world, rank, root, "grouped_mm")
     if name in ("vision", "split"):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from launch import Runs
-from tasks_worker import Mixture, fit_experts, fit_text, fit_vision
+from tasks_worker import Mixture, fit_experts, fit_vision
+from text_worker import fit_text
 from torch import nn
 from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM
 
@@ -32,11 +33,11 @@ def test_fsdp2_task_equals_one_process(runs: Runs, tmp_path: Path) -> None:
         assert first["scores"][name] == pytest.approx(score, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["text", "text-ddp"])
+@pytest.mark.parametrize("name", ["text", "text-ddp", "dpo", "dpo-ddp", "grpo"])
 def test_processes_learn_text_as_one_does_from_unlike_numbers_of_tokens(name: str, runs: Runs, tmp_path: Path) -> None:
     first, second = (rank[f"task:{name}"] for rank in runs.two)
     assert "error" not in first, first.get("trace")
-    alone = fit_text("auto", 1, 0, tmp_path)
+    alone = fit_text("auto", 1, 0, tmp_path, name.partition("-")[0])
     assert largest_difference(first["state"], second["state"]) == 0
     assert largest_difference(first["state"], alone["state"]) < 1e-6
     assert first["scores"] == pytest.approx(alone["scores"], rel=1e-5)
