@@ -18,6 +18,12 @@ from lightning_oft.tasks.text.metrics import Rewards
 from lightning_oft.tasks.text.rewards import Reward, import_reward, path_of, rewards_of
 from lightning_oft.tasks.text.token_mean import TokenMean
 
+_AS_THE_MODEL_SAYS: dict[str, Any] = {
+    "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+}  # fmt: skip
+"""Off is all, in a checkpoint's own settings too, that would draw tokens with other odds than they are learned with."""
+
 
 class PolicyOptimization(TokenMean, ComparedTask):
     """Group relative policy optimization (Shao et al. 2024) of any model of transformers' AutoModelForCausalLM.
@@ -128,21 +134,13 @@ class PolicyOptimization(TokenMean, ComparedTask):
         return found
 
     @torch.no_grad()
-    def sample(self, batch: dict[str, Any], count: int, **options: Any) -> Sampled:
+    def sample(self, batch: dict[str, Any], count: int) -> Sampled:
         """Write `count` completions of each of B prompts, N = B count in all, and have them judged."""
         check_batch(batch)
         prompt_ids = batch["input_ids"].repeat_interleave(count, 0)
         prompt_mask = batch["attention_mask"].repeat_interleave(count, 0)
         ends = self._ends()
-        # All that would make the tokens others than those that the model itself gives odds to is off.
-        drawing = {
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_k": 0,
-            "top_p": 1.0,
-            "repetition_penalty": 1.0,
-        }
-        made = self._generate(prompt_ids, prompt_mask, ends, **{**drawing, **options})
+        made = self._generate(prompt_ids, prompt_mask, ends)
         written = made[:, prompt_ids.shape[1] :]
         mask = own_tokens(written, ends)
         rewards = self._judge(batch["columns"], written, mask, count).to(written.device)
@@ -218,7 +216,7 @@ class PolicyOptimization(TokenMean, ComparedTask):
         self.sampled = unused[-self.trainer.accumulate_grad_batches :]  # a batch that never comes again is forgotten
         return sampled
 
-    def _generate(self, prompt_ids: Tensor, prompt_mask: Tensor, ends: list[int], **options: Any) -> Tensor:
+    def _generate(self, prompt_ids: Tensor, prompt_mask: Tensor, ends: list[int]) -> Tensor:
         pad = self.tokenizer.pad_token_id
         with merged_where_possible(self.library_model), evaluating(self.library_model):
             made: Tensor = self.model.generate(
@@ -228,7 +226,9 @@ class PolicyOptimization(TokenMean, ComparedTask):
                 pad_token_id=pad if pad is not None else (ends or [0])[0],
                 eos_token_id=ends or None,
                 synced_gpus=self.device_mesh is not None,  # shards of one model must be called together
-                **options,
+                do_sample=True,
+                temperature=self.temperature,
+                **_AS_THE_MODEL_SAYS,
             )
         return made
 

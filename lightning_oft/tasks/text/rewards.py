@@ -57,7 +57,7 @@ def rewards_of(
     """
     given = torch.full((len(rewards), len(completions)), math.nan)
     for number, (path, reward) in enumerate(rewards.items()):
-        what = f"reward {path}, {names[0]}" if len(set(names)) == 1 else f"reward {path}, {names[0]} to {names[-1]}"
+        what = f"reward {path}, {', '.join(dict.fromkeys(names))}"
         try:
             found = list(reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns))
         except Exception as error:
