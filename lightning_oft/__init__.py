@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_oft.callback.hf_trainer import OFTTrainerCallback
     from lightning_oft.callback.loading import load_from_checkpoint
     from lightning_oft.callback.oft import OFTFinetuning
     from lightning_oft.config import OFTConfig
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["AdapterState", "OFTConfig", "OFTFinetuning", "__version__", "delete_adapter", "disable_adapters", "inject",
+__all__ = ["AdapterState", "OFTConfig", "OFTFinetuning", "OFTTrainerCallback", "__version__", "delete_adapter", "disable_adapters", "inject",
            "load_adapter", "load_from_checkpoint", "merge", "merged", "oft_layers", "project", "register_layer_type",
            "save_adapter", "save_merged", "set_adapter", "unload", "unmerge"]  # fmt: skip
 
 _HOME = {name: "model" for name in __all__ if name != "__version__"} | {
     "OFTConfig": "config",
     "OFTFinetuning": "callback.oft",
+    "OFTTrainerCallback": "callback.hf_trainer",
     "load_adapter": "formats",
     "load_from_checkpoint": "callback.loading",
     "register_layer_type": "layers",

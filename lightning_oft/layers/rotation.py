@@ -112,8 +112,10 @@ class Rotation(nn.Module):
         if hasattr(generator, "full_tensor"):  # a DTensor that nobody gathered: called outside its FSDP2 unit
             generator = generator.full_tensor()
         if generator.dtype in (torch.bfloat16, torch.float16):
-            rounded = "rounded by the mixed precision of the FSDP unit around it"
-            remedy = "give every rotation a unit of its own, as OFTFinetuning does where it injects them itself"
+            rounded = (
+                "rounded by the mixed precision of an FSDP unit, or by a trainer that casts what trains (TRL's do)"
+            )
+            remedy = "OFTFinetuning gives every rotation a unit of its own, OFTTrainerCallback keeps them float32"
             raise RuntimeError(f"the generators of a rotation arrive as {generator.dtype}, {rounded}: {remedy}")
         if cut is not None:
             generator = cut.generators(generator)

@@ -33,6 +33,21 @@ class _Unmerged(SwappedClass):
         )
 
 
+class _UnmergedAndQuantized(_Unmerged):
+    """A quantized model of transformers with rotations that train."""
+
+    # What transformers' Trainer asks a quantized model before it trains one: whether adapters are attached.
+    _hf_peft_config_loaded = True
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As an adapted model does; the adapters are none that PEFT could be asked to write."""
+        self._hf_peft_config_loaded = False
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            del self._hf_peft_config_loaded
+
+
 class _UnmergedAndFusable(_Unmerged):
     """One of diffusers' that can put the weights of several projections into one."""
 
@@ -69,5 +84,7 @@ def sync_library_models(modules: Modules) -> None:
 
 def _mixin_for(module: nn.Module) -> type | None:
     if class_names(module) & (LIBRARY_MODELS | {"ModelHubMixin"}):  # huggingface_hub's, for any module
-        return _UnmergedAndFusable if hasattr(module, "fuse_qkv_projections") else _Unmerged
+        if hasattr(module, "fuse_qkv_projections"):
+            return _UnmergedAndFusable
+        return _Unmerged if getattr(module, "hf_quantizer", None) is None else _UnmergedAndQuantized
     return _FusableAttention if hasattr(module, "fuse_projections") else None
