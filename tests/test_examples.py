@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-from lightning_oft.data import DigitsDataModule
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -158,40 +155,76 @@ def test_the_files_of_a_base_are_merged_as_in_memory(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out == f"equal to the bit: {tensors} of {tensors} tensors\n"
 
 
-@pytest.mark.parametrize(("name", "drawn"), [("picture.py", "oft.png"), ("forgetting_picture.py", "forgetting.png")])
-def test_the_picture_is_drawn_and_small(name: str, drawn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_picture_is_drawn_and_small(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra `plot`")
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    target = tmp_path / drawn
-    load(name).main(target)
-    for picture in (target, ROOT / "docs" / drawn):
-        assert picture.read_bytes().startswith(b"\x89PNG")
-        assert 10_000 < picture.stat().st_size < 150_000
+    forgetting = load("forgetting_picture.py")
+    for drawn, draw in (
+        ("oft.png", load("picture.py").main),
+        ("forgetting-digits.png", partial(forgetting.main, "digits")),
+        ("forgetting-text.png", partial(forgetting.main, "text")),
+    ):
+        draw(target=tmp_path / drawn)
+        for picture in (tmp_path / drawn, ROOT / "docs" / drawn):
+            assert picture.read_bytes().startswith(b"\x89PNG")
+            assert 10_000 < picture.stat().st_size < 150_000
 
 
-def test_every_method_that_the_picture_compares_trains_what_it_says() -> None:
+def tiny_digits(forgetting: Any) -> Any:
+    study = forgetting.Digits()
+    study.train, study.epochs, study.steps, study.points = [column[:64] for column in study.train], 1, 1, [1]
+    return study
+
+
+def tiny_text(forgetting: Any) -> Any:
+    study = forgetting.Text()
+    row = {name: values[:16] for name, values in study.rows["train"][0].items()}
+    study.rows["train"], study.scored, study.steps, study.points = [row] * 4, {"new": [row], "original": [row]}, 1, [1]
+    return study
+
+
+@pytest.mark.parametrize(("task", "tiny"), [("digits", tiny_digits), ("text", tiny_text)])
+def test_every_method_that_a_picture_compares_trains_what_it_says(
+    task: str, tiny: Callable[[Any], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("peft", "0.21.2")
-    example, data = load("forgetting.py"), DigitsDataModule()
-    data.setup("fit")
-    splits = {k: [torch.stack([x[c] for x in rows[:64]]) for c in data.columns] for k, rows in data.splits.items()}
-    measured = json.loads((ROOT / "docs" / "forgetting.json").read_text(encoding="utf-8"))["runs"]
-    trained = {run["method"]: run["trained"] for run in measured}
-    assert list(trained) == list(example.METHODS)
-    for method, (lr, adapter) in example.METHODS.items():
-        assert example.run(adapter, lr, 0, splits, epochs=1)["trained"] == trained[method]
+    example = load("forgetting.py")
+    measured = example.read(ROOT / "docs" / f"forgetting-{task}.jsonl")
+    study = tiny(example)
+    wanted = {
+        (m, s * rate, seed)
+        for m, (s, _) in study.methods.items()
+        for rate in study.rates
+        for seed in range(study.seeds)
+    }
+    assert {(point["method"], point["lr"], point["seed"]) for point in measured} == wanted
+    study.rates, study.seeds = [study.rates[-1]], 1
+    monkeypatch.setitem(example.STUDIES, task, lambda: study)
+    for _ in range(2):  # the second finds every run in the file
+        example.main(task, tmp_path / "measured.jsonl")
+    found = example.read(tmp_path / "measured.jsonl")
+    trained = {point["method"]: point["trained"] for point in measured}
+    assert [(point["method"], point["trained"]) for point in found] == list(trained.items())
 
 
 def test_what_is_said_of_forgetting_is_what_was_measured() -> None:
     pytest.importorskip("matplotlib", reason="the extra `plot`")
     picture = load("forgetting_picture.py")
-    found = picture.points(ROOT / "docs" / "forgetting.json")
-    assert "\n".join(picture.table(found)) in (ROOT / "docs" / "forgetting.md").read_text(encoding="utf-8")
-    best = picture.frontier(found)
+    page = (ROOT / "docs" / "forgetting.md").read_text(encoding="utf-8")
+    for task, look in picture.LOOKS.items():
+        found = picture.points(ROOT / "docs" / f"forgetting-{task}.jsonl")
+        assert "\n".join(picture.table(found, look)) in page
+
+
+def test_what_the_readme_says_of_forgetting_is_what_was_measured() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot`")
+    picture = load("forgetting_picture.py")
+    found = picture.points(ROOT / "docs" / "forgetting-digits.jsonl")
+    best = picture.frontier(found, better=1)
     shown = {}
     for method, lr in (("full finetuning", 2e-4), ("LoRA r=16", 1e-3), ("OFT held at 20°", 2e-3)):
-        point = next(point for point in found[method] if point[0] == lr)
+        point = next(point for point in found[method] if point.lr == lr)
         assert point in best
-        shown[method] = tuple(round(accuracy, 2) for accuracy in point[:0:-1])
+        shown[method] = (round(point.new, 2), round(point.old, 2))
     assert shown == {"full finetuning": (0.91, 0.95), "LoRA r=16": (0.93, 0.92), "OFT held at 20°": (0.94, 0.91)}
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert (
@@ -199,7 +232,7 @@ def test_what_is_said_of_forgetting_is_what_was_measured() -> None:
         in readme
     )
     assert "from 4 to 64 times the smallest rate OFT at 20 degrees reads 0.94 and keeps 0.87 or more" in readme
-    for _, old, new in found["OFT held at 20°"][2:]:
-        assert (round(new, 2), round(old, 2) >= 0.87) == (0.94, True)
-    assert max(found[method][-1][1] for method in ("full finetuning", "LoRA r=16", "OFT")) < 0.12
+    for point in found["OFT held at 20°"][2:]:
+        assert (round(point.new, 2), round(point.old, 2) >= 0.87) == (0.94, True)
+    assert max(found[method][-1].old for method in ("full finetuning", "LoRA r=16", "OFT")) < 0.12
     assert not set(best) & set(found["OFT"])
