@@ -236,3 +236,14 @@ def test_what_the_readme_says_of_forgetting_is_what_was_measured() -> None:
         assert (round(point.new, 2), round(point.old, 2) >= 0.87) == (0.94, True)
     assert max(found[method][-1].old for method in ("full finetuning", "LoRA r=16", "OFT")) < 0.12
     assert not set(best) & set(found["OFT"])
+
+
+def test_the_shipped_prompts_and_the_subject_are_what_the_script_draws(tmp_path: Path) -> None:
+    drawings, bases = load("bases/drawings.py"), EXAMPLES / "bases"
+    drawings.write_subject(tmp_path / "drawn-subject")
+    drawings.write_prompts(tmp_path / "drawn-prompts")
+    for file in (file.relative_to(tmp_path) for file in tmp_path.rglob("*.*")):
+        shipped = bases / file
+        assert shipped.is_file()
+        if file.suffix == ".jsonl":  # another Pillow compresses otherwise
+            assert shipped.read_text(encoding="utf-8") == (tmp_path / file).read_text(encoding="utf-8")
