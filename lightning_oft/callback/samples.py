@@ -1,4 +1,4 @@
-"""Samples: what a model writes after its fixed prompts, after each validation, at the speed of its base."""
+"""Samples: what a model makes of its fixed prompts, after each validation, at the speed of its base."""
 
 from typing import Any
 
@@ -6,15 +6,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_oft.callback.pictures import log_pictures
 from lightning_oft.callback.strategies.base import strategy_adapter
 from lightning_oft.model.merging import merged_where_possible
 
 
 class Samples(Callback):
-    """Logs `samples()` of a LightningModule that has one, as text by prompt: our text tasks do.
+    """Logs `samples()` of a LightningModule that has one, text or pictures by prompt: our tasks that generate do.
 
     Opt in with `Trainer(callbacks=[..., Samples()])`; `lightning-oft fit` does. TensorBoard and Weights & Biases get
-    the text; with any other logger, or none, it is printed.
+    them; with any other logger, or none, text is printed and pictures become a PNG in the log directory.
     """
 
     @override
@@ -24,8 +25,12 @@ class Samples(Callback):
             return
         with strategy_adapter(trainer).whole(), merged_where_possible(pl_module):
             said = pl_module.samples()
-        if trainer.is_global_zero and said:
-            log_text(trainer.loggers, said, trainer.global_step)
+        if not trainer.is_global_zero:
+            return
+        if texts := {prompt: one for prompt, one in said.items() if isinstance(one, str)}:
+            log_text(trainer.loggers, texts, trainer.global_step)
+        if pictures := {prompt: one for prompt, one in said.items() if not isinstance(one, str)}:
+            log_pictures(trainer, pictures)
 
 
 def log_text(loggers: Any, said: dict[str, str], step: int) -> None:

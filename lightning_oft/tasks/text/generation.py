@@ -1,11 +1,12 @@
 """Text that a language model writes: prompts padded on the left, continued by transformers' generate."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from lightning_oft.tasks.modes import evaluating
 
 
 def generate(
@@ -35,19 +36,6 @@ def say(model: Any, tokenizer: Any, prompts: Sequence[str], **options: Any) -> d
         encoded = tokenizer(prompt, return_tensors="pt")
         (said[prompt],) = generate(model, tokenizer, encoded["input_ids"], encoded["attention_mask"], **options)
     return said
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is in eval mode and nothing gets a gradient; each module's mode returns after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def check_packing(model: Any) -> None:

@@ -10,9 +10,9 @@ from typing_extensions import override
 
 from lightning_oft.model.merging import merged_where_possible
 from lightning_oft.tasks.base import Dtype, LRInterval
+from lightning_oft.tasks.modes import evaluating
 from lightning_oft.tasks.text.compared import ComparedTask
 from lightning_oft.tasks.text.completions import Sampled, check_batch, ends_of, own_tokens
-from lightning_oft.tasks.text.generation import evaluating
 from lightning_oft.tasks.text.losses import POLICY_LOSSES, divergences, group_advantages, policy_losses, token_log_probs
 from lightning_oft.tasks.text.metrics import Rewards
 from lightning_oft.tasks.text.rewards import Reward, import_reward, path_of, rewards_of

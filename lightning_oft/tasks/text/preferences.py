@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_oft.tasks.base import Dtype, LRInterval
+from lightning_oft.tasks.modes import evaluating
 from lightning_oft.tasks.text.compared import ComparedTask
-from lightning_oft.tasks.text.generation import evaluating
 from lightning_oft.tasks.text.losses import PREFERENCE_LOSSES, log_probs, preference_losses
 from lightning_oft.tasks.text.metrics import Preferences
 

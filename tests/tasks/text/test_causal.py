@@ -191,7 +191,10 @@ def test_new_tokens_are_said_trained_and_written(base: str, tmp_path: Path, capl
     torch.testing.assert_close(merged.state_dict(), task.model.state_dict())
 
 
-def test_samples_are_logged_after_validation_and_disturb_nothing(base: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("enabled", [True, False])
+def test_samples_are_logged_after_validation_and_disturb_nothing(
+    base: str, caplog: pytest.LogCaptureFixture, enabled: bool
+) -> None:
     task = CausalLM(base, prompts=["One", "Two"], generation={"max_new_tokens": 3, "do_sample": True})
     loader = batches(4, examples())
     modes, state = [m.training for m in task.modules()], torch.get_rng_state()
@@ -199,7 +202,7 @@ def test_samples_are_logged_after_validation_and_disturb_nothing(base: str, capl
     assert torch.equal(state, torch.get_rng_state())
     assert modes == [m.training for m in task.modules()]
     with caplog.at_level("INFO"):
-        run = trainer(callbacks=[OFTFinetuning(oft_block_size=8, merge_on_fit_end=False), Samples()])
+        run = trainer(callbacks=[OFTFinetuning(enabled, oft_block_size=8, merge_on_fit_end=False), Samples()])
         run.fit(task, loader, loader)
     assert [line for line in caplog.messages if line.startswith("step 2: One")]
     assert [line for line in caplog.messages if line.startswith("step 2: Two")]
