@@ -3,7 +3,8 @@
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,17 @@ from lightning_oft.formats.checkpoint_file import CheckpointError, read
 from lightning_oft.formats.errors import first_line
 from lightning_oft.formats.merged import write_merged
 from lightning_oft.formats.peft import write_peft
-from lightning_oft.formats.pretrained import check_replaceable, companions_of, roots_of, save_config, write_pretrained
+from lightning_oft.formats.pretrained import (
+    check_replaceable,
+    companions_of,
+    roots_of,
+    save_config,
+    write_pipeline,
+    write_pretrained,
+)
 from lightning_oft.model.adapter_state import take
 from lightning_oft.model.folding import packed_layers
-from lightning_oft.model.merging import merge_layers, unmerge
+from lightning_oft.model.merging import merge_layers, merged, unmerge
 from lightning_oft.model.traversal import some, walk
 
 
@@ -30,7 +38,8 @@ class Exporter:
     ValueError on every process, before the fit begins, where they could not be written.
 
     `merged/` is left out where the weights take no merge, unless a dtype was given for it. Where adapters turn several
-    library models, such as the parts of a pipeline, it has a directory for each, by its name in the module.
+    library models, it has a directory for each, by its name in the module; where these are parts of the module's
+    `pipeline`, it is that pipeline.
     """
 
     def __init__(self, callback: Any, strategy: StrategyAdapter, pl_module: nn.Module, merges: bool) -> None:
@@ -44,6 +53,15 @@ class Exporter:
                 "no process has the whole weights: set it to None and call save_merged after the run"
             )
         self._places = roots_of(self._root) if self._can_merge or self._dtype is not None else {}
+        self._pipeline: Any = getattr(pl_module, "pipeline", None)
+        self._parts = {
+            name: root
+            for name, part in getattr(self._pipeline, "components", {}).items()
+            for root in self._places.values()
+            if root is part
+        }
+        if len(self._parts) < max(1, len(self._places)):
+            self._pipeline = None
         keepers = self._trainer.checkpoint_callbacks
         if callback.export_from == "best" and not any(getattr(one, "save_top_k", 0) for one in keepers):
             raise ValueError(
@@ -60,7 +78,7 @@ class Exporter:
         directory = Path(self._callback.export_dir)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            for name in self._places:
+            for name in self._places if self._pipeline is None else [""]:
                 check_replaceable(directory / "merged" / name)
             if (directory / "adapter").is_file():
                 what = "is a file where a directory is wanted"
@@ -118,15 +136,24 @@ class Exporter:
 
     def _write_merged(self, written: dict[str, str]) -> None:
         written["merged model"] = str(Path(self._callback.export_dir) / "merged")
-        for name, root in self._places.items():
-            place = Path(written["merged model"], name)
-            if self._dtype is not None:
+        if self._pipeline is None:
+            for name, root in self._places.items():
+                save = self._saving(root)
                 if self._trainer.is_global_zero:
-                    write_merged(root, place, self._dtype, companions=self._companions)
-                continue
-            state = self._strategy.whole_state(root)
+                    save(Path(written["merged model"], name))
+            return
+        # Another callback may have parts of the pipeline that it has not merged yet.
+        with merged(self._pl_module) if self._dtype is None else contextlib.nullcontext():
+            saves = {name: self._saving(part) for name, part in self._parts.items()}
             if self._trainer.is_global_zero:
-                write_pretrained(root, place, self._companions, state)
+                write_pipeline(self._pipeline, written["merged model"], saves)
+
+    def _saving(self, root: nn.Module) -> Callable[[Path], Any]:
+        """What writes one of the models into a directory, once every process has given its part of it."""
+        if self._dtype is not None:
+            return partial(write_merged, root, dtype=self._dtype, companions=self._companions)
+        state = self._strategy.whole_state(root)
+        return partial(write_pretrained, root, companions=self._companions, state=state)
 
     def _best(self) -> dict[str, Tensor]:
         """What trained, as it is in the best checkpoint; nothing, and a warning, where the last state must do."""

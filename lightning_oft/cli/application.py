@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from lightning_oft import data, tasks
 from lightning_oft.callback.checkpoint_io import AtomicCheckpointIO
 from lightning_oft.callback.oft import OFTFinetuning
+from lightning_oft.callback.pictures import sheet, stacked, write_picture
 from lightning_oft.callback.random_state import RandomState
 from lightning_oft.callback.samples import Samples
 from lightning_oft.cli import COMMANDS, config_files
@@ -43,7 +45,7 @@ class Application(LightningCLI):
     def __init__(self, arguments: list[str]) -> None:
         self.command = command = arguments[0]
         self.scores_before: dict[str, float] = {}
-        self.samples_before: dict[str, str] = {}
+        self.samples_before: dict[str, Any] = {}
         summary, example = COMMANDS[command].capitalize(), _EXAMPLES.get(command, "--ckpt_path best.ckpt")
         description = _DESCRIPTION.format(summary=summary, command=command, example=example)
         super().__init__(
@@ -116,7 +118,7 @@ class Application(LightningCLI):
             self.model.configure_optimizers = partial(_optimizers, self.model, **given)
 
     def before_fit(self) -> None:
-        """Score the model before the fit, and let it write."""
+        """Score the model before the fit, and let it generate."""
         if self._get(self.config_init, "test_before_and_after"):
             self.scores_before, self.samples_before = self._scores(), self._samples()
 
@@ -125,15 +127,20 @@ class Application(LightningCLI):
         if self.scores_before:
             self._say(score_table(self.scores_before, self._scores(), getattr(self.model, "shown_scores", ("acc",))))
         if self.samples_before:
-            self._say(sample_table(self.samples_before, self._samples()))
+            self._show(self.samples_before, self._samples())
         if export_dir := self._get(self.config, "oft").get("export_dir"):
             merged, adapter = Path(export_dir, "merged"), Path(export_dir, "adapter")
-            if (adapter / "adapter_config.json").is_file() and read_adapter(adapter).known_to_peft():
-                self._say(f'load the adapter with       PeftModel.from_pretrained(base_model, "{adapter}")')
-            places = [merged, *sorted(merged.glob("*/"))] if merged.is_dir() else []
+            if (adapter / "adapter_config.json").is_file():
+                self._say(f"load the adapter with       {loading_line(adapter)}")
+            places = [merged] if loader_of(merged) else sorted(merged.glob("*/"))
             for place, loader in ((place, loader_of(place)) for place in places):
                 if loader:
-                    self._say(f'load the merged model with  {loader}.from_pretrained("{place}")')
+                    self._say(f'load the merged model with  {loader}.from_pretrained("{place}"{self._dtype(loader)})')
+
+    def _dtype(self, loader: str) -> str:
+        """What a pipeline in half precision must be told: its parts have different ideas of what is loaded otherwise."""
+        dtype = next(self.model.parameters()).dtype
+        return "" if loader != "DiffusionPipeline" or dtype == torch.float32 else f", dtype={dtype}"
 
     def _scores(self) -> dict[str, float]:
         """Every metric of a test without its table and progress bar."""
@@ -145,9 +152,22 @@ class Application(LightningCLI):
             bar.enable()
         return {name: float(value) for loader in scores for name, value in loader.items()}
 
-    def _samples(self) -> dict[str, str]:
-        """What the model writes after its prompts, by prompt; nothing for other tasks."""
+    def _samples(self) -> dict[str, Any]:
+        """What the model makes of its prompts, by prompt; nothing for other tasks."""
         return self.model.samples() if isinstance(self.model, tasks.Task) else {}
+
+    def _show(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """Print what the model made of its prompts, or draw it on a sheet, below what it learned from."""
+        if all(isinstance(one, str) for one in before.values()):
+            self._say(sample_table(before, after))
+        elif self.trainer.is_global_zero:
+            sheets = [sheet({"before": [*before.values()], "after": [*after.values()]}, [*before])]
+            if learned := self.datamodule.shown(len(before)) if hasattr(self.datamodule, "shown") else []:
+                sheets.insert(0, sheet({"taught": learned}))
+            folder = self._get(self.config, "oft").get("export_dir") or self.trainer.default_root_dir
+            place = Path(folder, "before_after.png")
+            write_picture(place, stacked(sheets))
+            self._say(f"before and after            {place}")
 
     def after_predict(self) -> None:
         """Say that the predictions are lost where no callback writes them."""
@@ -176,6 +196,14 @@ def score_table(before: Mapping[str, float], after: Mapping[str, float], shown: 
     return "\n".join("  ".join(row) for row in zip(*columns, strict=True))
 
 
+def loading_line(adapter: Path) -> str:
+    """How to load an adapter: by PEFT, unless that would leave out some of its layers."""
+    state = read_adapter(adapter)
+    if len(state.known_to_peft()) == len(state.layers):
+        return f'PeftModel.from_pretrained(base_model, "{adapter}")'
+    return f'lightning_oft.load_adapter(base_model, "{adapter}")'
+
+
 def sample_table(before: Mapping[str, str], after: Mapping[str, str]) -> str:
     """For each prompt two lines: what a model made of it before and after the fit."""
     rows = [(prompt, when, said[prompt]) for prompt in before for when, said in (("before", before), ("after", after))]
@@ -197,6 +225,7 @@ _WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning about torch
     r"Found \d+ module\(s\) in eval mode at the start",  # a frozen base stays in eval mode, statistics included
     r"You have overridden `on_before_batch_transfer` in `LightningModule`",  # as our tasks do
+    r"Total length of `list` across ranks is zero",  # no test set: before and after there are samples alone
     r"LightningCLI's args parameter is intended",  # `main(args)` is our interface, whatever sys.argv holds
     r"\n    ",  # jsonargparse about how Lightning calls it; only its warnings start with a new line
 )

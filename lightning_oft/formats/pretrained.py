@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,16 +44,34 @@ def write_pretrained(
         FileExistsError: something is there that is no model.
         OSError: the directory cannot be written; what was there is untouched.
     """
+    return write_model(directory, lambda place: _save(root, place, state), companions)
+
+
+def write_pipeline(pipeline: Any, directory: str | Path, saves: Mapping[str, Callable[[Path], Any]]) -> Path:
+    """Write a diffusers pipeline whole, so that DiffusionPipeline loads the directory; `saves` writes the merged parts, by
+    their names. Raises as `write_pretrained`."""
 
     def save(place: Path) -> None:
-        if class_names(root) & LIBRARY_MODELS:
-            root.save_pretrained(place, **({} if state is None else {"state_dict": state}))  # type: ignore[operator]
-        elif state is not None:
-            save_file(state, str(place / "model.safetensors"), metadata={"format": "pt"})
-        else:
-            save_model(root, str(place / "model.safetensors"), metadata={"format": "pt"})
+        for name, part in pipeline.components.items():
+            if name in saves:
+                saves[name](place / name)
+            elif hasattr(part, "save_pretrained"):
+                part.save_pretrained(place / name)
+        pipeline.save_config(place)
 
-    return write_model(directory, save, companions)
+    return write_model(directory, save)
+
+
+def _save(root: nn.Module, place: Path, state: dict[str, Tensor] | None) -> None:
+    if "ModelMixin" in class_names(root) and state is not None:  # whose save_pretrained takes no tensors
+        root.save_config(place)  # type: ignore[operator]
+        save_file(state, str(place / "diffusion_pytorch_model.safetensors"), metadata={"format": "pt"})
+    elif class_names(root) & LIBRARY_MODELS:
+        root.save_pretrained(place, **({} if state is None else {"state_dict": state}))  # type: ignore[operator]
+    elif state is not None:
+        save_file(state, str(place / "model.safetensors"), metadata={"format": "pt"})
+    else:
+        save_model(root, str(place / "model.safetensors"), metadata={"format": "pt"})
 
 
 def write_model(directory: str | Path, save: Callable[[Path], None], companions: Iterable[Any] = ()) -> Path:
