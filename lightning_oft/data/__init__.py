@@ -1,6 +1,7 @@
 """Data for the tasks, as LightningDataModules; what only some of them need is imported when they are set up."""
 
 from lightning_oft.data.base import SplitDataModule as SplitDataModule
+from lightning_oft.data.diffusion import DreamBoothDataModule, PictureDataModule
 from lightning_oft.data.text.classification import TextClassificationDataModule, TokenClassificationDataModule
 from lightning_oft.data.text.module import TextDataModule
 from lightning_oft.data.text.preferences import PreferenceDataModule
@@ -12,7 +13,9 @@ from lightning_oft.data.vision.images import ImageDataModule
 # What a configuration can name; not `SplitDataModule`, the base of them all.
 __all__ = [
     "DigitsDataModule",
+    "DreamBoothDataModule",
     "ImageDataModule",
+    "PictureDataModule",
     "PreferenceDataModule",
     "PromptDataModule",
     "Seq2SeqDataModule",

@@ -1,6 +1,7 @@
 """Ordinary LightningModules, with or without OFT; the library of a task's model is imported when one is made."""
 
 from lightning_oft.tasks.base import Task as Task
+from lightning_oft.tasks.diffusion import TextToImage
 from lightning_oft.tasks.text import (
     CausalLM,
     PolicyOptimization,
@@ -18,5 +19,6 @@ __all__ = [
     "PreferenceOptimization",
     "Seq2SeqLM",
     "SequenceClassification",
+    "TextToImage",
     "TokenClassification",
 ]

@@ -37,8 +37,11 @@ class Task(LightningModule):
         lr_interval: When the schedule advances; auto is every step for OneCycleLR and CyclicLR, else every epoch.
     """
 
-    model_attribute: ClassVar[str] = "model"
+    model_attribute: str = "model"
     """The attribute that holds the library model: "model", "unet", ..."""
+
+    pipeline: Any = None
+    """The diffusers pipeline that the library model is a part of, and as which it is exported; None for none."""
 
     shown_scores: ClassVar[tuple[str, ...]] = ("acc",)
     """Parts of the names of the scores in a table of before and after."""
@@ -84,8 +87,8 @@ class Task(LightningModule):
         """Objects whose `save_pretrained` writes beside an export what plain libraries need: by default `processor`."""
         return [] if self.processor is None else [self.processor]
 
-    def samples(self) -> dict[str, str]:
-        """By prompt, what the model makes of it now; for a person to read. By default nothing."""
+    def samples(self) -> dict[str, Any]:
+        """By prompt, what the model makes of it now, text or a Pillow image; for a person to see. By default nothing."""
         return {}
 
     def sharded_units(self) -> list[nn.Module]:

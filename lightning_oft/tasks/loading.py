@@ -7,6 +7,16 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 
+def local_path(pretrained: str) -> str:
+    """A folder or a hub id as the libraries take it. Raises FileNotFoundError for a path where there is no folder."""
+    path = expanduser(pretrained)
+    if not isdir(path) and (pretrained.startswith(("/", ".", "~")) or pretrained.count("/") > 1):
+        raise FileNotFoundError(
+            f"{pretrained}: no such folder; pretrained is one written by save_pretrained, or a hub id"
+        )
+    return path
+
+
 def load_pretrained(
     auto_class: Any, pretrained: str, dtype: str = "float32", quantization_config: Any = None, **config_overrides: Any
 ) -> tuple[Any, list[str]]:
@@ -19,11 +29,7 @@ def load_pretrained(
     from transformers import AutoConfig
     from transformers.utils import logging as reports
 
-    path = expanduser(pretrained)
-    if not isdir(path) and (pretrained.startswith(("/", ".", "~")) or pretrained.count("/") > 1):
-        raise FileNotFoundError(
-            f"{pretrained}: no such folder; pretrained is one written by save_pretrained, or a hub id"
-        )
+    path = local_path(pretrained)
     overrides = {name: value for name, value in config_overrides.items() if value is not None}
     options = {"quantization_config": quantization_config} if quantization_config is not None else {}
     verbosity = reports.get_verbosity()
