@@ -1,0 +1,117 @@
+"""The recipes of diffusion through the command line, with tiny pipelines in the place of the real ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusion_models as tiny
+import pytest
+import torch
+import yaml
+from diffusion_models import SIZE, diffusers
+from PIL import Image
+
+from lightning_oft.cli import main
+from lightning_oft.cli.application import loading_line
+
+ROOT = Path(__file__).parents[2]
+RECIPES = {
+    "diffusion-dreambooth-sd15": "sd",
+    "diffusion-sdxl": "sdxl",
+    "diffusion-sd3": "sd3",
+    "diffusion-flux": "flux",
+}
+SAMPLING = {"num_inference_steps": 2, "height": SIZE, "width": SIZE}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:PEFT cannot represent the rotations of"),
+    # The paper's radius grows with the block, and the blocks of a tiny pipeline are tiny.
+    pytest.mark.filterwarnings("ignore:the constraint lets .* turn by at most"),
+]
+
+
+def words(changes: dict[str, Any]) -> list[str]:
+    return [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two pictures with prompts, where the recipes look for them."""
+    folder = tmp_path / "path" / "to" / "pictures"
+    folder.mkdir(parents=True)
+    for number in range(2):
+        Image.new("RGB", (20, 16), (90 * number, 120, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_trains_a_tiny_pipeline_that_samples_afterwards(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = ROOT / "configs" / "recipes" / f"{name}.yaml"
+    written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    base = tiny.save(RECIPES[name], place / "base")
+    changes = {
+        "model.init_args.pretrained": base,
+        "model.init_args.sampling": json.dumps(SAMPLING),
+        "data.init_args.size": SIZE,
+        "oft.export_dir": "out",
+        "trainer.max_steps": 2,
+        "trainer.accelerator": "cpu",
+        "trainer.logger": "false",
+        "trainer.enable_progress_bar": "false",
+        "trainer.enable_model_summary": "false",
+    }
+    if "class_pictures" in written["data"]["init_args"]:
+        changes["data.init_args.class_pictures"] = 2
+        changes["trainer.val_check_interval"] = 2
+    else:
+        changes |= {"data.init_args.num_workers": 0, "data.init_args.val_fraction": 0.5, "oft.oft_block_size": 4}
+    assert main(["fit", "--config", str(recipe), *words(changes)]) == 0
+    said = capsys.readouterr().out
+    assert "before and after            out/before_after.png" in said
+    assert f"load the adapter with       {loading_line(Path('out/adapter'))}" in said
+    dtype = written["model"]["init_args"].get("dtype", "float32")
+    told = "" if dtype == "float32" else f", dtype=torch.{dtype}"
+    assert f'load the merged model with  DiffusionPipeline.from_pretrained("out/merged"{told})' in said
+    assert said.count("load the merged model") == 1
+    options = {"dtype": getattr(torch, dtype)}
+    merged, plain = (diffusers.DiffusionPipeline.from_pretrained(path, **options) for path in ("out/merged", base))
+    assert type(merged) is type(plain)
+    pictures = []
+    for pipeline in (merged, plain):
+        pipeline.set_progress_bar_config(disable=True)
+        pictures.append(pipeline(["a"], generator=[torch.Generator().manual_seed(0)], **SAMPLING).images[0])
+    assert pictures[0].size == (SIZE, SIZE)
+    weights = [getattr(one, written["oft"]["module"]).state_dict() for one in (merged, plain)]
+    assert any(not torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+@pytest.mark.nightly
+def test_the_example_learns_its_subject_in_scenes_where_it_was_never_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two and a half minutes of CPU time."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    quiet = {"trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false"}
+    assert main(["fit", "--config", str(ROOT / "configs" / "diffusion.yaml"), *words(quiet)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    names = next(line for line in lines if line and line[0].endswith("_accuracy"))
+    before, after = (
+        dict(zip(names, map(float, line[1:]), strict=True))
+        for line in lines
+        if len(line) == len(names) + 1 and line[0] in ("before", "after")
+    )
+    for scenes in ("seen", "unseen"):
+        assert before[f"{scenes}/shape_accuracy"] <= 0.05
+        assert after[f"{scenes}/shape_accuracy"] >= 0.8
+        assert after[f"{scenes}/scene_accuracy"] >= 0.7
+    assert after["old/shape_accuracy"] >= before["old/shape_accuracy"] - 0.1
+    pipeline = diffusers.DiffusionPipeline.from_pretrained("runs/diffusion/merged")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a sks on the sea", num_inference_steps=2).images[0].size == (32, 32)
