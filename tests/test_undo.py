@@ -143,7 +143,8 @@ def _fitted(model: Net) -> None:
 
 
 def test_every_public_call_has_its_undoing() -> None:
-    named = {name.partition(",")[0] for name in UNDONE} | {"register_layer_type"}
+    # OFTTrainerCallback trains what inject has put in, and inject has a row.
+    named = {name.partition(",")[0] for name in UNDONE} | {"register_layer_type", "OFTTrainerCallback"}
     assert named | HARMLESS == set(lightning_oft.__all__)
     assert not named & HARMLESS
 
