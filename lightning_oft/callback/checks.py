@@ -43,6 +43,8 @@ _UNSEEN = (
 def check_arguments(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise TypeError for a keyword that OFTConfig lacks or a value of a wrong type, ValueError for no such choice."""
     fields = [field.name for field in dataclasses.fields(OFTConfig)]
+    if any(isinstance(value, OFTConfig) for value in (*given.values(), *config.values())):
+        raise TypeError("OFTFinetuning takes the fields of an OFTConfig: OFTFinetuning(**dataclasses.asdict(config))")
     for name in config.keys() - fields:
         near = difflib.get_close_matches(name, fields, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(fields)}"
@@ -79,7 +81,7 @@ def check_callbacks(trainer: Any, callback: Any, stage: str) -> None:
     if sum(other.state_key == callback.state_key for other in twins) > 1:
         raise ValueError(
             f"two OFTFinetuning callbacks have module={callback.module!r} and adapter_name={callback.adapter_name!r}: "
-            "leave one out, or give it an adapter_name of its own"
+            "leave one out, or give each layers of its own by module"
         )
     if stage != "fit":
         return
@@ -160,6 +162,17 @@ def check_layers(injected: list[str], present: list[str]) -> None:
         )
     if not present:
         raise RuntimeError("OFTFinetuning: no layer is adapted when the fit starts: look at module and target_modules")
+
+
+def check_active(modules: Modules, adapter_name: str) -> None:
+    """Raise ValueError where an adapter is active in none of its layers, as another one that came first is."""
+    states = {name: one for name, _, one in adapted(modules) if adapter_name in one.configs and one.merged is None}
+    if states and not any(adapter_name in state.active for state in states.values()):
+        others = sorted({name for state in states.values() for name in state.active})
+        raise ValueError(
+            f"adapter {adapter_name!r} is not active on {some(states)}, where {some(others)} is, and would never train: give "
+            f"it layers of its own by module or target_modules, or call set_adapter(model, {[*others, adapter_name]})"
+        )
 
 
 def trainable_rotations(modules: Modules, adapter_name: str) -> dict[str, Rotation]:

@@ -130,7 +130,10 @@ class OFTFinetuning(Callback):
             checks.check_precision(run.strategy.trainer, everything)
         run.config = self._whole_heads(pl_module, modules)
         if self.pretrained_adapter is None:
-            injection.carry_out(modules, plan.plan_injection(modules, run.config, self.adapter_name, strict=built))
+            planned = plan.plan_injection(modules, run.config, self.adapter_name, strict=built)
+            if built and self.adapter_name not in run.found:  # what is there is all there will be
+                targets.report_names(modules, run.config, planned.layers)
+            injection.carry_out(modules, planned)
         elif self.adapter_name not in adapter_names(modules) and (
             built or targets.find_targets(modules, self.config, strict=False)
         ):
@@ -165,6 +168,7 @@ class OFTFinetuning(Callback):
             return
         modules = walk(checks.submodule(walk(pl_module), self.module))
         checks.check_layers(run.layers, self._layers(modules))
+        checks.check_active(modules, self.adapter_name)
         rotations = checks.trainable_rotations(modules, self.adapter_name)
         optimizers.check_rotations(run.strategy.optimized(), rotations, pl_module)
         checkpoint_hooks.retrain(pl_module, run.unfrozen)

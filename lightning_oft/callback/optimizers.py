@@ -10,7 +10,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_oft.layers.rotation import Rotation
-from lightning_oft.layers.state import state_of
 from lightning_oft.model.freezing import frozen_parameters
 from lightning_oft.model.saved_modules import BASE, saved_tensors
 from lightning_oft.model.traversal import Modules, adapted, is_inside, joined, some, walk
@@ -27,7 +26,7 @@ def check_rotations(optimized: Iterable[Tensor], rotations: Mapping[str, Rotatio
     if "configure_optimizers" in pl_module.__dict__:  # LightningCLI puts one there, with an optimizer that is made
         remedy = (
             "LightningCLI makes that of its `optimizer:` block before the Trainer runs: let the module take an "
-            "OptimizerCallable and call it in configure_optimizers, or run lightning-oft fit"
+            "OptimizerCallable and call it in configure_optimizers, or run lightning-oft fit with an oft: block"
         )
     raise RuntimeError(f"the rotations of {some(idle)} are in no optimizer and would never train: {remedy}")
 
@@ -76,15 +75,15 @@ def report(optimizers: list[Any], rotations: Mapping[str, Rotation], pl_module: 
 def frozen_parts(modules: Modules) -> list[str]:
     """The parts of a model that OFT has frozen whole, the outermost first: what holds no rotation and nothing else that
     an adapter trains. Parts that are alike but for the number of a layer are one: `layers.*.norm`."""
-    busy = {name for name, _, _ in adapted(modules)}
-    busy |= {saved.name.rpartition(".")[0] for saved in saved_tensors(modules) if saved.slot.live != BASE}
+    layers = {name for name, _, _ in adapted(modules)}
+    busy = layers | {saved.name.rpartition(".")[0] for saved in saved_tensors(modules) if saved.slot.live != BASE}
     above = {part for name in busy for part in ("", *accumulate(name.split("."), joined))}
     found = defaultdict[str, dict[str, None]](dict)
     for name, parameter in frozen_parameters(modules):
         owner = name.rpartition(".")[0]
-        if parameter.requires_grad or (owner in modules and state_of(modules[owner]) is not None):
-            continue
         path = ("", *accumulate(owner.split("."), joined)) if owner else ("",)
+        if parameter.requires_grad or not layers.isdisjoint(path):
+            continue
         whole = next((part for part in path if part not in above), name)
         found[re.sub(r"(?<![^.])\d+(?=\.)", "*", whole)][whole] = None
     names = (like if len(parts) > 1 else next(iter(parts)) for like, parts in found.items())
@@ -94,6 +93,6 @@ def frozen_parts(modules: Modules) -> list[str]:
 def thawed_layers(modules: Modules) -> list[str]:
     """The adapted layers that somebody else had frozen whole, where others trained: a perceptual loss or a teacher
     below the same module is no less adapted for being frozen."""
-    trained = {name.rpartition(".")[0] for name, _ in frozen_parameters(modules)}
-    layers = {name: any(is_inside(owner, name) for owner in trained) for name, _, _ in adapted(modules)}
+    trained = {id(parameter) for _, parameter in frozen_parameters(modules)}  # a tied one is named in one of its places
+    layers = {name: any(id(own) in trained for own in layer.parameters()) for name, layer, _ in adapted(modules)}
     return [name for name, did in layers.items() if not did] if any(layers.values()) else []

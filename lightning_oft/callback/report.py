@@ -47,7 +47,7 @@ def report_start(
 
 def report_end(adapter_name: str, modules: Modules, written: Mapping[str, str]) -> None:
     """Log what became of the adapter, and where it was written."""
-    layers = len(list(adapted(modules)))
+    layers = sum(adapter_name in state.configs for _, _, state in adapted(modules))
     how = f"{'merged into' if merged_layers(modules) else 'not merged, active beside'} {counted(layers, 'layer')}"
     if packed_layers(modules) and not merged_layers(modules):
         how += ", since the base is quantized"

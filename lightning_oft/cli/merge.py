@@ -121,4 +121,5 @@ def load_base(base: str, **options: Any) -> nn.Module:
         model = getattr(transformers, found.architectures[0]).from_pretrained(base, dtype="auto", **options)
         return cast("nn.Module", model)
     except Exception as error:  # a damaged file raises whatever its reader does not expect
-        raise UserError(f"merge: the base {base!r} cannot be loaded: {one_line(error)}") from error
+        remedy = "a module of your own is merged in Python, by load_adapter and merge"
+        raise UserError(f"merge: the base {base!r} cannot be loaded: {one_line(error)}; {remedy}") from error

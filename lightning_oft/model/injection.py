@@ -12,6 +12,7 @@ from lightning_oft.layers.shared_map import share_maps
 from lightning_oft.layers.state import drop_empty_record, make_record, rotations_of
 from lightning_oft.model import activation, fingerprint, first_forward, freezing, packed, saved_modules, traversal
 from lightning_oft.model.plan import Plan, plan_injection
+from lightning_oft.model.targets import report_names
 from lightning_oft.model.traversal import Modules, adapted, adapter_names, some, walk
 
 
@@ -31,7 +32,10 @@ def inject(model: Any, config: OFTConfig, adapter_name: str = "default") -> list
         given = f"{type(model).__name__}, {type(config).__name__}"
         raise TypeError(f"inject({given}): takes a module and an OFTConfig, as in inject(model, OFTConfig(r=4))")
     modules = walk(model)
-    names = carry_out(modules, plan_injection(modules, config, adapter_name))
+    plan = plan_injection(modules, config, adapter_name)
+    if adapter_name not in adapter_names(modules):
+        report_names(modules, config, plan.layers)
+    names = carry_out(modules, plan)
     first_forward.watch(modules)
     return names
 

@@ -89,8 +89,8 @@ def merge_layers(
     if requantized := {name: error for name, error in errors.items() if error}:
         report_requantized(layers, requantized)
     if untied := _untied(layers):
-        log.warning("merge: %s shared a weight with another module; it has a copy of its own now", some(untied))
-        _untie_configs(modules)
+        what = "merge: %s shared a weight with another module and has one of its own now%s"
+        log.warning(what, some(untied), "" if _untie_configs(modules) else f": {traversal.TIED_AGAIN}")
     if len(merged_layers(modules)) == sum(1 for _ in adapted(modules)):
         freezing.unfreeze_norms(modules)
     freezing.layers_changed(modules)

@@ -12,7 +12,7 @@ from lightning_oft.config import OFTConfig
 from lightning_oft.layers.base import LayerType, rotated_weights_of
 from lightning_oft.layers.state import state_of
 from lightning_oft.model.probe import fitting_types
-from lightning_oft.model.targets import Target, find_targets, matches, report_names, saved_names
+from lightning_oft.model.targets import Target, find_targets, matches, saved_names
 from lightning_oft.model.traversal import Modules, own_tensors, require_enabled, require_unmerged, some, tensor_of
 
 
@@ -33,9 +33,6 @@ def plan_injection(modules: Modules, config: OFTConfig, adapter_name: str, stric
     Raises what `inject` raises."""
     targets = find_targets(modules, config, strict)
     layers = _block_sizes(targets, config, adapter_name)
-    states = [state_of(target.module) for target in targets.values()]
-    if strict and any(state is None or adapter_name not in state.configs for state in states):
-        report_names(modules, config, targets)
     plan = Plan(adapter_name, config, layers, _saved_tensors(modules, layers, config, strict))
     # A rotated weight that is tied to a trained one would train too, and no adapter file could say so.
     trained = {id(tensor_of(module, key)): module for module, key in plan.saved}

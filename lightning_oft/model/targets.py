@@ -5,16 +5,17 @@ import difflib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from lightning_oft.codecs import parameter_of
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.base import layer_type_of, layer_types, refusal, rotated_weights_of
 from lightning_oft.layers.experts import Experts
-from lightning_oft.model.traversal import Modules, class_names, counted, joined, some
+from lightning_oft.model.traversal import TIED_AGAIN, Modules, class_names, counted, joined, some
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +88,13 @@ def find_targets(modules: Modules, config: OFTConfig, strict: bool = True) -> di
             hint = f"; a string is a regular expression for the whole name: write [{config.target_modules}] for a list"
         elif config.exclude_modules or config.layers_to_transform is not None:
             hint = "; look at exclude_modules and layers_to_transform too"
+        elif _is_all_linear(config.target_modules) and adaptable:
+            hint = ", which have to be named in target_modules"
         raise ValueError(f"target_modules={config.target_modules!r} matches nothing; {known}{hint}")
     return found
 
 
-def report_names(modules: Modules, config: OFTConfig, targets: Mapping[str, Target]) -> None:
+def report_names(modules: Modules, config: OFTConfig, layers: Iterable[str]) -> None:
     """Log the names that match nothing beside others that do, and what "all-linear" finds and leaves out. Not as
     warnings: a list may be meant for several architectures."""
     names = [name.split(".") for name in modules]
@@ -104,11 +107,30 @@ def report_names(modules: Modules, config: OFTConfig, targets: Mapping[str, Targ
             near = difflib.get_close_matches(lost[0], endings, 1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             log.warning("%s: %s matches no module%s: correct or remove it", field, some(lost), hint)
+    if tied := _tied_layers(modules, layers):
+        log.warning("%s: the weight is also that of another module (they are tied), and %s", some(tied), TIED_AGAIN)
     if _is_all_linear(config.target_modules) and log.isEnabledFor(logging.INFO):
-        kinds = Counter(kind.name for one in targets.values() if (kind := layer_type_of(one.module)) is not None)
+        kinds = Counter(kind.name for name in layers if (kind := layer_type_of(modules[name])) is not None)
         found = ", ".join(f"{kind} ({counted(number, 'layer')})" for kind, number in kinds.items())
         log.info("target_modules='all-linear' finds %s", found)
         _report_left(modules, config)
+
+
+def _tied_layers(modules: Modules, layers: Iterable[str]) -> list[str]:
+    """Names of the layers whose rotated weight is another module's too. Not in transformers models, whose configuration
+    says after a merge that nothing is tied."""
+    if any(
+        "PreTrainedModel" in class_names(module)
+        and getattr(getattr(module, "config", None), "tie_word_embeddings", False)
+        for module in modules.values()
+    ):
+        return []
+    holders = Counter(id(one) for module in modules.values() for one in module._parameters.values() if one is not None)
+    weights = {
+        name: [parameter_of(modules[name], part.parameter) for part in rotated_weights_of(modules[name]).values()]
+        for name in layers
+    }
+    return [name for name, own in weights.items() if any(one is not None and holders[id(one)] > 1 for one in own)]
 
 
 def _report_left(modules: Modules, config: OFTConfig) -> None:

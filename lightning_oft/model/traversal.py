@@ -88,6 +88,10 @@ def records(modules: Modules) -> list[tuple[str, nn.Module, Record]]:
     return [(name, module, record) for name, module in modules.items() if (record := record_of(module)) is not None]
 
 
+TIED_AGAIN = "a model that ties them when it is made loads one of the merged weights for both: leave one out with exclude_modules"
+"""What is wrong with rotating a weight that several modules share, and the remedy."""
+
+
 def adapted(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, LayerState]]:
     """(name, layer, state) of the adapted layers, merged ones too."""
     for name, module in modules.items():

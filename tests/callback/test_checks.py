@@ -127,6 +127,28 @@ class RaisesAt(pl.Callback):
         raise self.error("on purpose")
 
 
+def test_each_callback_reports_its_own_layers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    run = trainer(tmp_path, oft(target_modules=["net.0"]), oft(target_modules=["net.3"], adapter_name="other"))
+    run.fit(Small(), loader())
+    said = [line for line in caplog.messages if "merged into" in line]
+    assert said == [
+        "OFT adapter 'other': merged into 1 layer",
+        "OFT adapter 'default': merged into 1 layer",
+    ] or said == [
+        "OFT adapter 'default': merged into 1 layer",
+        "OFT adapter 'other': merged into 1 layer",
+    ]
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_a_name_that_matches_nothing_is_said_once(field: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["net.0", "net.33"] if field == "target_modules" else ["net.33"]
+    options = {"target_modules": ["net.0"], field: names}
+    trainer(tmp_path, oft(**options)).fit(Small(), loader())
+    assert len([line for line in caplog.messages if f"{field}: net.33 matches no module" in line]) == 1
+
+
 @pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
 @pytest.mark.parametrize(
     ("hook", "error"),

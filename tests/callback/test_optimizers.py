@@ -272,6 +272,16 @@ def test_layers_that_somebody_froze_and_oft_turns_are_said(tmp_path: Path, caplo
     assert not any("did not train" in line for line in _said(caplog, tmp_path, model, exclude_modules=["net.3"]))
 
 
+def test_a_tied_layer_and_parts_of_attention_are_neither_thawed_nor_frozen() -> None:
+    model = nn.ModuleDict(
+        {"words": nn.Embedding(8, 8), "out": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2)}
+    )
+    model["out"].weight = model["words"].weight
+    inject(model, OFTConfig(oft_block_size=4))
+    assert thawed_layers(walk(model)) == []
+    assert frozen_parts(walk(model)) == ["words"]
+
+
 def test_a_task_type_without_its_head_says_so_and_the_remedy_trains_it() -> None:
     options: dict[str, Any] = {"oft_block_size": 4, "target_modules": ["q", "k"]}
     for task, names in (("SEQ_CLS", "classifier or score"), ("TOKEN_CLS", "classifier or score")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -239,3 +240,15 @@ def test_loader_of_a_directory(tmp_path: Path) -> None:
     assert loader_of(tmp_path) == ""
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}', encoding="utf-8")
     assert loader_of(tmp_path) == "UNet2DConditionModel"
+
+
+def test_a_module_of_the_working_directory_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_task.py").write_text("import lightning as L\nclass Own(L.LightningModule):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert (
+        main(["fit", "--model", "own_task.Own", "--data", "lightning_oft.data.DigitsDataModule", "--print_config"]) == 0
+    )
+    assert "own_task.Own" in capsys.readouterr().out

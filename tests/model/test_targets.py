@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from peft.tuners.oft.layer import OFTLayer as PeftLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from lightning_oft import OFTConfig, inject, unload
+from lightning_oft import OFTConfig, inject, merge, unload
 from lightning_oft.model import targets
 from lightning_oft.model.targets import find_targets
 from lightning_oft.model.traversal import walk
@@ -347,3 +348,18 @@ def test_all_linear_says_what_it_leaves_out(caplog: pytest.LogCaptureFixture) ->
         unload(model)
         assert inject(named, OFTConfig(oft_block_size=4, target_modules=["0", "1", "2", "3"])) == ["0", "1", "2", "3"]
     assert not [message for message in caplog.messages if "leaves out" in message]
+
+
+def test_a_tied_weight_is_said_before_it_is_trained_and_when_it_is_merged(caplog: pytest.LogCaptureFixture) -> None:
+    """A fresh module ties it again, and nothing in a state dict can say so."""
+    model = nn.ModuleDict({"words": nn.Embedding(8, 8), "out": nn.Linear(8, 8), "body": nn.Linear(8, 8)})
+    model["out"].weight = model["words"].weight
+    inject(model, OFTConfig(oft_block_size=4, exclude_modules=["out"]))
+    unload(model)
+    assert not caplog.messages
+    inject(model, OFTConfig(oft_block_size=4))
+    with torch.no_grad():
+        model["out"].oft_R["default"].weight += 0.1
+    merge(model)
+    said = [line for line in caplog.messages if "loads one of the merged weights for both" in line]
+    assert [line.startswith(start) for line, start in zip(said, ("out: ", "merge: out "), strict=True)] == [True, True]
