@@ -48,6 +48,8 @@ def check_arguments(config: Mapping[str, Any], given: Mapping[str, Any]) -> None
     for name in config.keys() - fields:
         near = difflib.get_close_matches(name, fields, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(fields)}"
+        if name in ("lr", "learning_rate"):
+            hint = "the rate is the optimizer's, in configure_optimizers"
         raise TypeError(f"OFTFinetuning has no option {name!r}; {hint}")
     for name, value in given.items():
         wanted: Any = bool if name in _SWITCHES else str | os.PathLike if name in _PATHS else str
@@ -162,17 +164,6 @@ def check_layers(injected: list[str], present: list[str]) -> None:
         )
     if not present:
         raise RuntimeError("OFTFinetuning: no layer is adapted when the fit starts: look at module and target_modules")
-
-
-def check_active(modules: Modules, adapter_name: str) -> None:
-    """Raise ValueError where an adapter is active in none of its layers, as another one that came first is."""
-    states = {name: one for name, _, one in adapted(modules) if adapter_name in one.configs and one.merged is None}
-    if states and not any(adapter_name in state.active for state in states.values()):
-        others = sorted({name for state in states.values() for name in state.active})
-        raise ValueError(
-            f"adapter {adapter_name!r} is not active on {some(states)}, where {some(others)} is, and would never train: give "
-            f"it layers of its own by module or target_modules, or call set_adapter(model, {[*others, adapter_name]})"
-        )
 
 
 def trainable_rotations(modules: Modules, adapter_name: str) -> dict[str, Rotation]:

@@ -168,7 +168,6 @@ class OFTFinetuning(Callback):
             return
         modules = walk(checks.submodule(walk(pl_module), self.module))
         checks.check_layers(run.layers, self._layers(modules))
-        checks.check_active(modules, self.adapter_name)
         rotations = checks.trainable_rotations(modules, self.adapter_name)
         optimizers.check_rotations(run.strategy.optimized(), rotations, pl_module)
         checkpoint_hooks.retrain(pl_module, run.unfrozen)

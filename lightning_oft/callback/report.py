@@ -20,7 +20,8 @@ def report_start(
     total = sum(p.numel() for p in pl_module.parameters())
     trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
     sizes = Counter(rotation.block_size for rotation in rotations.values())
-    blocks = ", ".join(f"{size} (x{count})" for size, count in sorted(sizes.items()))
+    blocks = "block size " + ", ".join(f"{size} (x{count})" for size, count in sorted(sizes.items()))
+    blocks = blocks if rotations else "and no rotation of this adapter, which is not active"
     kinds = Counter(state.layer_type.name for _, _, state in adapted(layers))
     each = f" ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})" if len(kinds) > 1 else ""
     radii = {name: rotation.radius for name, rotation in rotations.items() if rotation.radius is not None}
@@ -28,7 +29,7 @@ def report_start(
     limit = f"; the constraint allows rotations up to {max(angles.values()):.3g} degrees" if angles else ""
     rank_zero_info(
         f"OFT adapter {adapter_name!r}: {counted(len(layers), 'layer')}{each}, {trainable:,} of {total:,} parameters train "
-        f"({100 * trainable / max(total, 1):.2f}%), block size {blocks}{limit}"
+        f"({100 * trainable / max(total, 1):.2f}%), {blocks}{limit}"
     )
     if tight := [name for name, angle in angles.items() if angle < 1]:
         warnings.warn(

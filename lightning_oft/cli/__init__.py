@@ -70,9 +70,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"lightning-oft {__version__}")
         return 0
     if first in COMMANDS:
-        if (
-            here := os.getcwd()
-        ) not in sys.path:  # where a user's modules are, as with `python -m`; looked through last
+        if (here := os.getcwd()) not in sys.path:  # a user's modules are there; looked through last
             sys.path.append(here)
         module = import_module(f"lightning_oft.cli.{first if first in FILE_COMMANDS else 'application'}")
         return int(module.run(arguments))

@@ -63,12 +63,14 @@ def geometry(generator: Tensor, config: OFTConfig) -> tuple[float, float]:
 
 
 def lines(state: AdapterState, each_layer: bool = False) -> list[str]:
-    """The description of one adapter, a line each; of its configuration what differs from the defaults."""
+    """The description of one adapter, a line each; of its configuration what differs from the defaults, and what a resume asks for."""
     base = (state.base.name_or_path if state.base is not None else None) or "not named"
     # The first by name: a directory and a checkpoint have them in two orders.
     prints = (f"fingerprint {value} of {layer}" for layer, value in sorted(state.fingerprints.items()))
     fields, default = dataclasses.asdict(state.config), OFTConfig()
-    changed = (f"{k}={v}" for k, v in fields.items() if v != getattr(default, k) or k == "oft_block_size")
+    changed = (
+        f"{k}={v}" for k, v in fields.items() if v != getattr(default, k) or k in ("oft_block_size", "target_modules")
+    )
     text = [
         f"adapter {state.name!r}",
         f"  base         {base}, {next(prints, 'no fingerprint')}",

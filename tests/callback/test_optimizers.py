@@ -312,7 +312,7 @@ def test_an_optimizer_that_takes_no_groups_gets_what_trains(optimizer: Any) -> N
 def test_two_callbacks_that_are_one_are_refused(tmp_path: Path) -> None:
     for twins in ([oft(), oft()], [OFTFinetuning(module="net"), OFTFinetuning(module="net", oft_block_size=4)]):
         with pytest.raises(
-            ValueError, match=r"two OFTFinetuning callbacks have module=.*: leave one out, or give it an"
+            ValueError, match=r"two OFTFinetuning callbacks have module=.*: leave one out, or give each"
         ):
             trainer(tmp_path, *twins).validate(Small(), loader(False), verbose=False)
     other = oft(adapter_name="other", modules_to_save=None, target_modules=["net.6"])
