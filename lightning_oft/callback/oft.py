@@ -128,6 +128,7 @@ class OFTFinetuning(Callback):
         modules = walk(root)
         if built:
             checks.check_precision(run.strategy.trainer, everything)
+            fingerprint.note_base(everything, again=True)  # the module's own setup may have loaded it
         run.config = self._whole_heads(pl_module, modules)
         if self.pretrained_adapter is None:
             planned = plan.plan_injection(modules, run.config, self.adapter_name, strict=built)

@@ -1,5 +1,6 @@
 """The table of file formats, and adapters of a model to and from files."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,16 @@ def register_format(file_format: Format) -> None:
 
 
 register_format(Format("peft", Path.is_dir, lambda path, name: [read_peft(path, name)], write_peft))
-register_format(
-    Format("checkpoint", Path.is_file, lambda path, name: checkpoint_file.read_states(checkpoint_file.read(path)))
-)
+register_format(Format("checkpoint", Path.is_file, lambda path, name: _read_checkpoint(path)))
+
+
+def _read_checkpoint(path: Path) -> list[AdapterState]:
+    checkpoint = checkpoint_file.read(path)
+    states = checkpoint_file.read_states(checkpoint)
+    if states and (beside := checkpoint[checkpoint_file.ENTRY].get("beside")):
+        what = f"{path}: {some(beside)}: trained or changed beside the adapter and no part of it, so not read"
+        warnings.warn(f"{what}: load_from_checkpoint reads them", stacklevel=5)
+    return states
 
 
 def find_format(path: str | Path) -> Format:

@@ -15,26 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_oft.formats.checkpoint_file import ENTRY as ENTRY
+from lightning_oft.formats.checkpoint_file import NOTE as NOTE
 from lightning_oft.formats.checkpoint_file import VERSION, generator_key, read_states, to_primitives
 from lightning_oft.formats.checkpoint_file import is_rotation_key as is_rotation_key
 from lightning_oft.formats.errors import CheckpointError as CheckpointError
 from lightning_oft.formats.peft_tensors import strip_wrappers
-from lightning_oft.model import AdapterError, AdapterState, put, saved_modules
+from lightning_oft.layers.base import rotated_weights_of
+from lightning_oft.model import AdapterError, AdapterState, put, saved_modules, traversal
 from lightning_oft.model.activation import activate
 from lightning_oft.model.adapter_state import describe
-from lightning_oft.model.fingerprint import other_bases
+from lightning_oft.model.fingerprint import changed_bases, other_bases, trained_beside
 from lightning_oft.model.loading import use_maps
 from lightning_oft.model.packed import packed_names, without_packed
-from lightning_oft.model.traversal import Modules, active_names, adapted, adapter_names, merged_layers, some, walk
+from lightning_oft.model.traversal import Modules, adapted, adapter_names, joined, some, walk
 
 Content = Literal["adapter", "full", "plain", "merged"]
-
-NOTE = (
-    "lightning_oft: rotations of an adapter: resume with OFTFinetuning in Trainer(callbacks=[...]), read with "
-    "lightning_oft.load_from_checkpoint"
-)
-"""For a reader without the callback. It stands as a name in the state dict of an adapter-only checkpoint too: torch's
-list of unexpected keys is the only thing that such a run says, and begins with it."""
 
 
 def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool, kept: Iterable[Tensor] = ()) -> None:
@@ -50,27 +45,21 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
     for name, parameter in model.named_parameters():  # HQQ's layers answer for their state without their children
         if name.startswith(packed) and is_rotation_key(name):
             checkpoint["state_dict"].setdefault(name, parameter.detach())
-    merged = bool(merged_layers(modules))
+    merged = bool(traversal.merged_layers(modules))
     apart = {} if merged else _without_a_name(states, checkpoint)
     adapter_only = adapter_only and not merged and _has_own_names(model, checkpoint, packed)
-    # Values trained whole that the state dict lacks, since another adapter's are in their place.
-    ids = {id(value) for _, _, slot in saved_modules.saved_tensors(modules) for value in slot.waiting.values()}
-    waiting: dict[str, dict[str, Tensor]] = {}
-    for state in states:
-        for name, value in state.rooted("").saved.items():
-            if id(value) in ids:
-                waiting.setdefault(name, {})[state.name] = value
     checkpoint[ENTRY] = {
         **checkpoint.get(ENTRY, {}),
         "note": NOTE,
         "version": VERSION,
         "adapters": {state.name: to_primitives(state) for state in states},
-        "active": active_names(modules),
+        "active": traversal.active_names(modules),
         "active_on": {name: state.active for name, _, state in adapted(modules)},
         "merged": merged,
         "adapter_only": adapter_only,
-        "waiting": waiting,
+        "waiting": _waiting(modules, states),
         "apart": apart,
+        "beside": trained_beside(modules),
         # What another callback has unfrozen.
         "unfrozen": [] if merged else [name for name, p in _base_parameters(model, modules) if p.requires_grad],
     }
@@ -80,7 +69,28 @@ def write_entry(model: nn.Module, checkpoint: dict[str, Any], adapter_only: bool
         dropped = frozen_names(model, modules, holder[key], kept, packed_only=not adapter_only)
         holder[key] = {name: value for name, value in holder[key].items() if name not in dropped}
     if adapter_only:
+        if changed := _without_stored(modules, checkpoint, changed_bases(modules)):
+            what = f"the base is not in the checkpoint, and the weights of {some(changed)} changed after the injection"
+            warnings.warn(f"{what}: set save_adapter_only=False, or a resume will find another base and refuse it")
         checkpoint["state_dict"][NOTE] = torch.empty(0)
+
+
+def _without_stored(modules: Modules, checkpoint: Mapping[str, Any], layers: Iterable[str]) -> list[str]:
+    """Those of these layers whose base weight is not in a checkpoint, as one is that trained beside its rotation."""
+    stored = set(map(strip_wrappers, checkpoint.get("state_dict", ())))
+    firsts = {name: next(iter(rotated_weights_of(modules[name]).values())).parameter for name in layers}
+    return [name for name, parameter in firsts.items() if joined(name, parameter) not in stored]
+
+
+def _waiting(modules: Modules, states: Iterable[AdapterState]) -> dict[str, dict[str, Tensor]]:
+    """Values trained whole that the state dict lacks, since another adapter's are in their place; by tensor and owner."""
+    ids = {id(value) for _, _, slot in saved_modules.saved_tensors(modules) for value in slot.waiting.values()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for state in states:
+        for name, value in state.rooted("").saved.items():
+            if id(value) in ids:
+                found.setdefault(name, {})[state.name] = value
+    return found
 
 
 def _adapter_tensors(states: Iterable[AdapterState]) -> dict[str, Tensor]:
@@ -225,7 +235,7 @@ def _check(modules: Modules, checkpoint: Mapping[str, Any], with_base: bool) -> 
             f"the checkpoint's adapter is another one: it {difference}; use the checkpoint's own target_modules, block "
             "size and adapter name (lightning-oft info prints them)"
         )
-    layers = {name for name, _, _ in adapted(modules)}
+    layers = set(_without_stored(modules, checkpoint, (name for name, _, _ in adapted(modules))))
     for state in states if with_base else ():
         prints = {name: value for name, value in state.rooted("").fingerprints.items() if name in layers}
         if different := other_bases(modules, prints):
@@ -261,7 +271,7 @@ def _choose_as(modules: Modules, entry: Mapping[str, Any]) -> None:
     is not: then what trains stays as it is too."""
     mine: Any = {name: state.active for name, _, state in adapted(modules)}
     names, on = entry.get("active", []), entry.get("active_on")
-    if "active" in entry and (on != mine if on is not None else set(names) != set(active_names(modules))):
+    if "active" in entry and (on != mine if on is not None else set(names) != set(traversal.active_names(modules))):
         activate(modules, names, names, on)
 
 

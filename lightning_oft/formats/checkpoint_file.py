@@ -20,6 +20,13 @@ from lightning_oft.model.traversal import some
 ENTRY = "lightning_oft"
 VERSION = 1
 
+NOTE = (
+    "lightning_oft: rotations of an adapter: resume with OFTFinetuning in Trainer(callbacks=[...]), read with "
+    "lightning_oft.load_from_checkpoint"
+)
+"""For a reader without the callback. It stands as a name in the state dict of an adapter-only checkpoint too: torch's
+list of unexpected keys is the only thing that such a run says, and begins with it."""
+
 _MAKERS = (None, "lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
 """What may stand under the `_instantiator` of the hyperparameters, which Lightning imports and calls."""
 

@@ -41,6 +41,7 @@ class Record:
 
     layer: LayerState | None = None
     slots: dict[str, Slot] = field(default_factory=dict)  # the module's own tensors that adapters train whole
+    base: dict[str, str | None] = field(default_factory=dict)  # fingerprints of its own tensors as they were injected
     frozen: set[str] = field(default_factory=set)  # parameters that were trainable before an adapter froze the base
     released: dict[str, bool] = field(default_factory=dict)  # what trained when a merge made the model trainable again
     norm_mode: bool | None = None  # the mode that was asked of a norm whose statistics are frozen

@@ -1,6 +1,7 @@
 """AdapterState: an adapter off its model. Every file format, checkpoint and export is a function over it."""
 
 import logging
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -14,9 +15,10 @@ from lightning_oft.config import OFTConfig
 from lightning_oft.functional import exact_generator
 from lightning_oft.layers.state import rotations_of, state_of
 from lightning_oft.model import saved_modules, traversal
+from lightning_oft.model.fingerprint import base_fingerprint, changed_bases, trained_beside
 from lightning_oft.model.mergeable import OFFLOADED, report_untrained
 from lightning_oft.model.targets import matches, saved_names
-from lightning_oft.model.traversal import Modules, adapted, is_inside, joined, own_tensors
+from lightning_oft.model.traversal import Modules, adapted, is_inside, joined, own_tensors, some
 
 log = logging.getLogger(__name__)
 
@@ -115,16 +117,34 @@ def take(model: nn.Module, adapter_name: str = "default") -> AdapterState:
     traversal.require_adapter(modules, adapter_name)
     absent = [name for (name, _), one in traversal.rotations(modules, adapter_name).items() if one.weight.is_meta]
     if absent:
-        what = f"the rotations of {traversal.some(absent)} are on the meta device, not loaded or offloaded"
+        what = f"the rotations of {some(absent)} are on the meta device, not loaded or offloaded"
         raise ValueError(f"{what}; {OFFLOADED}")
+    _report_left_out(modules, adapter_name)
     state = describe(modules, adapter_name, copied)
     generators = state.generators()
     report_untrained({name: bool(generator.any()) for name, generator in generators.items()}, "adapter")
     broken = [name for name, generator in generators.items() if not bool(generator.isfinite().all())]
     if broken:
-        what = f"generators of {traversal.some(broken)} are NaN or infinite; nothing was written"
+        what = f"generators of {some(broken)} are NaN or infinite; nothing was written"
         raise ValueError(f"{what}: load an earlier state of the adapter")
     return state
+
+
+def _report_left_out(modules: Modules, adapter_name: str) -> None:
+    """Warn of what a file of an adapter will lack, though the model has learned it."""
+    layers = {name: layer for name, layer, state in adapted(modules) if adapter_name in state.configs}
+    if changed := changed_bases(layers):
+        warnings.warn(
+            f"the weights of {some(changed)} have changed since the injection: adapter {adapter_name!r} belongs to them as "
+            "they are now, and is refused by the base as it was; keep them too, or write all by save_merged",
+            stacklevel=4,
+        )
+    if left := [name for name in trained_beside(modules) if name.rpartition(".")[0] not in changed]:
+        warnings.warn(
+            f"{some(left)}: trained or changed beside adapter {adapter_name!r} and no part of it, so its file lacks them: "
+            "name their modules in modules_to_save (for biases: bias='all') at the injection, or keep them too",
+            stacklevel=4,
+        )
 
 
 @torch.no_grad()
@@ -156,7 +176,7 @@ def describe(modules: Modules, adapter_name: str, value_of: Any = torch.Tensor.d
         root="",
         saved=saved,
         modules_to_save=modules_trained_whole(saved, config),  # by full names, as the configuration has them
-        fingerprints={name: state.fingerprint for name, (_, state) in layers.items() if state.fingerprint is not None},
+        fingerprints={name: one for name, layer in layers.items() if (one := base_fingerprint(*layer)) is not None},
         base=Base(type(root).__name__, type(root).__module__, path if isinstance(path, str) and path else None),
     ).rooted(root_name)
     inside = {

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_oft.codecs import codec_of, is_sharded, packed_codec, parameter_of
+from lightning_oft.codecs import codec_of, is_scattered, is_sharded, packed_codec, parameter_of
 from lightning_oft.layers.base import rotated_weights_of
-from lightning_oft.model.traversal import Modules, adapted
+from lightning_oft.layers.state import LayerState, Record, make_record, record_of
+from lightning_oft.model.saved_modules import saved_tensors
+from lightning_oft.model.traversal import Modules, adapted, joined, own_tensors, tensor_of
 
 
 def fingerprint(weight: Tensor | None, storage: str | None = None) -> str | None:
@@ -66,12 +68,62 @@ def same_base(mine: str | None, theirs: str | None) -> bool:
 def other_bases(modules: Modules, fingerprints: Mapping[str, str | None]) -> list[str]:
     """Names of the layers whose base weight is not that of a fingerprint. What cannot be told counts as the same."""
     layers = {name: module for name, module in modules.items() if name in fingerprints}
-    known = {name: state.fingerprint for name, _, state in adapted(layers)}
+    known = {name: base_fingerprint(layer, state) for name, layer, state in adapted(layers)}
     mine = {name: known[name] if name in known else layer_fingerprint(layer) for name, layer in layers.items()}
     return [name for name in mine if not same_base(mine[name], fingerprints[name])]
 
 
+def base_fingerprint(layer: nn.Module, state: LayerState) -> str | None:
+    """The fingerprint of the base that an adapted layer turns now, which may have been loaded or trained since the
+    injection. Of a weight that is merged, sharded or quantized it is the one that was known."""
+    names = [one.parameter for one in rotated_weights_of(layer).values()]
+    weight = parameter_of(layer, names[0]) if names and state.merged is None else None
+    now = fingerprint(weight) if weight is not None and not is_scattered(weight) else None
+    return state.fingerprint if now is None or (state.fingerprint and same_base(now, state.fingerprint)) else now
+
+
+def changed_bases(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the adapted layers whose base weight is another one than it was."""
+    known = ((name, state.fingerprint, base_fingerprint(layer, state)) for name, layer, state in adapted(modules))
+    return [name for name, then, now in known if then is not None and then != now]
+
+
+def note_base(modules: Modules, again: bool = False) -> None:
+    """Remember the tensors that are in the model now, for `trained_beside`; `again` those that are known, too, and the
+    weights as those that its adapters belong to."""
+    for module in modules.values():
+        for key in own_tensors(module):
+            if again or key not in make_record(module).base:
+                make_record(module).base[key] = _own_fingerprint(module, key)
+    for _, layer, state in adapted(modules) if again else ():
+        state.fingerprint = base_fingerprint(layer, state)
+
+
+def trained_beside(modules: Modules) -> list[str]:
+    """Names of the parameters and buffers that train, or have changed since the injection, and that no adapter has."""
+    skipped = {id(one.tensor) for one in saved_tensors(modules) if one.slot.owners}
+    for _, layer, state in adapted(modules):
+        parts = (parameter_of(layer, one.parameter) for one in rotated_weights_of(layer).values())
+        skipped |= {id(weight) for weight in parts if state.merged is not None}
+    found = []
+    for name, module in modules.items():
+        record = record_of(module) or Record()
+        for key in own_tensors(module):
+            tensor = tensor_of(module, key)
+            trains = record.released.get(key, tensor.requires_grad)  # a merged model trains again as it once did
+            changed = key in record.base and not same_base(record.base[key], _own_fingerprint(module, key))
+            if id(tensor) not in skipped and (trains or changed):
+                found.append(joined(name, key))
+    return found
+
+
+def _own_fingerprint(module: nn.Module, key: str) -> str | None:
+    tensor = tensor_of(module, key)
+    return None if is_scattered(tensor) else fingerprint(tensor)
+
+
 def refresh_fingerprints(modules: Modules) -> None:
     """Recognise the base that is in the model now, after it was replaced."""
+    note_base(modules, again=True)
     for _, layer, state in adapted(modules):
         state.fingerprint = layer_fingerprint(layer)

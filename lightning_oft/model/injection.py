@@ -57,6 +57,7 @@ def carry_out(modules: Modules, plan: Plan) -> list[str]:
         for rotation in rotations_of(layer, adapter_name).values()
     )
     freezing.freeze(modules)
+    fingerprint.note_base(modules)
     packed.enable_gradients(modules)
     freezing.layers_changed(modules)
     if waiting:
@@ -148,7 +149,7 @@ def _unload(modules: Modules) -> None:
     saved_modules.release(modules, names, to_base=not merged)
     freezing.unfreeze_merged(modules)
     for _, module, record in traversal.records(modules):
-        record.frozen, record.released, record.norm_mode = set(), {}, None
+        record.base, record.frozen, record.released, record.norm_mode = {}, set(), {}, None
         drop_empty_record(module)
     freezing.layers_changed(modules)
 

@@ -134,6 +134,7 @@ def _fold(
     for name, layer, state in adapted(layers):
         undo.callback(_unmerge_layer, layer, state, gathered)
         with gathered(layer):
+            state.fingerprint = fingerprint.base_fingerprint(layer, state)
             state.merged, state.base = {}, {}
             errors[name] = max(weight.merge(keep, device, holders) for weight in folded_weights(layer, state))
             state.layer_type.detach(layer)

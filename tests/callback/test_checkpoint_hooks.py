@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from small import Small, difference, inputs, loader, oft, state, trainer
 from torch import Tensor
 
-from lightning_oft import load_adapter, unload
+from lightning_oft import load_adapter, load_from_checkpoint, unload
 from lightning_oft.callback.random_state import RandomState
+from lightning_oft.formats import AdapterFileError
 from lightning_oft.formats.checkpoint import NOTE, content_of
 from lightning_oft.formats.checkpoint_file import CheckpointError
 
@@ -138,6 +139,56 @@ def test_a_plain_checkpoint_becomes_the_base(tmp_path: Path, caplog: pytest.LogC
         torch.testing.assert_close(state(model)[name].norm(dim=1), base[name].norm(dim=1))
         assert not torch.equal(state(model)[name], base[name])
     assert torch.equal(state(model)["net.4.weight"], base["net.4.weight"])
+
+
+class SetUp(Small):
+    """Reads a weight of its base in `setup`, when the rotations are there already."""
+
+    def setup(self, stage: str) -> None:
+        self.load_state_dict({"net.3.weight": torch.eye(16)}, strict=False)
+
+
+class LoadLate(Small):
+    """Reads it when the fit starts; before its checkpoint or after it, nobody can tell."""
+
+    def on_fit_start(self) -> None:
+        self.load_state_dict({"net.3.weight": torch.eye(16)}, strict=False)
+
+
+class TrainBeside(Small):
+    """Trains it beside its rotation."""
+
+    def configure_optimizers(self) -> Any:
+        self.net.get_parameter("3.weight").requires_grad_(True)
+        return super().configure_optimizers()
+
+
+def _fit_kind(kind: type[Small], root: Path, epochs: int, ckpt: Path | None = None) -> Small:
+    model = kind(batch_norm=False)
+    keeper = ModelCheckpoint(root, save_last=True, save_top_k=0)
+    trainer(root, oft(merge_on_fit_end=False), keeper, max_epochs=epochs).fit(model, loader(), ckpt_path=ckpt)
+    return model
+
+
+@pytest.mark.parametrize("kind", [SetUp, TrainBeside])
+def test_a_checkpoint_belongs_to_the_base_that_its_run_had(tmp_path: Path, kind: type[Small]) -> None:
+    x, path = inputs()[0], tmp_path / "last.ckpt"
+    expected = _fit_kind(kind, tmp_path, 1).eval()(x)
+    _fit_kind(kind, tmp_path / "resumed", 2, path)
+    if kind is TrainBeside:
+        torch.testing.assert_close(load_from_checkpoint(Small, path)(x), expected)
+        said = pytest.warns(
+            UserWarning, match=r"net.3.weight: trained or changed beside the adapter.* load_from_checkpoint reads"
+        )
+        with said, pytest.raises(AdapterFileError, match=r"another base, net.3 differ"):
+            load_adapter(Small(batch_norm=False), path)
+
+
+def test_a_base_that_a_checkpoint_will_not_find_again_is_said_when_it_is_written(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"weights of net.3 changed after the injection: set save_adapter_only=False"):
+        _fit_kind(LoadLate, tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"another base: net.3 differ"):
+        _fit_kind(LoadLate, tmp_path, 2, tmp_path / "last.ckpt")
 
 
 def test_another_base_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

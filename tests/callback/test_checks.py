@@ -169,6 +169,7 @@ def test_a_part_that_is_not_merged_stays_held(tmp_path: Path) -> None:
     assert list(merged_layers(model)) == ["net.0"]
 
 
+@pytest.mark.filterwarnings("ignore:net.6.weight, net.6.bias. trained or changed beside")
 @pytest.mark.parametrize("merge_on_fit_end", [True, False])
 def test_what_somebody_else_trains_still_trains_after_an_export(tmp_path: Path, merge_on_fit_end: bool) -> None:
     class Thaw(pl.Callback):

@@ -133,6 +133,7 @@ def test_companions_are_those_declared_else_those_of_the_usual_names(tmp_path: P
         assert {path.name for path in (tmp_path / expected / "merged").iterdir()} == {"model.safetensors", expected}
 
 
+@pytest.mark.filterwarnings("ignore:net.3.bias. trained or changed beside")
 def test_what_another_callback_unfroze_is_exported_from_the_best_too(tmp_path: Path) -> None:
     class Unfreeze(pl.Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -288,6 +289,7 @@ def test_a_processor_that_breaks_during_the_fit_costs_itself_alone(tmp_path: Pat
     assert difference(written(tmp_path / "export"), state(model)) == 0.0
 
 
+@pytest.mark.filterwarnings("ignore:the weights of net.0 have changed")
 def test_the_adapter_is_there_whatever_the_merge_comes_to(tmp_path: Path) -> None:
     class Overflows(pl.Callback):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:

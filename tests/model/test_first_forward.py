@@ -286,6 +286,7 @@ class Replaced(Spare):
         return self.out(self.copied(F.one_hot(ids % 8, 8).float()))  # type: ignore[no-any-return]
 
 
+@pytest.mark.filterwarnings("ignore:copied.weight, copied.bias. trained or changed beside adapter")
 @pytest.mark.parametrize("cls", [Shared, Spare, Replaced])
 def test_a_layer_that_is_never_called_is_said_in_the_first_forward_and_when_the_adapter_leaves(
     cls: Callable[[], nn.Module], caplog: pytest.LogCaptureFixture, tmp_path: Path

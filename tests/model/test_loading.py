@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from layer_cases import randomize
 from norm_net import batch, flags, net, same, snapshot, train
 from torch import Tensor, nn
 
-from lightning_oft import AdapterState, OFTConfig, inject, merge, oft_layers, set_adapter, unload
+from lightning_oft import AdapterState, OFTConfig, inject, merge, oft_layers, set_adapter, unload, unmerge
 from lightning_oft.layers import rotations_of
 from lightning_oft.model import put, take
 
@@ -95,6 +97,94 @@ def test_another_base_is_refused_by_name_unless_one_insists() -> None:
     assert not oft_layers(other)
     put(other, state, ignore_mismatched_base=True)
     assert list(oft_layers(other)) == ["conv", "fc"]
+
+
+def _load_another(model: Any) -> None:
+    model.load_state_dict({"fc.weight": torch.randn(8, 8)}, strict=False)
+
+
+def _train_beside(model: Any) -> None:
+    model.fc.weight.requires_grad_(True)
+    train(model)
+
+
+def _load_and_merge(model: Any) -> None:
+    _load_another(model)
+    merge(model)
+
+
+@pytest.mark.parametrize("change", [_load_another, _train_beside, _load_and_merge])
+def test_an_adapter_belongs_to_the_base_that_it_turns_now(change: Callable[[nn.Module], None]) -> None:
+    model, _ = _trained()
+    weight = model.get_parameter("fc.weight")
+    change(model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        state = take(model)
+    merged = change is _load_and_merge
+    assert merged or [str(one.message).partition(":")[0] for one in said] == [
+        "the weights of fc have changed since the injection"
+    ]
+    with pytest.raises(ValueError, match=r"another base, fc differ"):
+        put(_base(), state)
+    if merged:
+        unmerge(model)
+    now = _base()
+    now.get_parameter("fc.weight").data.copy_(weight.data)
+    assert put(now, state) == ["conv", "fc"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_base_that_was_cast_is_the_same_base(dtype: torch.dtype) -> None:
+    model, state = _trained()
+    assert take(model.to(dtype)).fingerprints == state.fingerprints
+
+
+@pytest.mark.parametrize(("name", "is_merged"), [("norm", False), ("fc.bias", False), ("norm", True)])
+def test_what_was_unfrozen_by_hand_is_named_as_missing(name: str, is_merged: bool) -> None:
+    model = _base()
+    inject(model, OFTConfig(**OPTIONS))
+    train(model)
+    if is_merged:
+        merge(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        take(model)
+    part, _, key = name.partition(".")
+    module: Any = model.get_submodule(part)
+    (getattr(module, key) if key else module).requires_grad_(True)
+    with pytest.warns(UserWarning, match=rf"^{name}.*: trained or changed beside adapter 'default'.* modules_to_save"):
+        take(model)
+
+
+class Centred(nn.Module):
+    """Subtracts a mean of its own making, which follows the data in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.centre = nn.Linear(8, 8), nn.Module()
+        self.centre.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        if self.training:
+            self.centre.mean.lerp_(y.detach().mean(0), 0.5)
+        return y - self.centre.mean  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("saved", [None, ["centre"]])
+def test_statistics_that_drift_are_named_and_the_advice_helps(saved: list[str] | None) -> None:
+    base, x = Centred(), torch.randn(16, 8) + 3
+    model = copy.deepcopy(base)
+    inject(model, OFTConfig(oft_block_size=4, target_modules=["fc"], modules_to_save=saved))
+    model(x)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        state = take(model)
+    assert bool(said) == (saved is None)
+    assert all(str(one.message).startswith("centre.mean: trained or changed beside") for one in said)
+    put(base, state)
+    assert torch.equal(base.eval()(x), model.eval()(x)) == (saved is not None)
 
 
 def _with(state: AdapterState, **saved: Tensor) -> AdapterState:
