@@ -154,13 +154,18 @@ def check_precision(trainer: Any, modules: Modules) -> None:
         )
 
 
-def check_layers(injected: list[str], present: list[str]) -> None:
-    """Raise RuntimeError where layers were replaced after the injection."""
+def check_layers(injected: list[str], present: list[str], saved: list[str], still_saved: list[str]) -> None:
+    """Raise RuntimeError where layers, or modules that the adapter trains whole, were replaced after the injection."""
     lost = sorted(set(injected) - set(present))
     if lost:
         raise RuntimeError(
             f"{some(lost)}: the rotations put there at setup are gone, so the layers were replaced since (a precision "
             "plugin, configure_model or another callback?): replace them before OFTFinetuning's setup"
+        )
+    if gone := [name for name in saved if name not in still_saved]:
+        raise RuntimeError(
+            f"{some(gone)}: modules_to_save trains what was there at setup, and it was replaced since: replace it in the "
+            "module's __init__ or configure_model, or the adapter's files would lack what trains there"
         )
     if not present:
         raise RuntimeError("OFTFinetuning: no layer is adapted when the fit starts: look at module and target_modules")
@@ -168,13 +173,33 @@ def check_layers(injected: list[str], present: list[str]) -> None:
 
 def trainable_rotations(modules: Modules, adapter_name: str) -> dict[str, Rotation]:
     """The rotations of one adapter that train, by the name of their layer (and part)."""
+    return {name: one for name, one in _rotations(modules, adapter_name).items() if one.weight.requires_grad}
+
+
+def _rotations(modules: Mapping[str, nn.Module], adapter_name: str) -> dict[str, Rotation]:
     return {
         joined(name, part): rotation
         for name, layer, state in adapted(modules)
         if adapter_name in state.configs and state.merged is None
         for part, rotation in rotations_of(layer, adapter_name).items()
-        if rotation.weight.requires_grad
     }
+
+
+def check_frozen_rotations(trainer: Any, modules: Modules, adapter_name: str) -> None:
+    """Say which active rotations do not train, unless a callback is there that will unfreeze them."""
+    active = {name: layer for name, layer, state in adapted(modules) if adapter_name in state.active}
+    if not any("BaseFinetuning" in class_names(callback) for callback in trainer.callbacks):
+        report_frozen(_rotations(active, adapter_name))
+
+
+def report_frozen(rotations: Mapping[str, Rotation]) -> None:
+    """Warn where none of these rotations trains, and log those that do not: a target network's may well be frozen."""
+    if frozen := [name for name, one in rotations.items() if not one.weight.requires_grad]:
+        what = f"the rotations of {some(frozen)} do not train: something froze them after the injection"
+        if len(frozen) < len(rotations):
+            rank_zero_info(f"OFT: {what}")
+        else:
+            warnings.warn(f"{what}: freeze nothing in configure_optimizers or a callback, the base is frozen already")
 
 
 def watch_first_forward(pl_module: nn.Module, batch: Any, undo: contextlib.ExitStack) -> FirstForward | None:

@@ -18,7 +18,7 @@ from lightning_oft.callback.run import Run
 from lightning_oft.callback.strategies.base import strategy_adapter
 from lightning_oft.codecs import reshard
 from lightning_oft.config import OFTConfig
-from lightning_oft.model import activation, fingerprint, freezing, injection, merging, plan, targets
+from lightning_oft.model import activation, fingerprint, freezing, injection, merging, plan, saved_modules, targets
 from lightning_oft.model.traversal import Modules, adapted, adapter_names, merged_layers, walk
 
 
@@ -144,7 +144,7 @@ class OFTFinetuning(Callback):
             checks.check_given(self._given, self.config, theirs)
             load_adapter(root, self.pretrained_adapter, self.adapter_name, self.ignore_mismatched_base)
         run.strategy.after_inject(root)
-        run.layers = self._layers(modules)
+        run.layers, run.saved = self._layers(modules), self._saved(modules)
         freezing.freeze(everything)
         if built and freezing.only_norms_rest(everything):  # which Lightning takes for a mistake
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
@@ -161,6 +161,9 @@ class OFTFinetuning(Callback):
     def _layers(self, modules: Modules) -> list[str]:
         return [name for name, _, state in adapted(modules) if self.adapter_name in state.configs]
 
+    def _saved(self, modules: Modules) -> list[str]:
+        return [one.name for one in saved_modules.saved_tensors(modules) if self.adapter_name in one.slot.owners]
+
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when the fit begins: the model is built, restored and wrapped, the optimizers exist. Whatever could
@@ -168,8 +171,9 @@ class OFTFinetuning(Callback):
         if (run := self._run) is None:
             return
         modules = walk(checks.submodule(walk(pl_module), self.module))
-        checks.check_layers(run.layers, self._layers(modules))
+        checks.check_layers(run.layers, self._layers(modules), run.saved, self._saved(modules))
         rotations = checks.trainable_rotations(modules, self.adapter_name)
+        checks.check_frozen_rotations(trainer, modules, self.adapter_name)
         optimizers.check_rotations(run.strategy.optimized(), rotations, pl_module)
         checkpoint_hooks.retrain(pl_module, run.unfrozen)
         optimizers.check_frozen(trainer.optimizers, pl_module, self.module)

@@ -21,7 +21,7 @@ def report_start(
     trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
     sizes = Counter(rotation.block_size for rotation in rotations.values())
     blocks = "block size " + ", ".join(f"{size} (x{count})" for size, count in sorted(sizes.items()))
-    blocks = blocks if rotations else "and no rotation of this adapter, which is not active"
+    blocks = blocks if rotations else "and no rotation of it"
     kinds = Counter(state.layer_type.name for _, _, state in adapted(layers))
     each = f" ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})" if len(kinds) > 1 else ""
     radii = {name: rotation.radius for name, rotation in rotations.items() if rotation.radius is not None}

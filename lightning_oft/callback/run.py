@@ -22,6 +22,7 @@ class Run:
     config: OFTConfig  # as it is injected, with the head that a task wants trained whole
     modes: dict[nn.Module, bool] = field(default_factory=dict)  # that were asked of the modules, before it froze any
     layers: list[str] = field(default_factory=list)  # what the callback has injected into, relative to its module
+    saved: list[str] = field(default_factory=list)  # the tensors that its adapter trains whole
     trainable: list[nn.Parameter] = field(default_factory=list)  # what trained before configure_model
     unfrozen: set[str] = field(default_factory=set)  # what trained, of the base, in the loaded checkpoint
     has_begun: bool = False  # whether a batch of training has started: what is trained is kept from then on

@@ -359,3 +359,40 @@ def test_spawned_fits_must_merge(launcher: Any, merge: bool, refused: bool) -> N
         return
     with pytest.raises(ValueError, match="merge_on_fit_end"):
         check_callbacks(run, callback, "fit")
+
+
+class Freezing(pl.Callback):
+    """Freezes the first layers at some moment; the head trains on."""
+
+    def __init__(self, moment: str, layers: int) -> None:
+        self.layers = layers
+        setattr(self, moment, self._freeze)
+
+    def _freeze(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.net[: self.layers].requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("moment", "first"), [("on_fit_start", True), ("on_fit_start", False), ("on_train_start", False)]
+)
+def test_rotations_that_somebody_freezes_are_named(tmp_path: Path, moment: str, first: bool) -> None:
+    callbacks = [Freezing(moment, 4), oft()] if first else [oft(), Freezing(moment, 4)]
+    with pytest.warns(UserWarning, match=r"^the rotations of net\.0, net\.3 do not train: something froze them"):
+        trainer(tmp_path, *callbacks).fit(Small(), loader())
+
+
+@pytest.mark.parametrize("moment", ["on_fit_start", "on_train_start"])
+def test_some_rotations_may_rest(tmp_path: Path, moment: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, Freezing(moment, 1), oft()).fit(Small(), loader())
+    assert [one for one in caplog.messages if one.startswith("OFT: the rotations of net.0 do not train")]
+
+
+def test_a_head_replaced_after_the_injection_is_named(tmp_path: Path) -> None:
+    class Model(Small):
+        def configure_optimizers(self) -> Any:
+            self.net[6] = nn.Linear(16, 2)  # type: ignore[index, operator]
+            return super().configure_optimizers()
+
+    with pytest.raises(RuntimeError, match=r"net\.6\.weight, net\.6\.bias: modules_to_save .* replaced since"):
+        trainer(tmp_path, oft()).fit(Model(), loader())
