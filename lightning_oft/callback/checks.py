@@ -13,14 +13,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_oft.codecs import is_sharded, packed_codec
+from lightning_oft.codecs import is_scattered, is_sharded, packed_codec, parameter_of
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import rotations_of, state_of
 from lightning_oft.model.first_forward import FirstForward, describe, is_compiled
 from lightning_oft.model.folding import packed_layers
 from lightning_oft.model.freezing import is_frozen_norm
-from lightning_oft.model.mergeable import sparse_layers
+from lightning_oft.model.mergeable import check_forward, check_stored, sparse_layers
 from lightning_oft.model.traversal import Modules, adapted, class_names, joined, some, walk
 
 _AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
@@ -107,7 +107,10 @@ def _check_launcher(trainer: Any, what: str, remedy: str = "") -> None:
 
 
 def can_merge(trainer: Any, callback: Any, modules: Modules) -> bool:
-    """Whether the fit ends with a merge: of quantized or packed weights it does not. Warns where they are pruned."""
+    """Whether the fit ends with a merge: of quantized or packed weights it does not. Warns where they are pruned. Raises
+    ValueError where layers have become, since the injection, what takes no merge."""
+    if callback.merge_on_fit_end or callback.export_dir is not None:
+        _check_unchanged(modules)
     if packed := packed_layers(modules):
         _check_launcher(trainer, f"the weights of {some(packed)} are quantized or packed and cannot be merged")
     elif (callback.merge_on_fit_end or callback.export_dir is not None) and (sparse := sparse_layers(modules)):
@@ -116,6 +119,14 @@ def can_merge(trainer: Any, callback: Any, modules: Modules) -> bool:
             "which keeps the rotations beside them, or prune the merged model again"
         )
     return bool(callback.merge_on_fit_end) and not packed
+
+
+def _check_unchanged(modules: Modules) -> None:
+    for name, layer, state in adapted(modules):
+        check_stored(name, layer)
+        weights = (parameter_of(layer, part.parameter) for part in state.layer_type.rotated_weights(layer).values())
+        if not any(weight is None or weight.is_meta or is_scattered(weight) for weight in weights):
+            check_forward(name, layer)
 
 
 def check_given(given: set[str], mine: OFTConfig, theirs: OFTConfig) -> None:

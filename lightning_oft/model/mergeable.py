@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_oft.codecs import is_scattered, packed_codec, parameter_of, whole
 from lightning_oft.layers.base import has_forward_of_its_own, refusal
 from lightning_oft.layers.own_forward import OwnForward, merges_as_called
-from lightning_oft.layers.state import every_rotation, rotations_of
+from lightning_oft.layers.state import every_rotation, rotations_of, state_of
 from lightning_oft.model import first_forward
 from lightning_oft.model.folding import exact_codecs, is_finite
 from lightning_oft.model.packed import writable_codec
@@ -51,8 +51,7 @@ def check_mergeable(layers: dict[str, nn.Module], gathered: Gathered, requantize
     it has a rotation but the identity."""
     packed, absent, broken, has_turned = [], [], [], {}
     for name, layer, state in adapted(layers):
-        if (reason := refusal(layer)) is not None:  # such as a weight norm that was put there since
-            raise ValueError(f"cannot merge {some([name])}: {reason}; nothing was changed")
+        check_stored(name, layer)
         codecs = exact_codecs(layer, state) or (writable_codec(layer) if requantize else None)
         if codecs is None:
             packed.append(name)
@@ -64,9 +63,9 @@ def check_mergeable(layers: dict[str, nn.Module], gathered: Gathered, requantize
             weights = [codec.read(layer, parameter) for parameter, codec in codecs.items()]
             if any(tensor.is_meta for tensor in (*generators, *weights)):
                 absent.append(name)
-            elif has_forward_of_its_own(layer) and merges_as_called(layer, state.layer_type) is False:
-                raise ValueError(f"cannot merge {some([name])}: {OTHER_FORWARD}; nothing was changed")
-            elif not all(map(is_finite, generators)):
+                continue
+            check_forward(name, layer)
+            if not all(map(is_finite, generators)):
                 broken.append(name)
             else:
                 has_turned[name] = any(bool(generator.any()) for generator in generators)
@@ -78,6 +77,19 @@ def check_mergeable(layers: dict[str, nn.Module], gathered: Gathered, requantize
         if names:
             raise ValueError(f"cannot merge: {what.format(some(names))}; nothing was changed: {remedy}")
     return has_turned
+
+
+def check_stored(name: str, layer: nn.Module) -> None:
+    """Raise ValueError where a weight is no parameter any more, such as one that was given a weight norm since."""
+    if (reason := refusal(layer)) is not None:
+        raise ValueError(f"cannot merge {some([name])}: {reason}; nothing was changed")
+
+
+def check_forward(name: str, layer: nn.Module) -> None:
+    """Raise ValueError where a forward was put on an adapted layer that computes something else of a merged weight."""
+    state = state_of(layer)
+    if state and has_forward_of_its_own(layer) and merges_as_called(layer, state.layer_type) is False:
+        raise ValueError(f"cannot merge {some([name])}: {OTHER_FORWARD}; nothing was changed")
 
 
 def report_untrained(has_turned: Mapping[str, bool], action: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from small import Small, loader, merged_layers, oft, trainer
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 from lightning_oft import OFTConfig, OFTFinetuning, inject, merge, oft_layers, unload, unmerge
 from lightning_oft.callback.checks import check_callbacks
@@ -396,3 +397,28 @@ def test_a_head_replaced_after_the_injection_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match=r"net\.6\.weight, net\.6\.bias: modules_to_save .* replaced since"):
         trainer(tmp_path, oft()).fit(Model(), loader())
+
+
+def _normalise(layer: nn.Module) -> None:
+    parametrizations.weight_norm(layer)
+
+
+def _binarise(layer: nn.Module) -> None:
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight.sign(), layer.bias)  # type: ignore[arg-type, assignment, operator]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [(_normalise, "its weight is parametrized"), (_binarise, "the forward that was put on")]
+)
+def test_what_takes_no_merge_any_more_is_said_before_the_first_batch(
+    tmp_path: Path, change: Callable[[nn.Module], None], reason: str
+) -> None:
+    class Changes(pl.Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            change(pl_module.net[3])
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            raise AssertionError("too late")
+
+    with pytest.raises(ValueError, match=rf"cannot merge net\.3: {reason}"):
+        trainer(tmp_path, Changes(), oft()).fit(Small(), loader())
