@@ -147,6 +147,7 @@ class OFTFinetuning(Callback):
         run.layers, run.saved = self._layers(modules), self._saved(modules)
         freezing.freeze(everything)
         if built and freezing.only_norms_rest(everything):  # which Lightning takes for a mistake
+            run.undo.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
     def _whole_heads(self, pl_module: nn.Module, modules: Modules) -> OFTConfig:

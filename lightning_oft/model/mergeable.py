@@ -122,8 +122,10 @@ def notes_on_merge(modules: Modules) -> Iterator[None]:
     is_unseen = first_forward.is_pending(modules[""]) and any(one.weight.grad is not None for one in rotations)
     yield
     if filled := sorted(sparse.difference(sparse_layers(modules))):
+        kept = all(one is not None for name, _, state in adapted(modules) if name in filled for one in state.base.values())
+        remedy = ", or unmerge(model) and keep the rotations beside them" if kept else " (no base was kept)"
         what = f"merge: the weights of {some(filled)} were sparse, and their zeros are filled"
-        warnings.warn(f"{what}: prune them again, or unmerge(model) and keep the rotations beside them", stacklevel=5)
+        warnings.warn(f"{what}: prune them again{remedy}", stacklevel=5)
     if is_unseen:
         what = "merge: no forward of the model was looked at (compiled, sharded, or only its other methods were called)"
         log.warning("%s: a weight that is used past its layer has changed what it computes; compare outputs", what)

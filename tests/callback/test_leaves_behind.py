@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,9 @@ def test_a_fit_that_has_no_step_keeps_its_adapter(tmp_path: Path) -> None:
     inject(model, oft().config)
     trainer(tmp_path, oft()).validate(model, loader(False), verbose=False)
     assert list(oft_layers(model)) == ["net.0", "net.3"]
+
+
+def test_a_fit_leaves_no_filter_of_warnings(tmp_path: Path) -> None:
+    before = list(warnings.filters)
+    trainer(tmp_path, oft()).fit(Small(), loader())
+    assert list(warnings.filters) == before
