@@ -56,8 +56,9 @@ def view_of(module: nn.Module, cls: type[nn.Module], weights: Mapping[str, Tenso
 
 @torch.no_grad()
 def merges_as_called(layer: nn.Module, layer_type: LayerType) -> bool | None:
-    """Whether a forward that somebody put on a layer gives the same for a turned input as with a turned weight; None
-    where it cannot be tried. On the layer itself, whose weight is another one meanwhile: the function is bound to it."""
+    """Whether a forward that somebody put on a layer gives the same for a turned input as with a turned weight, in eval;
+    None where it cannot be tried. On the layer itself, whose weight is another one meanwhile: the function is bound to
+    it."""
     ((_, part), *more) = layer_type.rotated_weights(layer).items()
     weight, example = layer._parameters.get(part.parameter), layer_type.example(layer)
     if weight is None or more or layer_type.mixin is not None or example is None:
@@ -68,6 +69,7 @@ def merges_as_called(layer: nn.Module, layer_type: LayerType) -> bool | None:
         axis = nn.functional.normalize(torch.randn(part.fan, device=weight.device), dim=0).to(weight.dtype)
         matrix = layer_type.from_matrix(layer, _mirrored(layer_type.to_matrix(layer, weight.detach()), axis), weight)
         x = example[0].to(weight.device, weight.dtype if example[0].is_floating_point() else None)
+        training, layer.training = layer.training, False
         try:
             rotated = layer.forward(_mirrored(x, axis) if part.side == "input" else x)
             rotated = _mirrored(rotated, axis) if part.side == "output" else rotated
@@ -77,7 +79,7 @@ def merges_as_called(layer: nn.Module, layer_type: LayerType) -> bool | None:
         except Exception:  # it cannot run here and now
             return None
         finally:
-            layer._parameters[part.parameter] = weight
+            layer._parameters[part.parameter], layer.training = weight, training
 
 
 def _mirrored(x: Tensor, axis: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_oft.codecs import is_scattered, packed_codec, parameter_of, whole
-from lightning_oft.layers.base import has_forward_of_its_own, refusal
+from lightning_oft.layers.base import has_forward_of_its_own, has_own_forward, refusal
 from lightning_oft.layers.own_forward import OwnForward, merges_as_called
 from lightning_oft.layers.state import every_rotation, rotations_of, state_of
 from lightning_oft.model import first_forward
@@ -27,8 +27,8 @@ OFFLOADED = (
 """The remedy for tensors that are not at hand."""
 
 OTHER_FORWARD = (
-    "the forward that was put on the instance does not compute the same with a rotated input and a merged weight: make it "
-    "the forward of a subclass, or leave the layer out with exclude_modules"
+    "the forward that was put on it does not compute the same with a rotated input and a merged weight: make it "
+    "the forward of a subclass before the injection, or leave the layer out with exclude_modules"
 )
 
 _SPARSE = 0.2
@@ -86,9 +86,16 @@ def check_stored(name: str, layer: nn.Module) -> None:
 
 
 def check_forward(name: str, layer: nn.Module) -> None:
-    """Raise ValueError where a forward was put on an adapted layer that computes something else of a merged weight."""
+    """Raise ValueError where an adapted layer was given, since the injection, a forward or a class that computes
+    something else of a merged weight, or that has lost its rotation."""
     state = state_of(layer)
-    if state and has_forward_of_its_own(layer) and merges_as_called(layer, state.layer_type) is False:
+    if state is None:
+        return
+    if state.layer_type.mixin is not None and not isinstance(layer, state.layer_type.mixin):
+        what = f"its class was changed to {type(layer).__name__} after the injection, which took its rotation away"
+        raise ValueError(f"cannot merge {some([name])}: {what}; change it before")
+    is_own = has_forward_of_its_own(layer) or has_own_forward(layer)
+    if is_own and merges_as_called(layer, state.layer_type) is False:
         raise ValueError(f"cannot merge {some([name])}: {OTHER_FORWARD}; nothing was changed")
 
 
@@ -122,7 +129,9 @@ def notes_on_merge(modules: Modules) -> Iterator[None]:
     is_unseen = first_forward.is_pending(modules[""]) and any(one.weight.grad is not None for one in rotations)
     yield
     if filled := sorted(sparse.difference(sparse_layers(modules))):
-        kept = all(one is not None for name, _, state in adapted(modules) if name in filled for one in state.base.values())
+        kept = all(
+            one is not None for name, _, state in adapted(modules) if name in filled for one in state.base.values()
+        )
         remedy = ", or unmerge(model) and keep the rotations beside them" if kept else " (no base was kept)"
         what = f"merge: the weights of {some(filled)} were sparse, and their zeros are filled"
         warnings.warn(f"{what}: prune them again{remedy}", stacklevel=5)

@@ -135,6 +135,13 @@ def merged_layers(modules: Modules) -> dict[str, nn.Module]:
     return {name: layer for name, layer, state in adapted(modules) if state.merged is not None}
 
 
+def require_python(modules: Modules) -> None:
+    """Raise ValueError where a module is TorchScript: nothing in it can be put in, nor its parameters be told apart."""
+    if scripts := [name for name, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]:
+        what = f"{some(scripts)}: TorchScript, which takes no rotations and cannot be frozen part by part"
+        raise ValueError(f"{what}: inject into the module that it was made of, and script it after a merge")
+
+
 def require_adapter(modules: Modules, *names: str) -> None:
     """Raise ValueError where there is no adapter of one of these names."""
     known = adapter_names(modules)

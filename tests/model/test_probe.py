@@ -331,7 +331,7 @@ def test_a_forward_that_was_put_on_an_instance_is_tried(forward: Any, first: str
 
 @pytest.mark.parametrize("forward", HARMFUL.values(), ids=HARMFUL)
 def test_one_that_a_merge_would_change_is_refused_before_and_when_it_came_later_by_the_merge(forward: Any) -> None:
-    what = "layer: the forward that was put on the instance does not compute the same.*exclude_modules"
+    what = "layer: the forward that was put on it does not compute the same.*exclude_modules"
     model = Holder(nn.Linear(8, 6))
     _put(model.layer, forward)
     with pytest.raises(ValueError, match=f"^{what}"):

@@ -254,6 +254,53 @@ def test_a_model_that_was_quantized_without_its_rotations_says_so(kind: type[nn.
     assert relative(quantization.quantize_dynamic(model, wanted)(x), expected) < 0.05
 
 
+class Rectified(nn.Linear):
+    """Computes from another weight than it has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.relu(), self.bias)
+
+
+class Dropping(nn.Linear):
+    """The arithmetic of its class, and a dropout that a trial must not take for another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+
+@pytest.mark.parametrize(
+    ("layer", "cls", "reason"),
+    [
+        (nn.Linear(8, 8), Rectified, "the forward that was put on it does not compute the same"),
+        (nn.Conv2d(8, 8, 1), nn.Conv2d, "its class was changed to Conv2d after the injection"),
+    ],
+)
+def test_a_class_that_was_changed_later_is_named_by_a_merge(layer: Any, cls: type[nn.Module], reason: str) -> None:
+    model = _adapted(layer)
+    layer.__class__ = cls
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match=f"cannot merge 0: {reason}"):
+        merge(model)
+    assert torch.equal(layer.weight, before)
+
+
+def test_a_class_of_ones_own_that_computes_the_same_is_merged_in_training_too() -> None:
+    model = _adapted(Dropping(8, 8))
+    before = model(X)
+    merge(model.train())
+    torch.testing.assert_close(model.eval()(X), before)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning", "ignore:`torch.jit.script:FutureWarning")
+@pytest.mark.parametrize("targets", [["0", "1"], ["0"]])
+def test_torch_script_takes_no_rotations(targets: list[str]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), torch.jit.script(nn.Linear(8, 8)))  # type: ignore[no-untyped-call]
+    with pytest.raises(ValueError, match=r"^1: TorchScript, which takes no rotations .* script it after a merge"):
+        inject(model, config(target_modules=targets))
+    assert not oft_layers(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_weight_norm_that_came_later_trains_with_its_rotations_and_is_named_by_a_merge() -> None:
     model = _adapted(nn.Linear(8, 6))
     expected = model(X)
