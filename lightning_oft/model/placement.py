@@ -44,7 +44,7 @@ class Place(NamedTuple):
 
 def find_place(modules: Modules, state: AdapterState) -> Place:
     """Find the module that the state's names start at, and check every name and shape against the model."""
-    traversal.require_python(modules)
+    traversal.require_built(modules)
     owners = owners_of(modules)  # where another layer reads a layer's weight, the rotation is a part of that one's
     root = _find_root(modules, owners, state)
     generators, exact = {}, set()

@@ -15,7 +15,7 @@ from lightning_oft.codecs import parameter_of
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.base import layer_type_of, layer_types, refusal, rotated_weights_of
 from lightning_oft.layers.experts import Experts
-from lightning_oft.model.traversal import TIED_AGAIN, Modules, class_names, counted, joined, require_python, some
+from lightning_oft.model.traversal import TIED_AGAIN, Modules, class_names, counted, joined, require_built, some
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Target(NamedTuple):
 def find_targets(modules: Modules, config: OFTConfig, strict: bool = True) -> dict[str, Target]:
     """The modules that the configuration selects, by name, in the order of the model. Raises ValueError where something
     is selected that cannot be adapted, or where nothing is and `strict`."""
-    require_python(modules)
+    require_built(modules)
     owners = owners_of(modules)
     found: dict[str, Target] = {}
     refused: dict[str, str] = {}

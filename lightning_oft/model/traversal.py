@@ -135,8 +135,12 @@ def merged_layers(modules: Modules) -> dict[str, nn.Module]:
     return {name: layer for name, layer, state in adapted(modules) if state.merged is not None}
 
 
-def require_python(modules: Modules) -> None:
-    """Raise ValueError where a module is TorchScript: nothing in it can be put in, nor its parameters be told apart."""
+def require_built(modules: Modules) -> None:
+    """Raise ValueError where a module, adapted or not, cannot be frozen: it is lazy still, or TorchScript."""
+    lazy = {name: one for name, one in modules.items() if isinstance(one, nn.modules.lazy.LazyModuleMixin)}
+    if waiting := [name for name, module in lazy.items() if module.has_uninitialized_params()]:
+        what = f"{some(waiting)}: its shape is not known yet"
+        raise ValueError(f"{what}: run one batch through the model first to materialise it")
     if scripts := [name for name, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]:
         what = f"{some(scripts)}: TorchScript, which takes no rotations and cannot be frozen part by part"
         raise ValueError(f"{what}: inject into the module that it was made of, and script it after a merge")

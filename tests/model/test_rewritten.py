@@ -301,6 +301,16 @@ def test_torch_script_takes_no_rotations(targets: list[str]) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_lazy_head_is_named_before_anything_is_frozen() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4))
+    with pytest.raises(ValueError, match=r"^1: its shape is not known yet: run one batch through the model first"):
+        inject(model, config(target_modules=["0"]))
+    assert not oft_layers(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model(X)
+    assert inject(model, config(target_modules=["0"])) == ["0"]
+
+
 def test_a_weight_norm_that_came_later_trains_with_its_rotations_and_is_named_by_a_merge() -> None:
     model = _adapted(nn.Linear(8, 6))
     expected = model(X)
