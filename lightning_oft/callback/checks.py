@@ -196,21 +196,19 @@ def _rotations(modules: Mapping[str, nn.Module], adapter_name: str) -> dict[str,
     }
 
 
-def check_frozen_rotations(trainer: Any, modules: Modules, adapter_name: str) -> None:
-    """Say which active rotations do not train, unless a callback is there that will unfreeze them."""
+def report_frozen(trainer: Any, modules: Modules, adapter_name: str) -> None:
+    """Warn where no active rotation of an adapter trains, and log those that do not: a target network's may well be
+    frozen. Not where a callback is there that will unfreeze them."""
     active = {name: layer for name, layer, state in adapted(modules) if adapter_name in state.active}
-    if not any("BaseFinetuning" in class_names(callback) for callback in trainer.callbacks):
-        report_frozen(_rotations(active, adapter_name))
-
-
-def report_frozen(rotations: Mapping[str, Rotation]) -> None:
-    """Warn where none of these rotations trains, and log those that do not: a target network's may well be frozen."""
-    if frozen := [name for name, one in rotations.items() if not one.weight.requires_grad]:
-        what = f"the rotations of {some(frozen)} do not train: something froze them after the injection"
-        if len(frozen) < len(rotations):
-            rank_zero_info(f"OFT: {what}")
-        else:
-            warnings.warn(f"{what}: freeze nothing in configure_optimizers or a callback, the base is frozen already")
+    rotations = _rotations(active, adapter_name)
+    frozen = [name for name, one in rotations.items() if not one.weight.requires_grad]
+    if not frozen or any("BaseFinetuning" in class_names(callback) for callback in trainer.callbacks):
+        return
+    what = f"the rotations of {some(frozen)} do not train: something froze them after the injection"
+    if len(frozen) < len(rotations):
+        rank_zero_info(f"OFT: {what}")
+    else:
+        warnings.warn(f"{what}: freeze nothing in configure_optimizers or a callback, the base is frozen already")
 
 
 def watch_first_forward(pl_module: nn.Module, batch: Any, undo: contextlib.ExitStack) -> FirstForward | None:

@@ -174,7 +174,6 @@ class OFTFinetuning(Callback):
         modules = walk(checks.submodule(walk(pl_module), self.module))
         checks.check_layers(run.layers, self._layers(modules), run.saved, self._saved(modules))
         rotations = checks.trainable_rotations(modules, self.adapter_name)
-        checks.check_frozen_rotations(trainer, modules, self.adapter_name)
         optimizers.check_rotations(run.strategy.optimized(), rotations, pl_module)
         checkpoint_hooks.retrain(pl_module, run.unfrozen)
         optimizers.check_frozen(trainer.optimizers, pl_module, self.module)
@@ -196,6 +195,7 @@ class OFTFinetuning(Callback):
         """Called before each batch: from the first on, what is trained is kept, however the fit ends."""
         if (run := self._run) is not None:
             if not run.has_begun:
+                checks.report_frozen(trainer, walk(checks.submodule(walk(pl_module), self.module)), self.adapter_name)
                 run.first_forward = checks.watch_first_forward(pl_module, batch, run.undo)
             run.has_begun = run.keeps_adapter = True
 

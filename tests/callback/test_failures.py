@@ -25,6 +25,7 @@ from lightning_oft.formats import read_adapter
 from lightning_oft.formats.checkpoint_file import read
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode"),  # as a failed run leaves it
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create"),
 ]

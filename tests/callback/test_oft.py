@@ -19,7 +19,10 @@ from lightning_oft import OFTFinetuning, oft_layers, unload, unmerge
 BUILT_IN = ["init", "setup", "configure_model"]
 TRAINED = {"net.0.weight", "net.3.weight", "net.6.weight", "net.6.bias"}
 
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode"),  # which a test has put there
+]
 
 
 def _reference() -> dict[str, Tensor]:

@@ -66,7 +66,6 @@ class Steps:
         if not idle or any(tensor.grad is not None for tensor in self._optimized):
             # An FSDP1 process that holds nothing of a rotation gets no gradient for it.
             checks.check_gradients([name for name, weight in idle.items() if weight.requires_grad and weight.numel()])
-            checks.report_frozen(own if idle else {})
             unchecked.clear()
         self.stepped(own)
 
