@@ -175,7 +175,7 @@ class Rotation(nn.Module):
             return None
         if self._forward_hooks or self._forward_pre_hooks:
             return None
-        return torch.bmm(x.reshape(n, 1, b), cache.matrix).view(x.shape)
+        return torch.bmm(x.reshape(n, 1, b), cache.matrix).view_as(x)
 
     @override
     def train(self, mode: bool = True) -> Self:
