@@ -23,7 +23,8 @@ def fingerprint(weight: Tensor | None, storage: str | None = None) -> str | None
     if weight.is_meta or weight.numel() == 0:
         return None
     flat = weight.detach().reshape(-1)
-    entries = flat[:: max(1, flat.numel() // 1024)][:1024].to(torch.bfloat16).view(torch.int16).cpu()
+    some = flat[:: max(1, flat.numel() // 1024)][:1024]
+    entries = some.to(torch.bfloat16, copy=True).view(torch.int16).cpu()  # numpy marks what it shares, for good
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode() + entries.numpy().tobytes()).hexdigest()
     dtype = str(weight.dtype).removeprefix("torch.")
     return f"{dtype if storage is None else f'{storage}-{dtype}-{weight.device.type}'}:{digest[:16]}"
