@@ -189,14 +189,13 @@ def merging(title: str, base: nn.Module, targets: Targets, setup: Setup) -> Iter
 
 
 def _merge_memory(title: str, models: dict[str, Any], setup: Setup) -> Iterator[Row]:
-    """The most that merging holds at a time beyond what was there and one merged weight, which takes the place of the
-    base's in the end; in sizes of the largest weight."""
+    """The most that merging holds at a time beyond what was there; in sizes of the largest weight."""
     peaks = {}
     for name, model in models.items():
         largest = max(tensor.nbytes for tensor in tensors_of(model))
         with LiveBytes(tensors_of(model)) as live:
             model.merge_adapter() if name.startswith("PEFT") else merge(model, keep_base="never")
-        peaks[name] = live.peak / largest - 1
+        peaks[name] = live.peak / largest
     yield setup.row(title, "extra memory, merge, base not kept", "live tensors", "largest weights", peaks)
 
 

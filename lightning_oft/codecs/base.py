@@ -46,6 +46,11 @@ class Codec(ABC):
         transformers' Conv1D 1; `step` columns must stay together, in a storage that is cut along them."""
         return change(self.read(module, parameter), slice(None))
 
+    def own_memory(self, module: nn.Module, parameter: str) -> Tensor | None:
+        """The weight as it lies in memory that nobody else has, so that new values may be written over the old ones;
+        None where others may have it, or that cannot be told."""
+        return None
+
     def keep(self, module: nn.Module, parameter: str, device: torch.device | str) -> Any:
         """What `restore` needs to bring the values of now back to the bit, on a device."""
         return self.read(module, parameter).detach().to(device, copy=True)
@@ -131,9 +136,31 @@ class PlainCodec(Codec):
             weight.data = values
 
     @override
+    def own_memory(self, module: nn.Module, parameter: str) -> Tensor | None:
+        weight = _plain(module, parameter)
+        if not weight.is_contiguous() or weight.numel() == 0 or weight.is_inference():
+            return None
+        # A view, a kept state dict or a backward in flight holds the storage too, and is to see the values that it was
+        # given. Memory that torch did not allocate may be an array's, or a file's whose pages would be copied as they are
+        # written; shared memory, which all of a GPU's counts as, may be open in another process.
+        storage = weight.untyped_storage()
+        if not storage.resizable() or storage.is_shared() or not _is_alone(weight):
+            return None
+        return weight.detach()
+
+    @override
     def keep(self, module: nn.Module, parameter: str, device: torch.device | str) -> Any:
         weight = _plain(module, parameter)
         return weight.data.to(device, copy=hasattr(weight, "_fsdp_flattened"))
+
+
+def _is_alone(tensor: Tensor) -> bool:
+    """Whether no other tensor has this one's storage, as none has that of a new one; False where torch cannot count them,
+    as builds of old versions for the CPU alone."""
+    count: Any = getattr(torch._C, "_storage_Use_Count", None)
+    new = torch.empty(1)
+    ours, one = (count and count(each.untyped_storage()._cdata) for each in (tensor, new))
+    return count is not None and ours == one
 
 
 register_codec(PlainCodec())

@@ -1,6 +1,9 @@
 """One rotated weight of one layer: its rotations folded in, and taken out again."""
 
+import ctypes
 import math
+import mmap
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
@@ -17,6 +20,9 @@ from lightning_oft.model.traversal import adapted
 CPU_PIECE, PIECE = 2**19, 2**24
 """Entries of a weight that are folded at a time: what a core's cache holds, and what fills a GPU without a float32 copy
 of all of a large weight."""
+
+LARGE_PAGE = 2**21
+"""Bytes of the pages in which Linux hands out memory on request."""
 
 Device = torch.device | str | None
 Keep = Literal["host", "here"] | None
@@ -45,48 +51,44 @@ class FoldedWeight(NamedTuple):
         others may hold the weight. In the weight's dtype by default."""
         weight = self.read()
         where = torch.device(device) if device is not None else weight.device
-        matrices = [rotation.matrix() for rotation in self.rotations]
-        if undo:
-            matrices = [functional.inverse(matrix) for matrix in reversed(matrices)]
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        matrices = [matrix.to(where, exact) for matrix in matrices]
-        layer_type, entries = self.state.layer_type, CPU_PIECE if where.type == "cpu" else PIECE
+        matrices = self._matrices(where, undo)
 
         def change(rows: Tensor, columns: slice) -> Tensor:
             own = matrices
             if columns != slice(None):  # the blocks of these columns; a shared block turns all of them
                 cuts = [slice(columns.start // m.shape[-1], columns.stop // m.shape[-1]) for m in matrices]
                 own = [m if m.shape[0] == 1 else m[cut] for m, cut in zip(matrices, cuts, strict=True)]
-            result = torch.empty_like(rows, dtype=dtype)
-            count = max(1, entries * rows.shape[layer_type.row_dim] // max(1, rows.numel()))
-            pieces = (whole.split(count, layer_type.row_dim) for whole in (rows, result))  # type: ignore[no-untyped-call]
+            result = _in_large_pages(torch.empty_like(rows, dtype=dtype))
+            pieces = (self._pieces(whole, where) for whole in (rows, result))
             for piece, place in zip(*pieces, strict=True):
-                layer_type.fold(self.layer, self.part, piece.to(where), own, place)
+                self.state.layer_type.fold(self.layer, self.part, piece.to(where), own, place)
             return result
 
         step = math.lcm(*(matrix.shape[-1] for matrix in matrices))
-        return self.codec.changed(self.layer, self.part.parameter, layer_type.row_dim, step, change)
+        return self.codec.changed(self.layer, self.part.parameter, self.state.layer_type.row_dim, step, change)
 
     def merge(self, keep: Keep, device: Device, holders: Counter[int]) -> float:
         """Fold the rotations in, and return how far outputs are off by what quantizing has lost, relative to them. A
         parameter that other modules share is left to them."""
-        name, folded = self.part.parameter, self.folded(device)
-        parameter = parameter_of(self.layer, name)
+        name, parameter = self.part.parameter, parameter_of(self.layer, self.part.parameter)
+        is_tied = parameter is not None and holders[id(parameter)] > 1
+        if keep is None and not is_tied and self._fold_in_place(device):
+            self.state.base[name] = None
+            return self._merged()
+        folded = self.folded(device)
         # Not of a sharded weight: one process that raised would leave the others waiting.
         is_whole = parameter is None or not is_sharded(parameter)
         if is_whole and not is_finite(folded) and is_finite(self.read()):
             what = f"cannot merge: the merged {name} overflows {folded.dtype}; nothing was changed"
             raise ValueError(f"{what}: load an earlier state of the adapter, or merge in float32")
-        if parameter is not None and holders[id(parameter)] > 1 and self.codec.is_exact:
+        if parameter is not None and is_tied and self.codec.is_exact:
             self.state.base[name] = parameter
             self._set_parameter(nn.Parameter(folded, requires_grad=False))
         else:
             place = "cpu" if keep == "host" else folded.device
             self.state.base[name] = None if keep is None else self.codec.keep(self.layer, name, place)
             self.codec.write(self.layer, name, folded)
-        assert self.state.merged is not None  # a layer is merged before its weights are
-        self.state.merged[name] = self.fingerprint()
-        return 0.0 if self.codec.is_exact else output_error(self.read(), folded)
+        return self._merged(folded)
 
     def unmerge(self) -> None:
         """Give the layer its base weight back, if `merge` got as far as this one."""
@@ -99,8 +101,56 @@ class FoldedWeight(NamedTuple):
             self._set_parameter(base)
         elif base is not None:
             self.codec.restore(self.layer, name, base)
-        else:
+        elif not self._fold_in_place(undo=True):
             self.codec.write(self.layer, name, self.folded(undo=True))
+
+    def _matrices(self, where: torch.device, undo: bool) -> list[Tensor]:
+        """The rotations in the precision in which they are folded, or their inverses, the last one first."""
+        matrices = [rotation.matrix() for rotation in self.rotations]
+        if undo:
+            matrices = [functional.inverse(matrix) for matrix in reversed(matrices)]
+        exact = torch.promote_types(self.read().dtype, torch.float32)
+        return [matrix.to(where, exact) for matrix in matrices]
+
+    def _pieces(self, weight: Tensor, where: torch.device) -> tuple[Tensor, ...]:
+        """Views of the rows of a weight that are folded at a time on a device."""
+        entries, row_dim = CPU_PIECE if where.type == "cpu" else PIECE, self.state.layer_type.row_dim
+        count = max(1, entries * weight.shape[row_dim] // max(1, weight.numel()))
+        return weight.split(count, row_dim)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _fold_in_place(self, device: Device = None, undo: bool = False) -> bool:
+        """Fold, or undo it, in the memory of the weight, and say whether that could be done: fresh memory takes longer
+        to get than a fold takes. An error midway turns back what was folded, as `unmerge` would."""
+        weight = self.codec.own_memory(self.layer, self.part.parameter)
+        if weight is None or (device is not None and torch.device(device) != weight.device):
+            return False
+        matrices = self._matrices(weight.device, undo)
+        if not undo and not _stays_finite(weight, matrices):  # to be told after the fold, while the base is there
+            return False
+        pieces, start = self._pieces(weight, weight.device), weight._version
+        scratch = torch.empty_like(pieces[0])
+        try:
+            self._turn(pieces, matrices, scratch)
+        except BaseException:
+            done = weight._version - start  # counted by torch with each piece: no interrupt comes in between
+            self._turn(pieces[:done], self._matrices(weight.device, not undo), scratch)
+            if undo:
+                self._merged()
+            raise
+        return True
+
+    def _turn(self, pieces: tuple[Tensor, ...], matrices: list[Tensor], scratch: Tensor) -> None:
+        layer_type = self.state.layer_type
+        for piece in pieces:
+            place = scratch.narrow(layer_type.row_dim, 0, piece.shape[layer_type.row_dim])
+            layer_type.fold(self.layer, self.part, piece, matrices, place)
+            piece.copy_(place)
+
+    def _merged(self, wanted: Tensor | None = None) -> float:
+        """Note what the weight is now, and return how far its outputs are off those of a weight that was to be stored."""
+        assert self.state.merged is not None  # a layer is merged before its weights are
+        self.state.merged[self.part.parameter] = self.fingerprint()
+        return 0.0 if wanted is None or self.codec.is_exact else output_error(self.read(), wanted)
 
     def _set_parameter(self, parameter: nn.Parameter) -> None:
         owner, _, key = self.part.parameter.rpartition(".")
@@ -128,6 +178,25 @@ def exact_codecs(layer: nn.Module, state: LayerState) -> dict[str, Codec] | None
 def packed_layers(layers: Mapping[str, nn.Module]) -> list[str]:
     """Names of the adapted layers whose weights are quantized or packed, so that nothing can be folded into them."""
     return [name for name, layer, state in adapted(layers) if exact_codecs(layer, state) is None]
+
+
+def _in_large_pages(fresh: Tensor) -> Tensor:
+    """The same tensor, whose memory Linux hands out 2 MiB at a time where it can: in pages of 4 KiB the first writing
+    costs more than the fold."""
+    if sys.platform == "linux" and type(fresh) is Tensor and fresh.device.type == "cpu":
+        start = -(-fresh.data_ptr() // LARGE_PAGE) * LARGE_PAGE  # whole pages: none that another tensor has a part of
+        size = (fresh.data_ptr() + fresh.nbytes) // LARGE_PAGE * LARGE_PAGE - start
+        if size > 0:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return fresh
+
+
+def _stays_finite(weight: Tensor, matrices: list[Tensor]) -> bool:
+    """Whether a fold cannot overflow, told before it: no entry grows by more than a row or column of a block sums up to
+    in magnitude, which of a rotation is at most the root of its size. Twice that leaves room for rounding."""
+    low, high = weight.aminmax()
+    growth = math.prod(max(float(m.abs().sum(dim).amax()) for dim in (-2, -1)) for m in matrices)
+    return 2 * growth * max(-float(low), float(high)) < torch.finfo(weight.dtype).max
 
 
 def output_error(stored_oi: Tensor, wanted_oi: Tensor) -> float:

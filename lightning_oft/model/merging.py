@@ -42,7 +42,8 @@ def merge(
 
     Names, classes and state-dict keys are those of the base afterwards. Each layer keeps its rotations out of the
     module tree, so that `unmerge` can undo it. Either every layer is merged, or an error leaves the model as it was
-    (where keep_base is off and some layers were merged already, as `unmerge` would). Returns the names of the layers.
+    (where keep_base is off, what was merged already returns as `unmerge` would return it). A base that is not kept and
+    that no other tensor views is folded in its own memory. Returns the names of the layers.
 
     Args:
         model: a model with adapters.

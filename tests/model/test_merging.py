@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import logging
 from collections import OrderedDict
@@ -16,6 +17,8 @@ import transformers
 from layer_cases import KINDS, config, randomize, relative
 from norm_net import batch, net, same, snapshot
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_oft import (
     OFTConfig,
@@ -46,25 +49,31 @@ def _stack(layers: int = 4, **options: Any) -> nn.Module:
 # ---- all or nothing --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("n", "keep_base", "error"),
-    [(0, "never", ValueError), (3, "always", KeyboardInterrupt), (3, "never", ValueError)],
-)
-def test_a_failure_at_the_nth_layer_leaves_the_model_as_it_was(
-    n: int, keep_base: Any, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, x = _stack(), torch.randn(3, 8)
-    before, output = snapshot(model), model(x)
-    kind = type(state_of(model[0]).layer_type)  # type: ignore[union-attr, index]
+def _fail_at_fold(n: int, error: type[BaseException], model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows of a weight are folded at a time, and the n-th time, counted from 0, fails."""
+    kind = type(state_of(model[0]).layer_type)  # type: ignore[union-attr]
     fold, calls = kind.fold, []
 
-    def failing(self: Any, *args: Any) -> Tensor:
+    def failing(self: Any, *args: Any) -> None:
         calls.append(1)
         if len(calls) == n + 1:
             raise error("out of memory")
-        return fold(self, *args)
+        fold(self, *args)
 
+    monkeypatch.setattr("lightning_oft.model.folding.CPU_PIECE", 16)
     monkeypatch.setattr(kind, "fold", failing)
+
+
+@pytest.mark.parametrize(
+    ("n", "keep_base", "error"),
+    [(0, "never", ValueError), (13, "always", KeyboardInterrupt), (12, "never", ValueError), (14, "never", SystemExit)],
+)
+def test_a_failure_at_the_nth_fold_leaves_the_model_as_it_was(
+    n: int, keep_base: Any, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = _stack(), torch.randn(3, 8)
+    before, output = snapshot(model), model(x).detach()
+    _fail_at_fold(n, error, model, monkeypatch)
     with pytest.raises(error, match="out of memory"):
         merge(model, keep_base=keep_base)
     monkeypatch.undo()
@@ -76,6 +85,22 @@ def test_a_failure_at_the_nth_layer_leaves_the_model_as_it_was(
     assert relative(model(x), output) < 1e-6
     merge(model)
     assert relative(model(x), output) < 1e-5
+
+
+def test_a_failure_while_the_base_is_solved_for_leaves_a_model_that_can_still_be_unmerged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = _stack().bfloat16(), torch.randn(3, 8, dtype=torch.bfloat16)
+    before, output = snapshot(model), model(x).detach()
+    merge(model, keep_base="never")
+    _fail_at_fold(6, KeyboardInterrupt, model, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        unmerge(model)
+    monkeypatch.undo()
+    assert [state.merged is None for state in _states(model)] == [True, False, False, False]
+    assert relative(model(x), output) < 2e-2
+    unmerge(model)
+    assert all(relative(tensor + 0, before[name]) < 1e-2 for name, tensor in model.state_dict().items())
 
 
 def test_a_generator_that_is_not_finite_is_refused_and_nothing_changes() -> None:
@@ -664,3 +689,135 @@ def test_a_weight_of_many_pieces_is_folded_and_solved_to_its_precision(
         assert torch.equal(held, base["layer.weight"])  # others may hold it
         unmerge(model)
         assert relative(model.state_dict()["layer.weight"], base["layer.weight"]) < bound
+
+
+counts_holders = pytest.mark.skipif(
+    not hasattr(torch._C, "_storage_Use_Count"), reason="a torch that cannot tell whether a view is held"
+)
+
+
+class _Largest(TorchDispatchMode):
+    """The largest storage that an operator makes inside, in bytes."""
+
+    def __init__(self, known: Tensor) -> None:
+        super().__init__()
+        self.known, self.nbytes = known.data_ptr(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in tree_leaves(out):
+            if isinstance(one, Tensor) and one.untyped_storage().data_ptr() != self.known:
+                self.nbytes = max(self.nbytes, one.untyped_storage().nbytes())
+        return out
+
+
+@counts_holders
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Linear(24, 402),
+        lambda: transformers.pytorch_utils.Conv1D(402, 24),
+        lambda: nn.Conv2d(4, 402, 3),
+        lambda: nn.Embedding(402, 24),
+    ],
+    ids=["linear", "conv1d_hf", "conv2d", "embedding"],
+)
+def test_a_base_that_is_not_kept_is_folded_in_its_own_memory(
+    build: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_oft.model.folding.CPU_PIECE", 240)
+    model: Any = nn.Sequential(build()).to(dtype)
+    for name in ("one", "two"):
+        inject(model, config(target_modules=["0"], oft_block_size=4), name)
+        randomize(model, 0.3, name)
+    set_adapter(model, ["one", "two"])
+    other = copy.deepcopy(model)
+    held, weight = other[0].weight.detach(), model[0].weight
+    for action in (functools.partial(merge, keep_base="never"), unmerge):
+        address, version = weight.data_ptr(), weight._version
+        with _Largest(weight) as largest:
+            action(model)
+        assert largest.nbytes < weight.nbytes / 2
+        assert weight.data_ptr() == address
+        assert weight._version > version  # what was computed from the values of before is told so
+        action(other)
+        assert other[0].weight.data_ptr() != held.data_ptr()
+        assert torch.equal(weight, other[0].weight)
+        held = other[0].weight.detach()
+
+
+def _an_array(layer: nn.Linear) -> Any:
+    array = layer.weight.detach().numpy().copy()
+    layer.weight = nn.Parameter(torch.from_numpy(array), requires_grad=False)
+    return array
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda layer: layer.state_dict()["weight"],
+        lambda layer: layer.weight.detach()[2:3, 4],
+        lambda layer: nn.Parameter(layer.weight, requires_grad=False),
+        lambda layer: layer.weight.detach().numpy(),
+        lambda layer: layer.weight.data.share_memory_(),
+        _an_array,
+    ],
+    ids=["state_dict", "entry", "parameter", "numpy", "shared_memory", "array"],
+)
+def test_whoever_else_has_the_memory_of_a_weight_keeps_its_values(hold: Any) -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8))
+    held = hold(model[0])
+    inject(model, config(target_modules=["0"]))
+    randomize(model, 0.3)
+    x = torch.randn(3, 8)
+    before, adapted = copy.deepcopy(held), model(x).detach()  # a graph would hold the weight too
+    merge(model, keep_base="never")
+    assert (torch.as_tensor(held) == torch.as_tensor(before)).all()
+    assert relative(model(x), adapted) < 1e-5
+    unmerge(model)
+    assert relative(model(x), adapted) < 1e-5
+
+
+def test_memory_that_another_process_may_have_open_is_left_alone() -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8))
+    address = model[0].weight.data.share_memory_().data_ptr()
+    inject(model, config(target_modules=["0"]))
+    randomize(model, 0.3)
+    merge(model, keep_base="never")
+    assert model[0].weight.data_ptr() != address
+
+
+@pytest.mark.parametrize(("entry", "fits"), [(2e4, True), (float("inf"), True), (65000.0, False)])
+def test_near_the_end_of_the_range_the_base_is_there_until_the_merged_weight_is_known(entry: float, fits: bool) -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8)).half()
+    inject(model, config(target_modules=["0"]))
+    randomize(model, 0.3)
+    model[0].weight.data[3] = entry
+    before, address = snapshot(model), model[0].weight.data_ptr()
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="overflows"):
+        merge(model, keep_base="never")
+    assert (model[0].weight.data_ptr() != address) == fits
+    assert fits or same(model, before)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without large pages")
+def test_a_merged_weight_beside_its_base_is_asked_for_in_large_pages() -> None:
+    """Its first writing takes 2,048 page faults else, and as long as the fold."""
+    model = nn.Sequential(nn.Linear(2048, 1024))
+    inject(model, OFTConfig(oft_block_size=32, target_modules="all-linear"))
+    merge(model, keep_base="always")
+    assert "hg" in _memory_flags(model[0].weight.data_ptr() + 2**21)
+
+
+def _memory_flags(address: int) -> list[str]:
+    """What Linux was told of the memory at an address."""
+    is_here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *others = line.split()
+        if first == "VmFlags:" and is_here:
+            return others
+        if not first.endswith(":"):
+            low, high = (int(end, 16) for end in first.split("-"))
+            is_here = low <= address < high
+    return []
