@@ -81,7 +81,8 @@ class FirstForward(TorchFunctionMode):
                     self._tied[name] = holders.get(id(weight), set()) - {id(owner)}
                     self._readers[name] |= self._tied[name]
                     self._sources[weight] = self._sources_of(weight) | {name}
-                    self._stored.setdefault(_address(weight), set()).add(name)
+                    if address := _address(weight):
+                        self._stored.setdefault(address, set()).add(name)
 
     def open(self, inputs: Any = ()) -> None:
         """Begin, in this thread, what is computed from these inputs."""
@@ -95,7 +96,8 @@ class FirstForward(TorchFunctionMode):
     def close(self) -> None:
         """End; once, however often it is called."""
         self._undo.close()
-        self._sources.clear()  # a quantized tensor that anything refers to weakly moves to no other device
+        for found in (self._sources, self._activations):  # a quantized tensor with a weak reference cannot be moved
+            found.clear()
 
     def uncalled(self) -> list[str]:
         """Names of the adapted layers that were not called although the module around them was."""
@@ -172,8 +174,10 @@ class FirstForward(TorchFunctionMode):
 
 
 def _address(tensor: Tensor) -> int:
-    """Where the memory begins that a tensor has or is a view into; 0 where there is none."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+    """Where the memory begins that a tensor has or is a view into; 0 where there is none, as of quantized tensors, which
+    are made of others."""
+    is_plain = tensor.layout == torch.strided and type(tensor.data) is Tensor
+    return tensor.untyped_storage().data_ptr() if is_plain else 0
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

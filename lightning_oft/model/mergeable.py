@@ -146,7 +146,7 @@ def sparse_layers(modules: Mapping[str, nn.Module]) -> list[str]:
     return [
         name
         for name, layer, state in adapted(modules)
-        if not isinstance(state.layer_type, OwnForward)
+        if not isinstance(state.layer_type, OwnForward) and packed_codec(layer) is None
         for part in state.layer_type.rotated_weights(layer).values()
         if (weight := parameter_of(layer, part.parameter)) is not None
         and not (weight.is_meta or is_scattered(weight) or not weight.is_floating_point())
