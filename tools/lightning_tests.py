@@ -109,7 +109,7 @@ REASONS = (
         "asserts the exact keys of a checkpoint, names of what trains or number of parameters",
         (
             *("test_trainer_model_hook_system_fit", "test_custom_model_summary_callback_summarize"),
-            *("test_callbacks_restore",),
+            *("test_callbacks_restore", "test_model_checkpoint_manual_opt"),
         ),
     ),
     Reason(

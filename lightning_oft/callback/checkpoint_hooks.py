@@ -50,14 +50,18 @@ def add_checkpoint_hooks(pl_module: nn.Module) -> None:
     The module's own hooks are the ones that Lightning calls last when it saves (after weight averaging, and also with
     save_weights_only), and first when it loads, before a tensor is touched.
     """
-    for hook in (on_save_checkpoint, on_load_checkpoint, load_state_dict):
+    for hook in (on_save_checkpoint, on_load_checkpoint):
         _put(pl_module, hook.__name__, hook)
+    if "load_state_dict" not in pl_module.__dict__:  # one that somebody put on the instance is asked as it is
+        _put(pl_module, "load_state_dict", load_state_dict)
 
 
 def remove_checkpoint_hooks(pl_module: nn.Module) -> None:
     """Give the module its class's own hooks back."""
-    for name in ("on_save_checkpoint", "on_load_checkpoint", "load_state_dict"):
+    for name in ("on_save_checkpoint", "on_load_checkpoint"):
         pl_module.__dict__.pop(name, None)
+    if getattr(pl_module.__dict__.get("load_state_dict"), "func", None) is load_state_dict:
+        del pl_module.__dict__["load_state_dict"]
 
 
 def refuse_adapters(pl_module: nn.Module) -> None:

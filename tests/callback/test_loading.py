@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from small import Small, difference, inputs, loader, oft, state, trainer
 
-from lightning_oft import OFTConfig, inject, load_from_checkpoint, merge, oft_layers, set_adapter
+from lightning_oft import OFTConfig, inject, load_from_checkpoint, merge, oft_layers, set_adapter, unload
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -117,6 +117,22 @@ def test_a_checkpoint_of_another_choice_of_adapters_brings_its_choice(tmp_path: 
     for name in ("b", "a"):
         set_adapter(other, name)
         assert torch.equal(other.eval()(inputs()[0]), expected[name])
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+def test_a_load_state_dict_of_the_instance_is_the_one_that_is_called(tmp_path: Path) -> None:
+    trainer(tmp_path, oft(), ModelCheckpoint(tmp_path, save_last=True)).fit(Small(), loader())
+    model, calls = Small(), list[bool]()
+
+    def own(state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        calls.append(strict)
+        return Small.load_state_dict(model, state_dict, strict=strict, assign=assign)
+
+    model.load_state_dict = own  # type: ignore[method-assign]
+    trainer(tmp_path, oft()).validate(model, loader(False), ckpt_path=str(tmp_path / "last.ckpt"), verbose=False)
+    assert len(calls) == 1
+    unload(model)
+    assert model.load_state_dict is own  # type: ignore[comparison-overlap]
 
 
 class Injected(Small):
