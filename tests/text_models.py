@@ -43,8 +43,13 @@ MODELS: dict[str, Any] = {
 
 def save(name: str, folder: Path) -> str:
     """Save one of `MODELS` with its tokenizer; returns its path."""
-    torch.manual_seed(0)
     model_class, config = MODELS[name]
+    return save_as(model_class, config, folder)
+
+
+def save_as(model_class: Any, config: Any, folder: Path) -> str:
+    """Save a model of random weights, always the same, with the tokenizer of the offline base; returns its path."""
+    torch.manual_seed(0)
     model_class(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
     return str(folder)

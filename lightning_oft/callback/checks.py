@@ -109,11 +109,12 @@ def _check_launcher(trainer: Any, what: str, remedy: str = "") -> None:
 def can_merge(trainer: Any, callback: Any, modules: Modules) -> bool:
     """Whether the fit ends with a merge: of quantized or packed weights it does not. Warns where they are pruned. Raises
     ValueError where layers have become, since the injection, what takes no merge."""
-    if callback.merge_on_fit_end or callback.export_dir is not None:
+    is_folded = callback.merge_on_fit_end or callback.export_dir is not None
+    if is_folded:
         _check_unchanged(modules)
     if packed := packed_layers(modules):
         _check_launcher(trainer, f"the weights of {some(packed)} are quantized or packed and cannot be merged")
-    elif (callback.merge_on_fit_end or callback.export_dir is not None) and (sparse := sparse_layers(modules)):
+    elif is_folded and (sparse := sparse_layers(modules)):
         warnings.warn(
             f"the weights of {some(sparse)} are sparse, and the merge will fill their zeros: set merge_on_fit_end=False, "
             "which keeps the rotations beside them, or prune the merged model again"

@@ -169,8 +169,25 @@ class Application(LightningCLI):
             write_picture(place, stacked(sheets))
             self._say(f"before and after            {place}")
 
+    def after_validate(self) -> None:
+        """Refuse to end in silence where there was nothing to validate on."""
+        trainer, what = self.trainer, "validation data; a data module's val_fraction sets some aside"
+        self._require(trainer.num_val_batches, trainer.limit_val_batches, what)
+
+    def after_test(self) -> None:
+        """Refuse to end in silence where there was nothing to test on."""
+        trainer, what = self.trainer, "test set; give the data module one, or validate"
+        self._require(trainer.num_test_batches, trainer.limit_test_batches, what)
+
+    def _require(self, batches: Sequence[float], limit: float | None, what: str) -> None:
+        """Raise UserError where a run had no batches, unless it was told to have none."""
+        if not sum(batches) and limit != 0:
+            raise UserError(f"{self.command}: the data has no {what}")
+
     def after_predict(self) -> None:
-        """Say that the predictions are lost where no callback writes them."""
+        """Say that there was nothing to predict, or that the predictions are lost where no callback writes them."""
+        trainer, what = self.trainer, "examples to predict; give the data module a test set"
+        self._require(trainer.num_predict_batches, trainer.limit_predict_batches, what)
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, BasePredictionWriter) for callback in callbacks):
             self._say("predict: nothing was written; a BasePredictionWriter in trainer.callbacks gets the predictions")

@@ -52,9 +52,17 @@ class PackedCodec(Codec):
         return True
 
     @override
+    def read(self, module: nn.Module, parameter: str) -> Tensor:
+        """As most quantized tensors say it themselves."""
+        weight: Any = module._parameters[parameter]
+        values: Tensor = weight.dequantize()
+        return values
+
+    @override
     def write(self, module: nn.Module, parameter: str, values: Tensor) -> None:
-        """Quantize values as the weight was quantized. What `keep` returned is not changed by it."""
-        raise NotImplementedError  # asked only where can_write
+        """Quantize values as the weight was quantized. What `keep` returned is not changed by it. Raises TypeError where
+        `can_write` says no."""
+        raise TypeError(f"{type(module).__name__}: nothing writes the format of its {parameter}")
 
     @override
     def nbytes(self, module: nn.Module, parameter: str) -> int:

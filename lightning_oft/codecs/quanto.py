@@ -25,11 +25,6 @@ class Quanto(PackedCodec):
         return str(layer.weight_qtype.name)
 
     @override
-    def read(self, module: nn.Module, parameter: str) -> Tensor:
-        values: Tensor = module._parameters[parameter].dequantize()  # type: ignore[union-attr]
-        return values
-
-    @override
     def write(self, module: nn.Module, parameter: str, values: Tensor) -> None:
         layer: Any = module
         layer._parameters[parameter] = nn.Parameter(values, requires_grad=False)

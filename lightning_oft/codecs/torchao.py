@@ -27,11 +27,6 @@ class TorchAO(PackedCodec):
         return type(weight.data).__name__ in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 
     @override
-    def read(self, module: nn.Module, parameter: str) -> Tensor:
-        values: Tensor = module._parameters[parameter].dequantize()  # type: ignore[union-attr]
-        return values
-
-    @override
     def write(self, module: nn.Module, parameter: str, values: Tensor) -> None:
         weight: Any = module._parameters[parameter]
         weight, values = weight.data, values.to(weight.device, weight.dtype)

@@ -80,6 +80,26 @@ def test_the_recipe_runs_with_a_small_base(recipe: str, tmp_path: Path, monkeypa
     assert {path.name for path in (tmp_path / "runs" / f"text-{recipe}").iterdir()} >= {"adapter", "merged"}
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_run_on_a_set_that_is_not_there_says_so(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS["sft"]) + "\n")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    words = [command, "--model", "lightning_oft.tasks.CausalLM", "--data", "lightning_oft.data.TextDataModule"]
+    words += [
+        "--model.pretrained",
+        str(ROOT / "examples/bases/docs-llama"),
+        "--data.data",
+        str(tmp_path / "rows.jsonl"),
+    ]
+    words += ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+    assert main(words) == 2
+    assert f"{command}: the data has no " in capsys.readouterr().err
+    # Told to run nothing, it does.
+    assert main([*words, f"--trainer.limit_{'val' if command == 'validate' else command}_batches", "0"]) == 0
+
+
 def test_samples_stand_below_each_other() -> None:
     table = sample_table({"One": " two\nthree"}, {"One": "s"})
     assert table.splitlines() == ["before  One two three", "after   Ones"]

@@ -1,7 +1,6 @@
 """PreferenceDataModule: pairs of completions of one prompt, of which one was preferred to the other."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from typing_extensions import override
 
 from lightning_oft.data.text.batches import pad
 from lightning_oft.data.text.examples import Encoder, turns_of
-from lightning_oft.data.text.module import TextDataModule
-from lightning_oft.data.text.tables import pad_token_of
+from lightning_oft.data.text.rows import PlacedDataModule
 
 SIDES = ("chosen", "rejected")
 
@@ -51,7 +49,16 @@ class PreferenceEncoder(Encoder):
         return chosen[:start], chosen[start:], rejected[start:]
 
 
-class PreferenceDataModule(TextDataModule):
+def pad_pairs(examples: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """B examples of pairs as a batch: (2B, L), chosen before rejected; and their rows, where they are known."""
+    sides = [{"input_ids": one[side], "labels": one[f"{side}_labels"]} for side in SIDES for one in examples]
+    batch = pad(sides, pad_token_id)
+    if "row" in examples[0]:
+        batch["row"] = torch.tensor([one["row"] for one in examples])
+    return batch
+
+
+class PreferenceDataModule(PlacedDataModule):
     """Pairs to learn a preference from, read by `datasets`; every row is checked before the run begins.
 
     A table has columns prompt, chosen and rejected (text or messages), or chosen and rejected alone: chats that begin
@@ -69,32 +76,8 @@ class PreferenceDataModule(TextDataModule):
 
     columns = ("input_ids", "labels", "attention_mask", "row")
     kinds = (("prompt", *SIDES), SIDES)
-
-    def __init__(self, data: str | dict[str, str], chat_template: str | None = None, **table: Any) -> None:
-        super().__init__(
-            data, packing=False, completion_only=True, chat_template=chat_template, group_by_length=False, **table
-        )
-
-    @override
-    def setup(self, stage: str) -> None:
-        """Find, check and encode the pairs; once, whatever is run afterwards."""
-        if self.splits:
-            return
-        super().setup(stage)
-        if not self.streaming:
-            tables: Any = self.splits
-            self.splits = {split: t.add_column("row", list(range(len(t)))) for split, t in tables.items()}
-        self.collate_fn = partial(pad_pairs, pad_token_id=pad_token_of(self.processor))
+    collate = staticmethod(pad_pairs)
 
     @override
     def encoder(self, kind: tuple[str, ...], limit: int | None) -> Encoder:
         return PreferenceEncoder(self.processor, kind, limit, self.max_length)
-
-
-def pad_pairs(examples: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """B examples of pairs as a batch: (2B, L), chosen before rejected; and their rows, where they are known."""
-    sides = [{"input_ids": one[side], "labels": one[f"{side}_labels"]} for side in SIDES for one in examples]
-    batch = pad(sides, pad_token_id)
-    if "row" in examples[0]:
-        batch["row"] = torch.tensor([one["row"] for one in examples])
-    return batch

@@ -1,7 +1,6 @@
 """PromptDataModule: prompts that a model answers itself, with what its answers are judged by."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler
@@ -9,9 +8,8 @@ from typing_extensions import override
 
 from lightning_oft.data.text.batches import pad
 from lightning_oft.data.text.examples import Encoder, check_length, kind_of
-from lightning_oft.data.text.module import TextDataModule
+from lightning_oft.data.text.rows import PlacedDataModule
 from lightning_oft.data.text.sources import Tables
-from lightning_oft.data.text.tables import pad_token_of
 
 
 class PromptEncoder(Encoder):
@@ -30,7 +28,14 @@ class PromptEncoder(Encoder):
         return self._prompt(row["prompt"])
 
 
-class PromptDataModule(TextDataModule):
+def pad_prompts(examples: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Any]:
+    """B examples as a batch: tokens padded on the left, and their columns."""
+    batch: dict[str, Any] = dict(pad([{"input_ids": one["input_ids"]} for one in examples], pad_token_id, side="left"))
+    names = [name for name in examples[0] if name != "input_ids"]
+    return {**batch, "columns": {name: [one[name] for one in examples] for name in names}}
+
+
+class PromptDataModule(PlacedDataModule):
     """Prompts to sample completions of, read by `datasets`; every row is checked before the run begins.
 
     A table has a column prompt (text or messages); its other columns go to the reward functions by their names. Batches of
@@ -48,11 +53,7 @@ class PromptDataModule(TextDataModule):
 
     columns = ("input_ids", "attention_mask", "columns")
     kinds = (("prompt",),)
-
-    def __init__(self, data: str | dict[str, str], chat_template: str | None = None, **table: Any) -> None:
-        super().__init__(
-            data, packing=False, completion_only=True, chat_template=chat_template, group_by_length=False, **table
-        )
+    collate = staticmethod(pad_prompts)
 
     @override
     def make_encoder(self, split: str, table: Any, limit: int | None) -> Encoder:
@@ -69,17 +70,6 @@ class PromptDataModule(TextDataModule):
     @override
     def finish(self, splits: Tables, tables: Tables, limit: int | None) -> Tables:
         return splits
-
-    @override
-    def setup(self, stage: str) -> None:
-        """Find, check and encode the prompts; once, whatever is run afterwards."""
-        if self.splits:
-            return
-        super().setup(stage)
-        if not self.streaming:
-            tables: Any = self.splits
-            self.splits = {split: t.add_column("row", list(range(len(t)))) for split, t in tables.items()}
-        self.collate_fn = partial(pad_prompts, pad_token_id=pad_token_of(self.processor))
 
     @override
     def predict_dataloader(self) -> list[DataLoader[Any]]:
@@ -122,10 +112,3 @@ class Repeated(DistributedSampler[Any]):
     @override
     def __len__(self) -> int:
         return self.num_samples * self.times
-
-
-def pad_prompts(examples: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Any]:
-    """B examples as a batch: tokens padded on the left, and their columns."""
-    batch: dict[str, Any] = dict(pad([{"input_ids": one["input_ids"]} for one in examples], pad_token_id, side="left"))
-    names = [name for name in examples[0] if name != "input_ids"]
-    return {**batch, "columns": {name: [one[name] for one in examples] for name in names}}

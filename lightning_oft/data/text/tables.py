@@ -1,5 +1,6 @@
 """TableDataModule: rows of a table, found by `datasets`, checked and encoded one by one, as padded batches of tokens."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
@@ -14,7 +15,7 @@ from lightning_oft.data.text.batches import LengthGrouped, pad
 from lightning_oft.data.text.sources import Tables, check_files, load_tables
 
 
-class TableDataModule(SplitDataModule):
+class TableDataModule(SplitDataModule, ABC):
     """Base of the data modules of text. A subclass writes `make_encoder`.
 
     Prepared examples are cached by `datasets`, and made again when the data, the tokenizer or what `cache_arguments`
@@ -70,10 +71,10 @@ class TableDataModule(SplitDataModule):
         self.max_length, self.val_fraction, self.streaming = max_length, val_fraction, streaming
         self.group_by_length = group_by_length
 
+    @abstractmethod
     def make_encoder(self, split: str, table: Any, limit: int | None) -> Any:
         """What makes an example of a row: its `kind` names the columns that it takes. `limit` is how many tokens the model
         takes. Raises ValueError when the table lacks a column."""
-        raise NotImplementedError
 
     def prepare_tables(self, tables: Tables) -> None:
         """Called with the tables before any row is encoded."""

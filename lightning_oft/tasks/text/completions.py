@@ -35,10 +35,15 @@ def ends_of(model: Any, tokenizer: Any) -> list[int]:
     return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
+def is_end(written_nt: Tensor, ends: list[int]) -> Tensor:
+    """Which of (N, T) tokens end a completion; bool."""
+    return torch.isin(written_nt, torch.tensor(ends, device=written_nt.device, dtype=written_nt.dtype))
+
+
 def own_tokens(written_nt: Tensor, ends: list[int]) -> Tensor:
     """Which of (N, T) tokens are a completion's, up to its first end and with it; the rest is padding. bool."""
-    is_end = torch.isin(written_nt, torch.tensor(ends, device=written_nt.device, dtype=written_nt.dtype))
-    return torch.as_tensor(is_end.cumsum(-1) - is_end.int() == 0)
+    end = is_end(written_nt, ends)
+    return torch.as_tensor(end.cumsum(-1) - end.int() == 0)
 
 
 def check_batch(batch: Any) -> None:

@@ -1,5 +1,6 @@
 """GenerativeTask: what the language models that write share: scores by split, samples and predictions."""
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from lightning_oft.tasks.text.generation import generate, say
 from lightning_oft.tasks.text.language_model import LanguageModel
 
 
-class GenerativeTask(LanguageModel):
+class GenerativeTask(LanguageModel, ABC):
     """Base of the language models that write. A subclass names transformers' class that loads the model and the metric
     of its scores, calls `load_generator` in its `__init__`, and writes `score`."""
 
@@ -28,9 +29,9 @@ class GenerativeTask(LanguageModel):
         self.val_metrics = self.metric_class()
         self.test_metrics: dict[str, Metric] = {}
 
+    @abstractmethod
     def score(self, batch: dict[str, Tensor], metric: Any, split: str) -> None:
         """Show a batch of one of the data's splits to a metric."""
-        raise NotImplementedError
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -1,5 +1,7 @@
 """Scores over tokens, pairs and completions, whatever their batches and processes."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -31,46 +33,46 @@ class NextToken(Metric):
         return {"loss": loss, "perplexity": loss.exp(), "accuracy": self.right / self.count}
 
 
-class Preferences(Metric):
-    """Mean loss over pairs, the share whose chosen completion has the higher reward, and the mean difference of the two."""
+class Means(Metric):
+    """Base of the metrics that are means, over what was shown, of numbers by `names`. A subclass writes `update`, which
+    calls `add`."""
 
     full_state_update = False
+    names: ClassVar[tuple[str, ...]]
     sums: Tensor
     count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("sums", torch.zeros(3), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(len(self.names)), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def add(self, *numbers: Tensor) -> None:
+        """Numbers (N,) of each name."""
+        self.sums += torch.stack([one.detach().sum() for one in numbers])
+        self.count += len(numbers[0])
+
+    def compute(self) -> dict[str, Tensor]:
+        """-> a scalar by name; NaN where nothing was shown."""
+        return dict(zip(self.names, self.sums / self.count, strict=True))
+
+
+class Preferences(Means):
+    """Mean loss over pairs, the share whose chosen completion has the higher reward, and the mean difference of the two."""
+
+    names = ("loss", "accuracy", "margin")
 
     def update(self, losses: Tensor, rewards: Tensor) -> None:
         """losses: (B,) floating; rewards: (2, B) floating, chosen and rejected."""
         margins = rewards[0] - rewards[1]
-        self.sums += torch.stack([losses.detach().sum(), (margins > 0).sum(), margins.sum()])
-        self.count += len(losses)
-
-    def compute(self) -> dict[str, Tensor]:
-        """-> "loss", "accuracy" and "margin", scalars; NaN where there was no pair."""
-        return dict(zip(("loss", "accuracy", "margin"), self.sums / self.count, strict=True))
+        self.add(losses, margins > 0, margins)
 
 
-class Rewards(Metric):
+class Rewards(Means):
     """Mean reward of completions, and their mean length."""
 
-    full_state_update = False
-    sums: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("sums", torch.zeros(2), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+    names = ("reward", "length")
 
     def update(self, rewards: Tensor, lengths: Tensor) -> None:
         """rewards: (N,) floating; lengths: (N,) tokens."""
-        self.sums += torch.stack([rewards.sum(), lengths.sum()])
-        self.count += len(rewards)
-
-    def compute(self) -> dict[str, Tensor]:
-        """-> "reward" and "length", scalars; NaN where there was no completion."""
-        return dict(zip(("reward", "length"), self.sums / self.count, strict=True))
+        self.add(rewards, lengths)

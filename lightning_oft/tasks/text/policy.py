@@ -12,7 +12,7 @@ from lightning_oft.model.merging import merged_where_possible
 from lightning_oft.tasks.base import Dtype, LRInterval
 from lightning_oft.tasks.modes import evaluating
 from lightning_oft.tasks.text.compared import ComparedTask
-from lightning_oft.tasks.text.completions import Sampled, check_batch, ends_of, own_tokens
+from lightning_oft.tasks.text.completions import Sampled, check_batch, ends_of, is_end, own_tokens
 from lightning_oft.tasks.text.losses import POLICY_LOSSES, divergences, group_advantages, policy_losses, token_log_probs
 from lightning_oft.tasks.text.metrics import Rewards
 from lightning_oft.tasks.text.rewards import Reward, import_reward, path_of, rewards_of
@@ -98,7 +98,7 @@ class PolicyOptimization(TokenMean, ComparedTask):
         )  # fmt: skip
         given: list[str | Reward] = list(rewards)
         rewards = [path_of(reward) for reward in given]
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "given"])
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.rewards = {
             path: import_reward(one) if isinstance(one, str) else one for path, one in zip(rewards, given, strict=True)
         }
@@ -183,7 +183,7 @@ class PolicyOptimization(TokenMean, ComparedTask):
         losses, scores = self.losses(sampled)
         self.has_trained = True
         total, mask = self.total(sampled.rewards).view(-1, self.num_generations), sampled.mask
-        ended = torch.isin(sampled.input_ids[:, -mask.shape[1] :], torch.tensor(self._ends(), device=mask.device))
+        ended = is_end(sampled.input_ids[:, -mask.shape[1] :], self._ends())
         by_function = dict(zip(self.rewards, sampled.rewards.nanmean(1), strict=True))
         scores |= {
             "loss": losses.detach().sum() / mask.sum(), "reward": total.mean(), "reward_std": total.std(1).mean(),

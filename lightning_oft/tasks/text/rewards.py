@@ -1,10 +1,8 @@
 """Reward functions: named by import path, called with prompts and completions, and checked."""
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,19 +14,15 @@ name; returns N numbers, or None for a completion that it has nothing to say of.
 
 
 def import_reward(path: str) -> Reward:
-    """The function at an import path, such as `package.module.function`; the working directory is looked through too.
+    """The function at an import path, such as `package.module.function`.
 
     Raises ValueError, one line, when there is none.
     """
     module, _, name = path.rpartition(".")
-    here = str(Path.cwd())
-    sys.path.append(here)  # the path of an installed command does not have it
     try:
         found = getattr(import_module(module), name, None) if module else None
     except ImportError as error:
         raise ValueError(f"rewards: {path}: {error}; give package.module.function") from error
-    finally:
-        sys.path.remove(here)
     if not callable(found):
         raise ValueError(f"rewards: {path}: no such function; give package.module.function")
     reward: Reward = found

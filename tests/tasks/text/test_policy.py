@@ -10,6 +10,7 @@ import datasets
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from text_models import save_as
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -22,7 +23,6 @@ from lightning_oft.tasks.text.completions import Sampled
 from lightning_oft.tasks.text.losses import POLICY_LOSSES, divergences, group_advantages, policy_losses
 
 ROOT = Path(__file__).parents[3]
-TOKENIZER = ROOT / "examples" / "bases" / "docs-llama"
 SMALL = LlamaConfig(
     vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
     max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=2,
@@ -59,19 +59,13 @@ def few(**_: Any) -> list[float]:
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
+def no_calls() -> None:
     CALLS.clear()
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    LlamaForCausalLM(SMALL).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
-    return str(folder)
+    return save_as(LlamaForCausalLM, SMALL, tmp_path_factory.mktemp("llama"))
 
 
 def task_of(base: str, *rewards: Any, **options: Any) -> PolicyOptimization:

@@ -8,6 +8,7 @@ import datasets
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from text_models import TOKENIZER, save_as
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -21,7 +22,6 @@ from lightning_oft.tasks.text.losses import log_probs, preference_losses
 from lightning_oft.tasks.text.metrics import Preferences
 
 ROOT = Path(__file__).parents[3]
-TOKENIZER = ROOT / "examples" / "bases" / "docs-llama"
 SMALL = LlamaConfig(
     vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_bias=True,
     max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=2,
@@ -32,19 +32,9 @@ OFT = {"oft_block_size": 8, "use_cayley_neumann": False, "bias": "oft_only", "mo
 PAIRS = [{"prompt": f"Say {i}", "chosen": " yes" * (i % 3 + 1), "rejected": " no" * (i % 2 + 1)} for i in range(6)]
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    LlamaForCausalLM(SMALL).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
-    return str(folder)
+    return save_as(LlamaForCausalLM, SMALL, tmp_path_factory.mktemp("llama"))
 
 
 def task_of(base: str, **options: Any) -> PreferenceOptimization:
