@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lightning_oft.callback.loading import load_from_checkpoint
     from lightning_oft.callback.oft import OFTFinetuning
     from lightning_oft.config import OFTConfig
-    from lightning_oft.formats import load_adapter, save_adapter, save_merged
+    from lightning_oft.formats import load_adapter, push_adapter, save_adapter, save_merged
     from lightning_oft.layers.base import register_layer_type
     from lightning_oft.model.activation import disable_adapters, project, set_adapter
     from lightning_oft.model.adapter_state import AdapterState
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = ["AdapterState", "OFTConfig", "OFTFinetuning", "OFTTrainerCallback", "__version__", "delete_adapter", "disable_adapters", "inject",
-           "load_adapter", "load_from_checkpoint", "merge", "merged", "oft_layers", "project", "register_layer_type",
-           "save_adapter", "save_merged", "set_adapter", "unload", "unmerge"]  # fmt: skip
+           "load_adapter", "load_from_checkpoint", "merge", "merged", "oft_layers", "project", "push_adapter",
+           "register_layer_type", "save_adapter", "save_merged", "set_adapter", "unload", "unmerge"]  # fmt: skip
 
 _HOME = {name: "model" for name in __all__ if name != "__version__"} | {
     "OFTConfig": "config",
@@ -32,6 +32,7 @@ _HOME = {name: "model" for name in __all__ if name != "__version__"} | {
     "OFTTrainerCallback": "callback.hf_trainer",
     "load_adapter": "formats",
     "load_from_checkpoint": "callback.loading",
+    "push_adapter": "formats",
     "register_layer_type": "layers",
     "save_adapter": "formats",
     "save_merged": "formats",

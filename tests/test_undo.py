@@ -111,7 +111,7 @@ UNDONE: dict[str, tuple[Callable[[], Net], Call, Call]] = {
     "disable_adapters": (_two, lambda m, p: _entered(disable_adapters(m)), lambda m, p: None),
     "OFTFinetuning": (net, lambda m, p: _fitted(m), lambda m, p: unload(m)),
 }
-HARMLESS = {"AdapterState", "OFTConfig", "__version__", "load_from_checkpoint", "oft_layers", "save_adapter",
+HARMLESS = {"AdapterState", "OFTConfig", "__version__", "load_from_checkpoint", "oft_layers", "push_adapter", "save_adapter",
             "save_merged"}  # fmt: skip
 """What changes no model that was there."""
 

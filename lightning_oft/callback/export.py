@@ -116,9 +116,9 @@ class Exporter:
             best = self._best() if self._callback.export_from == "best" else {}
             follows = self._merges and not best and self._dtype is None
             with _with_tensors(self._pl_module, best):
-                state = take(self._root, self._callback.adapter_name)
+                state, metrics = take(self._root, self._callback.adapter_name), self._metrics(bool(best))
                 if self._trainer.is_global_zero:
-                    write_peft(state, written["adapter"])
+                    write_peft(state, written["adapter"], metrics)
                 if self._dtype is not None:
                     self._write_merged(written)
                 elif self._can_merge and not follows:
@@ -154,6 +154,13 @@ class Exporter:
             return partial(write_merged, root, dtype=self._dtype, companions=self._companions)
         state = self._strategy.whole_state(root)
         return partial(write_pretrained, root, companions=self._companions, state=state)
+
+    def _metrics(self, of_best: bool) -> dict[str, float]:
+        """What is known of the state that is exported. Every process asks: the last ones may yet be gathered."""
+        if not of_best:
+            return {name: float(value) for name, value in self._trainer.callback_metrics.items()}
+        keeper = self._trainer.checkpoint_callback
+        return {} if keeper.best_model_score is None else {keeper.monitor: float(keeper.best_model_score)}
 
     def _best(self) -> dict[str, Tensor]:
         """What trained, as it is in the best checkpoint; nothing, and a warning, where the last state must do."""

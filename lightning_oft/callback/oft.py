@@ -37,7 +37,7 @@ class OFTFinetuning(Callback):
         enabled: false runs the same task without OFT.
         module: dotted path, in the LightningModule, of the part to adapt; all by default. The rest is frozen too.
         adapter_name: name of this set of rotations.
-        pretrained_adapter: directory of an adapter (this library's or PEFT's) to start from; its file decides which
+        pretrained_adapter: directory or hub id of an adapter (this library's or PEFT's) to start from; its file decides which
             layers are adapted and how.
         ignore_mismatched_base: accept a pretrained_adapter of another base.
         merge_on_fit_end: fold the rotations into the weights when the fit ends.

@@ -7,7 +7,6 @@ example:
 
 import dataclasses
 from collections import Counter
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from lightning_oft import functional
 from lightning_oft.cli.errors import OneLineParser
 from lightning_oft.config import OFTConfig
 from lightning_oft.formats import adapters, checkpoint, checkpoint_file
+from lightning_oft.formats.hub import local
 from lightning_oft.model.adapter_state import AdapterState
 from lightning_oft.model.traversal import joined, some
 
@@ -30,7 +30,8 @@ _CONTENTS = {
 def run(arguments: list[str]) -> int:
     """Print what the path holds."""
     options = _parser().parse_args(arguments[1:])
-    path, name = Path(options.path), adapters.find_format(options.path).name
+    path = local(options.path)
+    name = adapters.find_format(path).name
     if name == "checkpoint":  # also one without an adapter
         found = checkpoint_file.read(path)
         states, contents = checkpoint_file.read_states(found), _CONTENTS[checkpoint.content_of(found)]
@@ -48,7 +49,7 @@ def run(arguments: list[str]) -> int:
 
 def _parser() -> OneLineParser:
     parser = OneLineParser("info", __doc__)
-    parser.add_argument("path", help="an adapter directory (PEFT's format) or a .ckpt file")
+    parser.add_argument("path", help="an adapter directory (PEFT's format), a .ckpt file or a hub id")
     parser.add_argument("--layers", action="store_true", help="a line for each layer")
     return parser
 

@@ -79,7 +79,9 @@ def _say_written(output: Path, class_name: str, layers: int) -> None:
 def _parser() -> OneLineParser:
     parser = OneLineParser("merge", __doc__)
     parser.add_argument("--base", required=True, metavar="ID", help="the base model: a hub id or a folder")
-    parser.add_argument("--adapter", required=True, metavar="PATH", help="a PEFT adapter directory or a .ckpt file")
+    parser.add_argument(
+        "--adapter", required=True, metavar="PATH", help="a PEFT adapter directory, a .ckpt file or a hub id"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", type=a_name, help="the directory to write")
     parser.add_argument("--adapter-name", metavar="NAME", help="which adapter, where the checkpoint has several")
     dtypes = ("float32", "bfloat16", "float16")

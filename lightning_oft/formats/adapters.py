@@ -1,7 +1,7 @@
 """The table of file formats, and adapters of a model to and from files."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_oft.formats import checkpoint_file
 from lightning_oft.formats.errors import AdapterFileError
+from lightning_oft.formats.hub import local
 from lightning_oft.formats.peft import CONFIG_FILE, read_peft, write_peft
 from lightning_oft.model import AdapterError, AdapterState, put, take
 from lightning_oft.model.traversal import some
@@ -63,18 +64,19 @@ def find_format(path: str | Path) -> Format:
 
 
 def read_adapters(path: str | Path, adapter_name: str | None = None) -> list[AdapterState]:
-    """All adapters at a path, of any known format; of a name, where one is given and the format has names."""
-    return find_format(path).read(Path(path), adapter_name)
+    """All adapters at a path or of a hub id, of any known format; of a name, where one is given and the format has names."""
+    place = local(path)
+    return find_format(place).read(place, adapter_name)
 
 
 def check_name(path: str | Path, adapter_name: str | None) -> None:
     """Raise AdapterFileError where a name is asked of a directory that is an adapter itself, and says none."""
-    if adapter_name is not None and (Path(path) / CONFIG_FILE).is_file():
+    if adapter_name is not None and (local(path) / CONFIG_FILE).is_file():
         raise AdapterFileError(f"{path}: is an adapter, and its files say no name: leave {adapter_name!r} out")
 
 
 def read_adapter(path: str | Path, adapter_name: str | None = None, or_only: bool = False) -> AdapterState:
-    """The adapter at a path, of any known format; of this name, where one is given.
+    """The adapter at a path or of a hub id, of any known format; of this name, where one is given.
     With `or_only` a single adapter is taken whatever its name is.
 
     Raises:
@@ -94,17 +96,24 @@ def read_adapter(path: str | Path, adapter_name: str | None = None, or_only: boo
     return named[0]
 
 
-def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> Path:
-    """Write one adapter as `adapter_config.json` and `adapter_model.safetensors`, which PEFT reads too.
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    adapter_name: str = "default",
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
+    """Write one adapter as `adapter_config.json` and `adapter_model.safetensors`, which PEFT reads too, with a model card.
 
     Names in the files start at the transformers or diffusers model that contains the adapter, else at `model`. What
-    PEFT cannot represent is written with a warning that names the layers. An interrupted or failing write leaves what
+    PEFT cannot represent is written with a warning that names the layers. A `README.md` that is there already and is no
+    card of this library stays. An interrupted or failing write leaves what
     was there before, or a directory that `load_adapter` refuses.
 
     Args:
         model: a model with adapters, merged or not.
         directory: where to write, whatever the adapter's name; made where it does not exist.
         adapter_name: the adapter to write.
+        metrics: what the card says of its quality, by name.
 
     Returns:
         The directory.
@@ -113,13 +122,13 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
         ValueError: there is no such adapter, or a generator is not finite; names it.
         AdapterFileError: the directory cannot be written.
     """
-    return write_peft(take(model, adapter_name), directory)
+    return write_peft(take(model, adapter_name), directory, metrics)
 
 
 def load_adapter(
     model: nn.Module, directory: str | Path, adapter_name: str = "default", ignore_mismatched_base: bool = False
 ) -> list[str]:
-    """Put an adapter from a directory of this library or of PEFT into a model, in place, and freeze the rest.
+    """Put an adapter from a directory or a hub repository of this library or of PEFT into a model, in place, and freeze the rest.
 
     The file decides which layers are adapted and how; names in it may start at the model or at any module below. The
     adapter becomes active where no other is. An adapter of this name and structure that is there already takes over
@@ -128,7 +137,8 @@ def load_adapter(
     Args:
         model: any module, unmerged.
         directory: holds `adapter_config.json` and `adapter_model.safetensors`, or a directory named like the adapter
-            that does, as PEFT writes it. A checkpoint file, or any other registered format, will do too.
+            that does, as PEFT writes it. A checkpoint file, or any other registered format, will do too, and so will a
+            hub id, `org/name` or `org/name@revision`, where nothing is here by that name.
         adapter_name: the name it gets in the model.
         ignore_mismatched_base: take an adapter that was trained on another base all the same.
 
@@ -136,7 +146,7 @@ def load_adapter(
         The names of the layers adapted, relative to `model`, in the order of the model.
 
     Raises:
-        AdapterFileError: the directory cannot be read, does not fit the model, or was trained on another base. The
+        AdapterFileError: the directory cannot be had or read, does not fit the model, or was trained on another base. The
             model is untouched.
         RuntimeError: the model is merged.
     """

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor
 from lightning_oft import __version__, functional
 from lightning_oft.config import OFTConfig
 from lightning_oft.formats.atomic import write_directory
+from lightning_oft.formats.card import CARD_FILE, is_own_card, model_card
 from lightning_oft.formats.errors import AdapterFileError, first_line, printable, refusing
 from lightning_oft.formats.peft_tensors import IMPLIED_TYPES, TENSOR_FILE, Key, read_tensors, to_tensors
 from lightning_oft.model.adapter_state import AdapterState, Base, LayerRotations
@@ -41,32 +44,50 @@ _SIZE_LIMIT = 16 * 2**20
 """Bytes of a configuration, which take some twenty times as many in memory; fifty thousand layers' names need six."""
 
 
-def write_peft(state: AdapterState, directory: str | Path) -> Path:
-    """Write an adapter as `save_adapter` does. Raises AdapterFileError where the directory cannot be written."""
+def write_peft(
+    state: AdapterState,
+    directory: str | Path,
+    metrics: Mapping[str, float] | None = None,
+    place: str = "path/to/this/directory",
+) -> Path:
+    """Write an adapter as `save_adapter` does; `place` is where its card loads it from. Raises AdapterFileError where
+    the directory cannot be written."""
     state = state.in_one_map()
-    tensors = save(to_tensors(state), metadata={"format": "pt"})
-    text = to_json(state, hashlib.sha256(tensors).hexdigest())
+    tensors, limits = save(to_tensors(state), metadata={"format": "pt"}), _limits(state)
+    files = {
+        CARD_FILE: model_card(state, limits, metrics or {}, place).encode(),
+        TENSOR_FILE: tensors,
+        CONFIG_FILE: to_json(state, hashlib.sha256(tensors).hexdigest()).encode(),
+    }
 
-    def write(place: Path) -> None:
-        (place / TENSOR_FILE).write_bytes(tensors)
-        (place / CONFIG_FILE).write_text(text, encoding="utf-8")
+    def write(scratch: Path) -> None:
+        for name, content in files.items():
+            (scratch / name).write_bytes(content)
 
     remedy = "what was there is unchanged: free space there or give another directory"
     with refusing("the adapter cannot be written", directory, remedy=remedy):
-        write_directory(Path(directory), write, order=(TENSOR_FILE, CONFIG_FILE))
+        if os.path.lexists(Path(directory, CARD_FILE)) and not is_own_card(Path(directory, CARD_FILE)):
+            del files[CARD_FILE]
+        write_directory(Path(directory), write, order=tuple(files))
+    for limit in limits:
+        warnings.warn(limit, stacklevel=3)
+    return Path(directory)
+
+
+def _limits(state: AdapterState) -> list[str]:
+    """What PEFT cannot do with an adapter, a sentence each."""
+    limits = []
     if unknown := [name for name, one in state.layers.items() if not one.is_known_to_peft]:
-        warnings.warn(
+        limits.append(
             f"PEFT cannot represent the rotations of {some(unknown)}: they are in the file for this library, and PEFT "
-            + ("will load the adapter without them" if state.known_to_peft() else "cannot load this adapter"),
-            stacklevel=3,
+            + ("will load the adapter without them" if state.known_to_peft() else "cannot load this adapter")
         )
     if state.config.neumann_series == "unhalved":
-        warnings.warn(
+        limits.append(
             "this adapter uses the series of PEFT before 0.18, kept under our own key; PEFT 0.18 and later halve its "
-            "last term and compute a slightly different rotation",
-            stacklevel=3,
+            "last term and compute a slightly different rotation"
         )
-    return Path(directory)
+    return limits
 
 
 def to_json(state: AdapterState, sha256: str) -> str:

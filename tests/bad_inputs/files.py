@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from bad_inputs.table import CONFIG, TENSORS, Bench, Mistake, fields, tensors
@@ -54,6 +55,11 @@ def _nested(bench: Bench) -> None:
     load_adapter(bench.net(), bench.directory)
 
 
+def _offline(bench: Bench) -> None:
+    with patch("huggingface_hub.snapshot_download", side_effect=ConnectionError("no network")):
+        load_adapter(bench.net(), "nobody/adapter")
+
+
 class _Runs:
     """Unpickling this would run a command."""
 
@@ -83,6 +89,8 @@ def _bare(bench: Bench) -> Path:
 FILES = [
     _file("a directory that is not there", lambda b: load_adapter(b.net(), b.directory / "adaptor"),
         "adaptor", "no such file or directory", "give an adapter directory or a checkpoint"),
+    _file("an adapter on a hub that does not answer", _offline,
+        "nobody/adapter", "not here, and the hub does not give it", "give an adapter directory, a checkpoint or a hub id", True),
     _file("the directory above two adapters", _nested,
         CONFIG, "there are adapters in a, b", "give one of these directories"),
     _file("no tensors", _load(lambda place: (place / TENSORS).unlink()),

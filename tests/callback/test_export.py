@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,15 @@ def written(export: Path) -> dict[str, torch.Tensor]:
     return load_file(export / "merged" / "model.safetensors")
 
 
+def metrics(export: Path) -> dict[str, str]:
+    """What the model card says of them."""
+    text = (export / "adapter" / "README.md").read_text().partition("## Metrics")[2].partition("##")[0]
+    return dict(re.findall(r"\| `(.*)` \| `(.*)` \|", text))
+
+
 @pytest.mark.parametrize("merges", [True, False])
 def test_the_last_state_is_written_merged_and_apart(tmp_path: Path, merges: bool) -> None:
-    _, model = fit(tmp_path, oft(export_dir=str(tmp_path / "export"), merge_on_fit_end=merges))
+    run, model = fit(tmp_path, oft(export_dir=str(tmp_path / "export"), merge_on_fit_end=merges))
     if not merges:
         merge(model)
     assert difference(written(tmp_path / "export"), state(model)) == 0.0
@@ -43,6 +50,9 @@ def test_the_last_state_is_written_merged_and_apart(tmp_path: Path, merges: bool
     load_adapter(fresh, tmp_path / "export" / "adapter")
     merge(fresh)
     assert difference(state(fresh), state(model)) == 0.0
+    assert metrics(tmp_path / "export") == {
+        name: f"{float(run.callback_metrics[name]):.6g}" for name in ("loss", "val")
+    }
 
 
 @pytest.mark.parametrize("merges", [True, False])
@@ -54,6 +64,7 @@ def test_from_best_is_the_best_and_the_model_keeps_the_last(tmp_path: Path, merg
     best = load_from_checkpoint(Small, run.checkpoint_callback.best_model_path)
     merge(best)
     assert difference(written(tmp_path / "export"), state(best)) == 0.0
+    assert metrics(tmp_path / "export") == {"val": f"{float(run.checkpoint_callback.best_model_score):.6g}"}
 
 
 def test_two_callbacks_export_the_best_of_two_parts(tmp_path: Path) -> None:

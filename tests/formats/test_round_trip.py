@@ -390,7 +390,8 @@ def test_files_are_pefts_in_every_field_and_key(tmp_path: Path) -> None:
     model = _net()
     inject(model, OFTConfig(oft_block_size=4, target_modules="all-linear", modules_to_save=["head"], bias="oft_only"))
     save_adapter(model, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as tensors:
         assert tensors.metadata() == {"format": "pt"}
         keys = list(tensors.keys())

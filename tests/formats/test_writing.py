@@ -50,10 +50,23 @@ def test_a_new_directory_appears_with_its_parents_and_usual_permissions(tmp_path
 
 def test_an_adapter_is_replaced_and_what_stands_beside_it_stays(tmp_path: Path) -> None:
     save_adapter(_model(0.1), tmp_path)
-    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "README.md").write_text("mine")  # in place of ours
     save_adapter(_model(0.2), str(tmp_path))
     assert _value(tmp_path) == pytest.approx(0.2)
     assert sorted(_snapshot(tmp_path)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_card_of_this_library_is_written_again_with_the_adapter(tmp_path: Path) -> None:
+    place = save_adapter(_model(0.1), tmp_path / "adapter", metrics={"accuracy": 0.25})
+    assert "0.25" in (place / "README.md").read_text()
+    save_adapter(_model(0.2), place)
+    assert "0.25" not in (place / "README.md").read_text()
+    (place / "README.md").unlink()
+    (place / "README.md").mkdir()  # which is not ours either
+    save_adapter(_model(0.3), place)
+    assert _value(place) == pytest.approx(0.3)
+    assert (place / "README.md").is_dir()
 
 
 def test_a_linked_directory_is_written_where_it_points(tmp_path: Path) -> None:
@@ -228,4 +241,4 @@ def test_a_reader_beside_two_writers_never_sees_a_mixture(tmp_path: Path) -> Non
     assert seen <= {0.1, 0.2, None}
     write_peft(contents[0], place)
     assert _seen(place) == 0.1
-    assert sorted(_snapshot(place)) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(_snapshot(place)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
