@@ -109,7 +109,8 @@ UNDONE: dict[str, tuple[Callable[[], Net], Call, Call]] = {
     "project": (_limited, lambda m, p: project(m), lambda m, p: put(m, p)),
     "merged": (_adapted, lambda m, p: _entered(merged(m)), lambda m, p: None),
     "disable_adapters": (_two, lambda m, p: _entered(disable_adapters(m)), lambda m, p: None),
-    "OFTFinetuning": (net, lambda m, p: _fitted(m), lambda m, p: unload(m)),
+    "OFTFinetuning": (net, lambda m, p: _fitted(m), lambda m, p: unload(m, to_base=True)),
+    "OFTFinetuning, not merged": (net, lambda m, p: _fitted(m, merge_on_fit_end=False), lambda m, p: unload(m)),
 }
 HARMLESS = {"AdapterState", "OFTConfig", "__version__", "load_from_checkpoint", "oft_layers", "push_adapter", "save_adapter",
             "save_merged"}  # fmt: skip
@@ -133,10 +134,8 @@ class Task(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
-def _fitted(model: Net) -> None:
-    callback = OFTFinetuning(
-        oft_block_size=4, target_modules=["net.fc"], modules_to_save=["head"], merge_on_fit_end=False
-    )
+def _fitted(model: Net, **options: Any) -> None:
+    callback = OFTFinetuning(oft_block_size=4, target_modules=["net.fc"], modules_to_save=["head"], **options)
     run = pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=[callback], logger=False, enable_checkpointing=False,
                      enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
     run.fit(Task(model), DataLoader(batch(8), 4))  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from lightning_oft.layers import LayerState, LayerType, Rotation, state_of
 from lightning_oft.layers.shared_map import share_maps
 from lightning_oft.layers.state import drop_empty_record, make_record, rotations_of
 from lightning_oft.model import activation, fingerprint, first_forward, freezing, packed, saved_modules, traversal
+from lightning_oft.model.merging import unmerge
 from lightning_oft.model.plan import Plan, plan_injection
 from lightning_oft.model.targets import report_names
 from lightning_oft.model.traversal import Modules, adapted, adapter_names, some, walk
@@ -128,17 +129,23 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     freezing.layers_changed(modules)
 
 
-def unload(model: nn.Module) -> None:
+def unload(model: nn.Module, to_base: bool = False) -> None:
     """Take every trace of adapters out of a model, in place.
 
     After `merge` what stays is the plain merged model, with the trained copies of modules_to_save and biases; without
-    it, the base. Parameters that were trainable before `inject` are trainable again.
+    it, or with `to_base`, the base. Parameters that were trainable before `inject` are trainable again.
+
+    Args:
+        model: a model, with adapters or without.
+        to_base: undo a merge first, as `unmerge` does, so that a fit that merged at its end leaves the model as it was.
 
     Raises:
-        RuntimeError: inside disable_adapters.
+        RuntimeError: inside disable_adapters; with `to_base`, a merged weight has been changed since.
     """
     modules = walk(model)
     traversal.require_enabled(modules, "unload")
+    if to_base and traversal.merged_layers(modules):
+        unmerge(model)
     _unload(modules)
 
 
