@@ -86,6 +86,7 @@ def test_a_run_on_a_set_that_is_not_there_says_so(
 ) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS["sft"]) + "\n")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
     words = [command, "--model", "lightning_oft.tasks.CausalLM", "--data", "lightning_oft.data.TextDataModule"]
     words += [
         "--model.pretrained",
