@@ -18,6 +18,7 @@ from launch import Runs, load_runs  # noqa: E402 - the importlib mode leaves the
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     output = tmp_path_factory.mktemp("distributed")
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+    environment["HF_DATASETS_CACHE"] = str(output / "cache")
     command = [sys.executable, str(HERE / "launch.py"), str(output)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     logs = "\n".join(log.read_text(errors="replace")[-3000:] for log in sorted(output.glob("*.log")))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from launch import Runs
 from tasks_worker import Mixture, fit_experts, fit_vision
-from text_worker import fit_text
+from text_worker import fit_recipe, fit_text
 from torch import nn
 from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM
 
@@ -41,6 +42,18 @@ def test_processes_learn_text_as_one_does_from_unlike_numbers_of_tokens(name: st
     assert largest_difference(first["state"], second["state"]) == 0
     assert largest_difference(first["state"], alone["state"]) < 1e-6
     assert first["scores"] == pytest.approx(alone["scores"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sft-ddp", "sft-fsdp2"])
+def test_the_recipe_of_supervised_finetuning_learns_on_two_processes_as_on_one(
+    name: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    first, second = (rank[f"task:{name}"] for rank in runs.two)
+    assert [first.get("code", first), second.get("code", second)] == [0, 0]
+    alone = fit_recipe("auto", 1, 0, tmp_path)["losses"]
+    assert alone[1] < alone[0] - 0.1
+    assert first["losses"] == pytest.approx(alone, abs=1e-5)
 
 
 @pytest.mark.parametrize(("name", "implementation"), [("experts", "grouped_mm"), ("experts-fsdp1", "eager")])
