@@ -111,9 +111,16 @@ class Encoder:
 def check_text(column: str, text: Any) -> None:
     """Raise ValueError when a cell holds no text."""
     if not isinstance(text, str):
-        raise ValueError(f"{column} is {'missing' if text is None else type(text).__name__}, not text")
+        raise ValueError(f"{column} is {what_is(text)}, not text")
     if not text.strip():
         raise ValueError(f"{column} is empty; leave the row out")
+
+
+def what_is(cell: Any) -> str:
+    """A word for a cell that is not what it should be."""
+    if cell is None:
+        return "missing"
+    return "empty" if isinstance(cell, (str, list)) and not cell else type(cell).__name__
 
 
 def check_length(ids: list[int], limit: int | None, max_length: int | None) -> None:
@@ -142,7 +149,7 @@ def kind_of(columns: list[str], kinds: tuple[tuple[str, ...], ...] = KINDS) -> t
 def turns_of(column: str, messages: Any) -> list[dict[str, Any]]:
     """The messages in a column. Raises ValueError, with what but not the row, where they are none."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{column} is {'empty' if not messages else type(messages).__name__}, not a list of messages")
+        raise ValueError(f"{column} is {what_is(messages)}, not a list of messages")
     for number, turn in enumerate(messages, 1):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or turn.get("content") is None:
             raise ValueError(f"{column}: message {number} has no role and content")

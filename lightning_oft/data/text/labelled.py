@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_oft.data.text.examples import IGNORED, check_length, check_text, ended
+from lightning_oft.data.text.examples import IGNORED, check_length, check_text, ended, what_is
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class WordEncoder:
         words, tags = (row[column] for column in self.kind)
         for column, cells in zip(self.kind, (words, tags), strict=True):
             if not isinstance(cells, list) or not cells:
-                raise ValueError(f"{column} is {type(cells).__name__ if cells else 'empty'}, not a list")
+                raise ValueError(f"{column} is {what_is(cells)}, not a list")
         if len(words) != len(tags):
             raise ValueError(f"{len(words)} {self.kind[0]} and {len(tags)} {self.kind[1]}; there is one for each")
         for word in words:

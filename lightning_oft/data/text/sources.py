@@ -4,10 +4,14 @@ A table is a datasets.Dataset, or an IterableDataset when it is streamed. Tables
 there is one, then the test sets under their own names.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch.utils.data import IterableDataset
+from typing_extensions import override
 
 from lightning_oft.data.base import require
 
@@ -49,7 +53,8 @@ def _load(source: str, subset: str | None, streaming: bool) -> Tables:
         (reader,) = {READERS[file.suffix] for group in files.values() for file in group}
         options: dict[str, Any] = {"delimiter": "\t"} if next(iter(files.values()))[0].suffix == ".tsv" else {}
         names = {split: [str(file) for file in group] for split, group in files.items()}
-        return _named(datasets.load_dataset(reader, data_files=names, streaming=streaming, **options))
+        found = datasets.load_dataset(reader, data_files=names, streaming=streaming, **options)
+        return _named({split: _with_columns(table) for split, table in found.items()})
     except Exception as error:  # datasets wraps what its readers raise, and raises many kinds itself
         for file in (file for group in files.values() for file in group):
             check_lines(file)
@@ -61,6 +66,15 @@ def _load(source: str, subset: str | None, streaming: bool) -> Tables:
 
 def _named(tables: Mapping[Any, Any]) -> Tables:
     return {_OWN.get(str(split), str(split)): table for split, table in tables.items()}
+
+
+def _with_columns(table: Any) -> Any:
+    """A table whose columns are known: a streamed file's often are not before rows of it are read."""
+    if table.column_names is not None:
+        return table
+    from datasets import Dataset
+
+    return table.cast(Dataset.from_list(list(table.take(100))).features)
 
 
 def _files(source: str, path: Path) -> dict[str, list[Path]]:
@@ -92,11 +106,29 @@ def _is_split(name: str) -> bool:
     return name.lower().split("-")[0].split("_")[0] in ("train", "val", "test", *_OWN)
 
 
-def check_files(data: str | Mapping[str, str]) -> None:
-    """Raise ValueError as check_lines does, for the first line of no use in the local files of a data set."""
-    for source in [data] if isinstance(data, str) else data.values():
-        for file in (file for group in _files(source, Path(source).expanduser()).values() for file in group):
-            check_lines(file)
+@contextlib.contextmanager
+def naming_lines(data: str | Mapping[str, str]) -> Iterator[None]:
+    """Within, what a reader raises for a line of the local files of a data set becomes check_lines' ValueError."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not ValueError:  # those are ours, and name a row
+            for source in [data] if isinstance(data, str) else data.values():
+                for file in (file for group in _files(source, Path(source).expanduser()).values() for file in group):
+                    check_lines(file)
+        raise
+
+
+class Stream(IterableDataset[Any]):
+    """The rows of a streamed table; a line that cannot be read is named when it is reached."""
+
+    def __init__(self, table: Any, data: str | Mapping[str, str]) -> None:
+        self.table, self.data = table, data
+
+    @override
+    def __iter__(self) -> Iterator[Any]:
+        with naming_lines(self.data):
+            yield from self.table
 
 
 def check_lines(file: Path) -> None:

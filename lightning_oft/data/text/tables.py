@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_oft.data.base import SplitDataModule
 from lightning_oft.data.text.batches import LengthGrouped, pad
-from lightning_oft.data.text.sources import Tables, check_files, load_tables
+from lightning_oft.data.text.sources import Stream, Tables, load_tables, naming_lines
 
 
 class TableDataModule(SplitDataModule, ABC):
@@ -99,18 +99,15 @@ class TableDataModule(SplitDataModule, ABC):
             return
         self.processor, limit = self._tokenizer()
         tables = self._renamed(load_tables(self.data, self.subset, self.streaming))
-        self.prepare_tables(tables)
         splits: dict[str, Any] = {}
-        for split, table in tables.items():
-            try:
-                encoder = self.make_encoder(split, table, limit)
-            except ValueError as error:
-                raise ValueError(f"{split}: {error}") from None
-            try:
+        with naming_lines(self.data):
+            self.prepare_tables(tables)
+            for split, table in tables.items():
+                try:
+                    encoder = self.make_encoder(split, table, limit)
+                except ValueError as error:
+                    raise ValueError(f"{split}: {error}") from None
                 splits[split] = self._mapped(table, partial(encode_rows, encoder=encoder, split=split), encoder.kind)
-            except UnicodeDecodeError:
-                check_files(self.data)
-                raise
         if self.val_fraction and "val" not in splits and "train" in splits:
             parts = splits["train"].train_test_split(self.val_fraction, seed=self.seed)
             splits = {
@@ -194,7 +191,7 @@ class TableDataModule(SplitDataModule, ABC):
         from datasets.distributed import split_dataset_by_node
 
         processes, rank = self._processes()
-        return split_dataset_by_node(table, rank, processes) if processes > 1 else table
+        return Stream(split_dataset_by_node(table, rank, processes) if processes > 1 else table, self.data)
 
     def _stream_options(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size, "collate_fn": self.collate_fn, **self.workers}

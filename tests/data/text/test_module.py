@@ -156,12 +156,31 @@ def test_examples_are_made_again_when_data_tokenizer_or_arguments_change(tmp_pat
     assert len(made) == 5
 
 
-def test_streamed_rows_are_those_that_are_read_at_once(tmp_path: Path) -> None:
-    data = write(tmp_path, [{"text": f"number {i}"} for i in range(20)])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv", "txt", "parquet"])
+def test_streamed_rows_are_those_that_are_read_at_once(suffix: str, tmp_path: Path) -> None:
+    rows, data = [{"text": f"number {i}"} for i in range(20)], str(tmp_path / f"rows.{suffix}")
+    if suffix == "jsonl":
+        data = write(tmp_path, rows)
+    elif suffix == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(data)
+    else:
+        lines = [row["text"] for row in rows]
+        Path(data).write_text("\n".join(lines if suffix == "txt" else ["text", *lines]) + "\n")
     streamed = set_up(data, streaming=True, batch_size=20).train_dataloader()
     (batch,) = [*streamed]
     (whole,) = [*set_up(data, batch_size=20).train_dataloader()]
     assert sorted(batch["input_ids"].tolist()) == sorted(whole["input_ids"].tolist())
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "txt"])
+@pytest.mark.parametrize("count", [4, 3000])
+def test_a_streamed_line_that_is_not_utf8_is_named(count: int, suffix: str, tmp_path: Path) -> None:
+    lines = [b'{"text": "one"}' if suffix == "jsonl" else b"one"] * count
+    lines[-2] = lines[-2].replace(b"n", b"\xff")
+    (tmp_path / f"rows.{suffix}").write_bytes(b"\n".join([b"text", *lines] if suffix == "csv" else lines) + b"\n")
+    number = count - 1 + (suffix == "csv")
+    with pytest.raises(ValueError, match=f"rows.{suffix}, line {number}: byte .* is not UTF-8; convert the file"):
+        list(set_up(str(tmp_path / f"rows.{suffix}"), streaming=True).train_dataloader())
 
 
 def test_packed_rows_hold_every_token_once_and_no_more_than_fit() -> None:
