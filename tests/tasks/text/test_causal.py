@@ -9,7 +9,16 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from lightning_oft import OFTFinetuning
 from lightning_oft.callback.samples import Samples
@@ -111,7 +120,9 @@ def test_packed_documents_have_the_losses_that_they_have_alone(base: str, attent
 
 def test_model_that_lets_packed_documents_see_each_other_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_packing(LlamaForCausalLM(SMALL))
-    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8, initializer_range=1.0))
+    with pytest.raises(ValueError, match="packing: BloomForCausalLM lets the documents of a row see each other"):
+        check_packing(BloomForCausalLM(BloomConfig(hidden_size=8, n_layer=1, n_head=1, vocab_size=8)))
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8))
     called = model.forward
     monkeypatch.setattr(model, "forward", lambda **inputs: called(**{**inputs, "attention_mask": torch.ones(2, 4)}))
     with pytest.raises(ValueError, match="packing: GPT2LMHeadModel lets the documents of a row see each other"):
