@@ -1,13 +1,14 @@
 """SplitDataModule: what a data module declares so that the tasks can train, score and export with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
+from typing_extensions import override
 
 
 class SplitDataModule(LightningDataModule):
@@ -85,8 +86,34 @@ class SplitDataModule(LightningDataModule):
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
         # A generator of its own: the order of the examples does not depend on random numbers that the model draws.
         generator = torch.Generator().manual_seed(self.seed)
-        options: dict[str, Any] = {"generator": generator, "collate_fn": self.collate_fn, **self.workers}
-        return DataLoader(self.splits[split], batch_size=self.batch_size, shuffle=shuffle, **options)
+        data, options = self.splits[split], {"generator": generator, "collate_fn": self.collate_fn, **self.workers}
+        sampler = Shuffled(data, self.batch_size, self.seed) if shuffle else None
+        return DataLoader(data, batch_size=self.batch_size, sampler=sampler, **options)
+
+
+class Shuffled(RandomSampler):
+    """Indices in an order that depends on seed and epoch alone: a fit that is resumed goes on with its own.
+
+    The orders are those that a DataLoader with a generator of this seed draws one after another in a fit.
+    """
+
+    def __init__(self, data: Any, batch_size: int, seed: int) -> None:
+        super().__init__(data)
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        generator, order = torch.Generator().manual_seed(self.seed), torch.empty(0)
+        for epoch in range(self.epoch + 1):
+            if epoch and self.num_samples % self.batch_size:  # torch draws once more where a last batch is not full
+                torch.randperm(self.num_samples, generator=generator)
+            torch.empty((), dtype=torch.int64).random_(generator=generator)  # the seed of the loader's workers
+            order = torch.randperm(self.num_samples, generator=generator)
+        return iter(order.tolist())
 
 
 def require(module: str, package: str) -> Any:

@@ -1,7 +1,12 @@
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
 
 from lightning_oft.data.base import SplitDataModule
 
@@ -42,6 +47,36 @@ def test_order_depends_on_the_seed_only() -> None:
         return [int(x) for batch in loaded(count=50, seed=seed).train_dataloader() for x in batch["x"]]
 
     assert order(0) == order(0) != order(1)
+
+
+class Order(BoringModel):
+    """Learns nothing, and remembers the order of the examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen += batch["x"].tolist()
+        return self.layer(torch.ones(1, 32)).sum()
+
+
+def fit(root: Path, epochs: int, loader: Any, resume: Path | None = None) -> list[int]:
+    quiet: Any = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    keeper, model = ModelCheckpoint(root, filename=str(epochs)), Order()
+    trainer = Trainer(accelerator="cpu", max_epochs=epochs, limit_val_batches=0, callbacks=[keeper], **quiet)
+    trainer.fit(model, loader, ckpt_path=resume)
+    return model.seen
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_a_resumed_fit_goes_on_in_its_order_which_is_torchs_own(tmp_path: Path, count: int) -> None:
+    data = loaded(count=count)
+    order = fit(tmp_path, 3, data.train_dataloader())
+    generator = torch.Generator().manual_seed(0)
+    assert order == fit(tmp_path, 3, DataLoader(data.splits["train"], 2, shuffle=True, generator=generator))
+    fit(tmp_path, 1, data.train_dataloader())
+    assert order[count:] == fit(tmp_path, 3, data.train_dataloader(), tmp_path / "1.ckpt")
 
 
 def test_cache_key_names_what_decides_the_examples() -> None:
