@@ -1,4 +1,4 @@
-"""Directories that a reader finds as they were, as they will be, or not at all: never a mixture."""
+"""Directories and files that a reader finds as they were, as they will be, or not at all: never a mixture."""
 
 import contextlib
 import ctypes
@@ -32,12 +32,9 @@ def write_directory(directory: Path, write: Callable[[Path], None], order: tuple
     with TemporaryDirectory(prefix=_PREFIX, dir=within, ignore_cleanup_errors=True) as name:
         scratch = Path(name)
         write(scratch)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(scratch, 0o777 & ~mask)
+        os.chmod(scratch, 0o777 & ~_mask())
         for file in filter(Path.is_file, scratch.rglob("*")):
-            os.chmod(file, 0o666 & ~mask)  # safetensors makes them readable by their owner alone
-            _sync(file)
+            _finish(file)
         if directory.is_dir():
             shutil.copymode(directory, scratch)
         if not directory.exists():
@@ -45,6 +42,27 @@ def write_directory(directory: Path, write: Callable[[Path], None], order: tuple
         elif within == directory or not _exchanged(scratch, directory):
             _replace(scratch, directory, order)
         _sync(directory.parent)
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that it appears complete or not at all; `write` fills the path that it is given. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=_PREFIX, dir=path.parent, ignore_cleanup_errors=True) as name:
+        part = Path(name, path.name)
+        write(part)
+        _finish(part)
+        os.replace(part, path)
+
+
+def _finish(file: Path) -> None:
+    os.chmod(file, 0o666 & ~_mask())  # safetensors makes them readable by their owner alone
+    _sync(file)
+
+
+def _mask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _exchanged(one: Path, other: Path) -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
@@ -164,6 +165,16 @@ _COMPANIONS = [
     *("*token*", "vocab*", "merges.txt", "*.model"),
     *("*processor_config.json", "chat_template*", "generation_config.json"),
 ]
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """That of the first tensor of a model of diffusers or transformers; by itself diffusers loads all in float32."""
+    for pattern in ("diffusion_pytorch_model.", "diffusion_pytorch_model-*.", "model.", "model-*."):
+        for file in sorted(folder.glob(f"{pattern}safetensors")):
+            with safe_open(file, "pt") as opened:
+                found: torch.dtype = opened.get_tensor(next(iter(opened.keys()))).dtype
+                return found
+    return torch.float32
 
 
 def loader_of(directory: Path) -> str:

@@ -3,12 +3,15 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os.path import isdir
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_oft.formats.pretrained import stored_dtype
 from lightning_oft.tasks.loading import local_path
 
 Family = Literal["sd", "sdxl", "sd3", "flux"]
@@ -33,10 +36,10 @@ def load_pipeline(pretrained: str, dtype: str = "float32") -> tuple[Any, Family]
             "diffusers is not installed; TextToImage needs it: pip install 'lightning_oft[diffusion]'"
         ) from error
     path = local_path(pretrained)
-    options = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     try:
-        with _quiet():
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(path, **options)
+        with quiet():
+            wanted = _stored_dtypes(path) if dtype == "auto" else getattr(torch, dtype)
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(path, dtype=wanted)
     except Exception as error:  # diffusers raises OSError, ValueError, AttributeError and others for the same mistakes
         reason = str(error).strip().split("\n")[0][:300]
         raise OSError(
@@ -52,9 +55,21 @@ def load_pipeline(pretrained: str, dtype: str = "float32") -> tuple[Any, Family]
     return pipeline, "sdxl" if is_told_sizes else FAMILIES[kind]
 
 
+def _stored_dtypes(path: str) -> dict[str, torch.dtype]:
+    """By part, the dtype that a pipeline was saved in."""
+    from diffusers import DiffusionPipeline
+
+    folder = Path(path) if isdir(path) else Path(DiffusionPipeline.download(path))
+    return {file.parent.name: stored_dtype(file.parent) for file in folder.glob("*/config.json")}
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without remarks about parts that are of another class than expected, and about packages that need not be there."""
+def quiet(is_wanted: bool = True) -> Iterator[None]:
+    """Without remarks about parts that are of another class than expected, packages that need not be there, and words that
+    are cut off."""
+    if not is_wanted:
+        yield
+        return
     from diffusers.utils import logging as ours
     from transformers.utils import logging as theirs
 
@@ -83,33 +98,71 @@ def training_scheduler(pipeline: Any, family: Family) -> Any:
     return kind.from_config(pipeline.scheduler.config)
 
 
-def encode_pictures(vae: nn.Module, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """pixels: (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) as the denoiser takes them, shifted and scaled."""
+def module_names(pipeline: Any) -> list[str]:
+    """The names of the components that are models."""
+    return [name for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
+
+
+def tokenizers(pipeline: Any) -> list[Any]:
+    """In the order of the text encoders."""
+    found = sorted(name for name in pipeline.components if name.startswith("tokenizer"))
+    return [part for name in found if (part := getattr(pipeline, name)) is not None]
+
+
+def picture_multiple(pipeline: Any, family: Family) -> int:
+    """What the sides of pictures are multiples of: pixels of a latent, times the side of a transformer's patch."""
+    patch = {"flux": 2, "sd3": getattr(getattr(pipeline, denoiser_name(pipeline)).config, "patch_size", 1)}
+    return int(pipeline.vae_scale_factor * patch.get(family, 1))
+
+
+def encode_pictures(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """pixels: (B, 3, H, W) in [-1, 1] -> what `drawn_latents` takes: mean and log variance (B, 2 C, h, w) of an
+    AutoencoderKL, latents (B, C, h, w) of an AutoencoderTiny."""
     encoded = vae.encode(pixels.to(next(vae.parameters()).dtype))  # type: ignore[operator]
-    # An AutoencoderTiny gives the latents themselves, an AutoencoderKL a distribution.
-    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.sample(generator)
+    answer: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.parameters
+    return answer
+
+
+def drawn_latents(vae: nn.Module, encoded: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Latents (B, C, h, w) as the denoiser takes them, shifted and scaled; of a distribution they are drawn."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
     config: Any = vae.config
+    is_distribution = encoded.shape[1] == 2 * config.latent_channels
+    latents = DiagonalGaussianDistribution(encoded).sample(generator) if is_distribution else encoded
     scaled: Tensor = (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
     return scaled
 
 
-def encode_prompts(pipeline: Any, family: Family, prompts: list[str], pixels: tuple[int, ...]) -> dict[str, Any]:
-    """What the denoiser is told: its keyword arguments for these prompts and pictures of `pixels` (height, width)."""
-    device = pipeline.device
+def encode_prompts(pipeline: Any, family: Family, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+    """What the text encoders make of prompts: "words" (B, L, D) and, but for SD 1.5, "pooled" (B, P)."""
     if family == "sd":
-        return {"encoder_hidden_states": pipeline.encode_prompt(prompts, device, 1, False)[0]}
+        return {"words": pipeline.encode_prompt(prompts, device, 1, False)[0]}
     if family == "sdxl":
-        told, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
-        # Original size, crop and wanted size: the pictures as they are, uncropped.
-        sizes = torch.tensor([[*pixels, 0, 0, *pixels]], device=device, dtype=told.dtype).expand(len(prompts), -1)
-        return {"encoder_hidden_states": told, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
-    if family == "sd3":
-        told, _, pooled, _ = pipeline.encode_prompt(
+        words, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+    elif family == "sd3":
+        words, _, pooled, _ = pipeline.encode_prompt(
             prompts, prompts, prompts, device=device, do_classifier_free_guidance=False
         )
-        return {"encoder_hidden_states": told, "pooled_projections": pooled}
-    told, pooled, ids = pipeline.encode_prompt(prompts, device=device)
-    return {"encoder_hidden_states": told, "pooled_projections": pooled, "txt_ids": ids}
+    else:
+        words, pooled, _ = pipeline.encode_prompt(prompts, device=device)
+    return {"words": words, "pooled": pooled}
+
+
+def conditions(family: Family, encoded: dict[str, Tensor], pixels: tuple[int, ...]) -> dict[str, Any]:
+    """The denoiser's keyword arguments, of what `encode_prompts` made, for pictures of `pixels` (height, width)."""
+    words = encoded["words"]
+    if family == "sd":
+        return {"encoder_hidden_states": words}
+    if family == "sdxl":
+        # Original size, crop and wanted size: the pictures as they are, uncropped.
+        sizes = words.new_tensor([[*pixels, 0, 0, *pixels]]).expand(len(words), -1)
+        return {
+            "encoder_hidden_states": words,
+            "added_cond_kwargs": {"text_embeds": encoded["pooled"], "time_ids": sizes},
+        }
+    told = {"encoder_hidden_states": words, "pooled_projections": encoded["pooled"]}
+    return told if family == "sd3" else {**told, "txt_ids": words.new_zeros(words.shape[1], 3)}
 
 
 def predict(

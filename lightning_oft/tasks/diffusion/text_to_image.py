@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_oft.tasks.base import Dtype, LRInterval, Task
 from lightning_oft.tasks.diffusion import losses, pipelines
+from lightning_oft.tasks.diffusion.encoders import Encoders, trains
 from lightning_oft.tasks.diffusion.judges import Judge
 from lightning_oft.tasks.modes import evaluating
 
@@ -43,6 +44,10 @@ class TextToImage(Task):
         noise_offset: Strength of a random shift of each channel's noise; 0.05 to 0.1 where it is wanted. UNets only.
         weighting: How flow matching draws and weighs its timesteps. Transformers only.
         guidance: What a Flux that was distilled with guidance is told in training.
+        cache_dir: Directory in which what frozen encoders make of pictures and prompts is kept, so that they run once for
+            each. Files of other pictures, sizes, weights or precisions are others; delete it to free the space.
+        offload: Encoders, such as [vae, text_encoder_2], that stay in main memory and come to the device to encode and to
+            sample; they are no part of the model, and cannot be adapted.
         gradient_checkpointing: Compute activations again in the backward rather than keep them.
         optimizer: Gets what is trainable when the run starts; rotations are never decayed.
         lr_scheduler: Gets the optimizer. None keeps the learning rate.
@@ -52,7 +57,8 @@ class TextToImage(Task):
     Raises:
         OSError: When there is no pipeline at `pretrained`, or no classifier at one of `judges`.
         ValueError: When an argument is out of its range, or the pipeline's denoiser is not known; when a fit starts and
-            something trains that no gradient reaches, such as rotations in the autoencoder.
+            something trains that no gradient reaches, such as rotations in the autoencoder; when pictures are of a size
+            that the pipeline does not take, or a loss is not finite, naming the prompt.
         ModuleNotFoundError: When diffusers is not installed.
     """
 
@@ -68,6 +74,8 @@ class TextToImage(Task):
         noise_offset: float = 0.0,
         weighting: losses.Weighting = "logit_normal",
         guidance: float = 1.0,
+        cache_dir: str | None = None,
+        offload: list[str] | None = None,
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -88,26 +96,35 @@ class TextToImage(Task):
         self.weighting, self.guidance = weighting, guidance
         self.readings: dict[str, dict[str, MeanMetric]] = {}
         """By test set and by what is read, the share of samples that show what was asked for."""
-        self._load(pretrained, gradient_checkpointing)
+        self._load(pretrained, gradient_checkpointing, offload or [])
+        self.encoders = Encoders(self.pipeline, self.family, cache_dir, offload or [])
 
-    def _load(self, pretrained: str, gradient_checkpointing: bool) -> None:
+    def _load(self, pretrained: str, gradient_checkpointing: bool, offload: Sequence[str]) -> None:
         self.judges = {what: Judge(path) for what, path in self.judge_paths.items()}
         self.processor = None  # the pipeline is exported whole, tokenizers included
         self.pipeline, self.family = pipelines.load_pipeline(pretrained, self.load_dtype)
         self.model_attribute = pipelines.denoiser_name(self.pipeline)
         for name, part in self.pipeline.components.items():
             if isinstance(part, nn.Module):
-                setattr(self, name, part.requires_grad_(name == self.model_attribute))
+                part.requires_grad_(name == self.model_attribute)
+                if name not in offload or name == self.model_attribute:
+                    setattr(self, name, part)
         self.scheduler = pipelines.training_scheduler(self.pipeline, self.family)
         self.library_model.train()
         if gradient_checkpointing:
             self.library_model.enable_gradient_checkpointing()  # type: ignore[operator]
 
     @override
+    def configure_model(self) -> None:
+        """Called for every run, before which frozen parts may have got other weights."""
+        super().configure_model()
+        self.encoders.forget_weights()
+
+    @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Called when the run starts: what would train without ever getting a gradient is named."""
         learns = {self.model_attribute, *(name for name in self._modules if name.startswith("text_encoder"))}
-        idle = [name for name, part in self.named_children() if name not in learns and _trains(part)]
+        idle = [name for name, part in self.named_children() if name not in learns and trains(part)]
         if idle:
             raise ValueError(f"{idle[0]}: trains, and no gradient reaches it; set oft.module: {self.model_attribute}")
         return super().configure_optimizers()
@@ -123,9 +140,8 @@ class TextToImage(Task):
         if generator is None and self.prompt_dropout:
             dropped = torch.rand(len(prompts)) < self.prompt_dropout
             prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
-        with torch.no_grad():
-            clean = pipelines.encode_pictures(self.pipeline.vae, pixels, generator)
-        told = pipelines.encode_prompts(self.pipeline, self.family, prompts, tuple(pixels.shape[-2:]))
+        clean = self.encoders.latents(pixels, generator)
+        told = self.encoders.conditions(prompts, pixels)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         noising = self._diffused if self.family in ("sd", "sdxl") else self._flowing
         noisy, timesteps, target, weights = noising(clean, noise, generator)
@@ -154,9 +170,21 @@ class TextToImage(Task):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = losses.with_prior(*self.denoising_errors(batch), self.prior_weight)
+        errors, is_prior = self.denoising_errors(batch)
+        loss = losses.with_prior(errors, is_prior, self.prior_weight)
+        if not bool(loss.isfinite()):
+            self._refuse_loss(errors, batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["prompt"]))
         return loss
+
+    def _refuse_loss(self, errors: Tensor, batch: Batch) -> None:
+        """Raise ValueError that names the first example whose error is not finite."""
+        prompts = [*batch["prompt"], *batch.get("prior", {}).get("prompt", [])]
+        place = errors.isfinite().tolist().index(False)
+        raise ValueError(
+            f"step {self.global_step}, prompt {prompts[place]!r}: the loss is {errors[place].item()}; lower the learning "
+            "rate, or load the pipeline in float32: some autoencoders overflow in float16"
+        )
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -168,7 +196,7 @@ class TextToImage(Task):
     def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Any]:
         """Pillow images, each from its prompt and its own seed: the same alone as in any batch."""
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        with evaluating(self):
+        with evaluating(self), self.encoders.on_device(self.device):
             made = self.pipeline(prompt=list(prompts), generator=generators, **self.sampling)
         return list(made.images)
 
@@ -199,7 +227,3 @@ class TextToImage(Task):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Any]:
         """-> a Pillow image for each prompt of a test batch."""
         return self.sample(batch["prompt"], batch["seed"].tolist())
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())

@@ -11,7 +11,8 @@ import pytest
 import torch
 from diffusion_models import FAMILIES, SIZE, diffusers
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -108,6 +109,17 @@ def test_errors_are_those_of_the_training_scripts(bases: dict[str, str], family:
     assert not is_prior.any()
 
 
+def test_auto_is_the_dtype_that_each_part_was_saved_in(tmp_path: Path) -> None:
+    pipeline = tiny.pipeline("sd")
+    pipeline.unet.to(torch.bfloat16)
+    pipeline.text_encoder.to(torch.float16)
+    pipeline.save_pretrained(tmp_path)
+    task = TextToImage(str(tmp_path), dtype="auto").eval()
+    dtypes = [next(part.parameters()).dtype for part in (task.unet, task.text_encoder, task.vae)]
+    assert dtypes == [torch.bfloat16, torch.float16, torch.float32]
+    assert task.denoising_errors(batch())[0].isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_prior_min_snr_and_offset_reach_the_loss(tmp_path: Path, kind: str) -> None:
     base = tiny.save("sd", tmp_path, prediction_type=kind)
@@ -120,10 +132,10 @@ def test_prior_min_snr_and_offset_reach_the_loss(tmp_path: Path, kind: str) -> N
     loss = task.training_step(both, 0)
     torch.manual_seed(4)
     pixels = torch.cat([both["pixel_values"], both["prior"]["pixel_values"]])
-    clean = pipelines.encode_pictures(task.pipeline.vae, pixels)
+    clean = pipelines.drawn_latents(task.pipeline.vae, pipelines.encode_pictures(task.pipeline.vae, pixels))
     noise = losses.offset_noise(torch.randn(clean.shape), 0.1)
     times = torch.randint(1000, (4,))
-    words = pipelines.encode_prompts(task.pipeline, "sd", PROMPTS, (SIZE, SIZE))
+    words = task.encoders.conditions(PROMPTS, pixels)
     predicted = task.library_model(task.scheduler.add_noise(clean, noise, times), times, **words).sample
     target = losses.prediction_target(task.scheduler, clean, noise, times)
     each = (predicted - target).square().flatten(1).mean(1) * losses.min_snr_weights(task.scheduler, times, 5.0)
@@ -173,6 +185,28 @@ def test_two_callbacks_adapt_two_parts_and_each_exports_both(bases: dict[str, st
         theirs = loaded(["a cat"], generator=[torch.Generator().manual_seed(3)], **SAMPLING).images[0]
         assert theirs.tobytes() == ours.tobytes()
         assert (tmp_path / part / "adapter" / "adapter_config.json").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_what_is_exported_of_an_average_is_the_average(bases: dict[str, str], tmp_path: Path) -> None:
+    class Watch(Callback):
+        average: dict[str, Tensor] = {}
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            now = {name: p.detach().clone() for name, p in pl_module.unet.named_parameters() if "oft_R" in name}
+            self.average = {name: (self.average.get(name, value) + value) / 2 for name, value in now.items()}
+
+    task, watch = TextToImage(bases["sd"], sampling=SAMPLING, optimizer=adam()), Watch()
+    callbacks = [oft("unet", export_dir=str(tmp_path)), EMAWeightAveraging(decay=0.5), watch]
+    trainer(tmp_path, *callbacks, max_epochs=2).fit(task, loader())
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(written) == len(watch.average)
+    for name, value in watch.average.items():
+        torch.testing.assert_close(written[f"base_model.model.{name}".replace(".default", "")], value)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    loaded.set_progress_bar_config(disable=True)
+    theirs = loaded(["a cat"], generator=[torch.Generator().manual_seed(3)], **SAMPLING).images[0]
+    assert theirs.tobytes() == task.sample(["a cat"], [3])[0].tobytes()
 
 
 def test_a_resumed_fit_is_one_that_never_stopped(bases: dict[str, str], tmp_path: Path) -> None:
