@@ -66,6 +66,10 @@ class DreamBoothDataModule(PictureDataModule):
                 f"class_data={class_data}, class_prompt={class_prompt}, class_pictures={class_pictures}: the first two go "
                 "together, and of the pictures there is at least one"
             )
+        if self.side_step is not None and class_data is not None:
+            raise ValueError(
+                "side_step: pictures of the class are square, and so must be those beside them; set it to null"
+            )
         self.class_data, self.class_pictures = class_data, class_pictures
         self.class_prompts = [class_prompt] if isinstance(class_prompt, str) else class_prompt or []
 
@@ -104,8 +108,8 @@ class DreamBoothDataModule(PictureDataModule):
 
     @override
     def pictures(self, found: list[Captioned]) -> dict[str, Dataset[Any]]:
-        subject = Pictures(found, self.size, self.horizontal_flip)
-        splits: dict[str, Dataset[Any]] = {"train": subject, "val": Pictures(found, self.size)}
+        subject = Pictures(found, self.size, self.horizontal_flip, self.side_step)
+        splits: dict[str, Dataset[Any]] = {"train": subject, "val": Pictures(found, self.size, 0.0, self.side_step)}
         if self.class_data is not None:
             prior: Sequence[Captioned] = self.find(self.class_data, self.class_prompts[0])
             splits["train"] = Pairs(subject, Pictures(prior, self.size, self.horizontal_flip))

@@ -5,22 +5,28 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_oft.data.base import SplitDataModule, require
+from lightning_oft.data.diffusion.shapes import SameShape, nearest_sizes
 from lightning_oft.data.diffusion.sources import Captioned, find_pictures, read_prompts
 from lightning_oft.data.vision.pixels import decode
 
 
 class Pictures(Dataset[Any]):
-    """Pictures as square pixels: {"pixel_values": (3, S, S) float32 in [-1, 1], "prompt": text}.
+    """Pictures as pixels: {"pixel_values": (3, H, W) float32 in [-1, 1], "prompt": text}.
 
-    The middle square of each, mirrored with the probability `horizontal_flip`, drawn from torch's global generator.
+    The middle of each, mirrored with the probability `horizontal_flip`, drawn from torch's global generator. H and W are
+    `size`; with a `side_step` those of `sizes`, so that little is cut off.
     """
 
-    def __init__(self, found: Sequence[Captioned], size: int, horizontal_flip: float = 0.0) -> None:
+    def __init__(
+        self, found: Sequence[Captioned], size: int, horizontal_flip: float = 0.0, side_step: int | None = None
+    ) -> None:
         self.found, self.size, self.horizontal_flip = found, size, horizontal_flip
+        self.sizes = [(size, size)] * len(found) if side_step is None else nearest_sizes(found, size, side_step)
+        """Height and width of each."""
 
     def __len__(self) -> int:
         return len(self.found)
@@ -28,17 +34,18 @@ class Pictures(Dataset[Any]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         cell, prompt = self.found[index]
         image = decode(cell)
-        pixels = to_pixels(image, self.size)
+        pixels = to_pixels(image, self.sizes[index])
         flips = bool(self.horizontal_flip) and bool(torch.rand(()) < self.horizontal_flip)
         return {"pixel_values": pixels.flip(-1) if flips else pixels, "prompt": prompt}
 
 
-def to_pixels(image: Any, size: int) -> Tensor:
-    """The middle square of a Pillow image -> (3, size, size) float32 in [-1, 1]."""
+def to_pixels(image: Any, size: int | tuple[int, int]) -> Tensor:
+    """The middle of a Pillow image, of a side or of a height and width -> (3, H, W) float32 in [-1, 1]."""
+    height, width = (size, size) if isinstance(size, int) else size
     operations, resampling = require("PIL.ImageOps", "pillow"), require("PIL.Image", "pillow").Resampling
-    square = operations.fit(image.convert("RGB"), (size, size), method=resampling.LANCZOS)
-    levels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
-    return levels.view(size, size, 3).permute(2, 0, 1).float() / 127.5 - 1
+    middle = operations.fit(image.convert("RGB"), (width, height), method=resampling.LANCZOS)
+    levels = torch.frombuffer(bytearray(middle.tobytes()), dtype=torch.uint8)
+    return levels.view(height, width, 3).permute(2, 0, 1).float() / 127.5 - 1
 
 
 class PictureDataModule(SplitDataModule):
@@ -57,6 +64,8 @@ class PictureDataModule(SplitDataModule):
         test_prompts: By the name of a test set, a file of JSON lines: a prompt and, by what a judge reads, its class.
         image_column: Column of a data set that holds the pictures.
         prompt_column: Column of a data set, or of metadata.jsonl, that holds the prompts.
+        side_step: Keep the shapes of pictures, up to 2 to 1: each gets sides that are multiples of this, such as 64, of
+            size x size pixels in all, and a batch holds pictures of one shape, of which some are repeated to fill it.
         batch_size: Pictures in a batch, on each device.
         num_workers: Processes that decode pictures.
         pin_memory: Page-locked batches, for faster copies to a GPU.
@@ -73,6 +82,7 @@ class PictureDataModule(SplitDataModule):
         "data",
         "prompt",
         "size",
+        "side_step",
         "val_fraction",
         "image_column",
         "prompt_column",
@@ -89,6 +99,7 @@ class PictureDataModule(SplitDataModule):
         test_prompts: dict[str, str] | None = None,
         image_column: str = "image",
         prompt_column: str = "prompt",
+        side_step: int | None = None,
         batch_size: int = 4,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -101,6 +112,11 @@ class PictureDataModule(SplitDataModule):
                 f"val_fraction={val_fraction}, horizontal_flip={horizontal_flip}, size={size}: must lie in [0, 1), in "
                 "[0, 1] and be at least 1"
             )
+        if side_step is not None and not 1 <= side_step <= size // 2:
+            raise ValueError(
+                f"side_step={side_step}: must lie between 1 and half of the size, {size // 2}; 64 is usual"
+            )
+        self.side_step = side_step
         self.data, self.prompt, self.size, self.horizontal_flip = data, prompt, size, horizontal_flip
         self.val_fraction, self.test_prompts = val_fraction, test_prompts or {}
         self.image_column, self.prompt_column = image_column, prompt_column
@@ -133,5 +149,16 @@ class PictureDataModule(SplitDataModule):
         parts = {"train": sorted(order[count:]), "val": sorted(order[:count])}
         flips = {"train": self.horizontal_flip, "val": 0.0}
         return {
-            name: Pictures([found[i] for i in rows], self.size, flips[name]) for name, rows in parts.items() if rows
+            name: Pictures([found[i] for i in rows], self.size, flips[name], self.side_step)
+            for name, rows in parts.items()
+            if rows
         }
+
+    @override
+    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
+        pictures = self.splits[split]
+        if self.side_step is None or not isinstance(pictures, Pictures):
+            return super()._loader(split, shuffle)
+        processes = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        sampler = SameShape(pictures.sizes, self.batch_size, *processes, shuffle=shuffle, seed=self.seed)
+        return DataLoader(pictures, self.batch_size, sampler=sampler, collate_fn=self.collate_fn, **self.workers)
