@@ -12,7 +12,9 @@ import torch
 import yaml
 from diffusion_models import SIZE, diffusers
 from PIL import Image
+from safetensors.torch import load_file
 
+from lightning_oft import OFTConfig, inject, merge, save_adapter, unload
 from lightning_oft.cli import main
 from lightning_oft.cli.application import loading_line
 
@@ -115,3 +117,81 @@ def test_the_example_learns_its_subject_in_scenes_where_it_was_never_seen(
     pipeline = diffusers.DiffusionPipeline.from_pretrained("runs/diffusion/merged")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a sks on the sea", num_inference_steps=2).images[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_merge_makes_a_whole_pipeline_of_the_adapters_of_its_parts(
+    family: str, dtype: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, output = tmp_path / "base", tmp_path / "merged"
+    pipeline = tiny.pipeline(family)
+    pipeline.save_pretrained(base)
+    parts = ["unet", "text_encoder"] + ["text_encoder_2"] * (family == "sdxl")
+    for part in parts:
+        turn(getattr(pipeline, part), tmp_path / part)
+    adapters = [str(tmp_path / part) for part in parts]
+    options = ["--dtype", dtype] if dtype else []
+    assert main(["merge", "--base", str(base), "--adapter", *adapters, "--output", str(output), *options]) == 0
+    said = capsys.readouterr().out
+    assert f"{output}: {' and '.join(sorted(parts))} with the rotations of " in said
+    assert f'load it with  DiffusionPipeline.from_pretrained("{output}")' in said
+    written = diffusers.DiffusionPipeline.from_pretrained(output)
+    assert type(written) is type(pipeline)
+    plain = diffusers.DiffusionPipeline.from_pretrained(base)
+    for name, part in written.components.items():
+        if isinstance(part, torch.nn.Module):
+            ours, theirs, before = (getattr(one, name).state_dict() for one in (pipeline, written, plain))
+            near = {"rtol": 1e-2, "atol": 1e-2} if dtype else {"rtol": 1e-6, "atol": 1e-6}
+            torch.testing.assert_close(theirs, ours, check_dtype=False, **near)
+            assert all(torch.equal(theirs[key], before[key]) for key in before) is (name == "vae" and not dtype)
+    files = {file.relative_to(base).as_posix() for file in base.rglob("*") if file.is_file()}
+    assert files == {file.relative_to(output).as_posix() for file in output.rglob("*") if file.is_file()}
+    if dtype:
+        tensors = load_file(output / "vae" / "diffusion_pytorch_model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def turn(model: torch.nn.Module, adapter: Path) -> None:
+    """Give a model rotations, write them, and merge."""
+    inject(model, OFTConfig(oft_block_size=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "oft_R" in name:
+                parameter.normal_(0, 0.05)
+    save_adapter(model, adapter)
+    merge(model)
+    unload(model)
+
+
+def test_an_adapter_of_several_parts_and_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tmp_path / "base"
+    pipeline = tiny.pipeline("sd")
+    pipeline.unet.to(torch.bfloat16)
+    pipeline.save_pretrained(base)
+    whole = torch.nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder})
+    turn(whole, tmp_path / "whole")
+
+    def merged(output: str, *adapters: str, base: Path = base) -> tuple[int, str]:
+        given = [str(tmp_path / adapter) for adapter in adapters]
+        code = main(["merge", "--base", str(base), "--adapter", *given, "--output", str(tmp_path / output)])
+        return code, capsys.readouterr().err
+
+    assert merged("one", "whole") == (0, "")
+    written = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "one")
+    for part in ("unet", "text_encoder"):
+        ours, theirs = (getattr(one, part).state_dict() for one in (pipeline, written))
+        torch.testing.assert_close(theirs, ours, check_dtype=False)
+    tensors = load_file(tmp_path / "one" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    code, said = merged("two", "whole", base=tmp_path / "one")
+    assert code == 2
+    assert "the adapter was trained on another base" in said
+    code, said = merged("three", "whole", "whole", base=base / "unet")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "is one model, of which one adapter is merged at a time" in said
+    turn(torch.nn.Sequential(torch.nn.Linear(8, 8)), tmp_path / "other")
+    code, said = merged("four", "other")
+    assert code == 2
+    assert f"{tmp_path / 'other'}: " in said
+    assert not any((tmp_path / name).exists() for name in ("two", "three", "four"))
