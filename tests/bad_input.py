@@ -24,10 +24,11 @@ if __name__ == "__main__":
 from bad_inputs.calls import CALLS, CONFIGS
 from bad_inputs.commands import COMMANDS, YAMLS
 from bad_inputs.files import CHECKPOINTS, FILES
+from bad_inputs.pictures import PICTURES
 from bad_inputs.table import Bench, Exit, Mistake, is_same, snapshot
 from bad_inputs.text import DATA
 
-TABLE: list[Mistake] = [*CALLS, *CONFIGS, *FILES, *CHECKPOINTS, *YAMLS, *COMMANDS, *DATA]
+TABLE: list[Mistake] = [*CALLS, *CONFIGS, *FILES, *CHECKPOINTS, *YAMLS, *COMMANDS, *DATA, *PICTURES]
 _HEAD = """\
 # What goes wrong, and what it says
 

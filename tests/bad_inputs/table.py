@@ -22,7 +22,7 @@ from lightning_oft.layers import state_of
 
 ROOT = Path(__file__).parents[2]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-Category = Literal["call", "config", "file", "checkpoint", "YAML", "command", "data", "reward"]
+Category = Literal["call", "config", "file", "checkpoint", "YAML", "command", "data", "reward", "picture"]
 
 
 @dataclass(frozen=True)
