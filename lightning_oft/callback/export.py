@@ -50,7 +50,8 @@ class Exporter:
         if self._dtype is not None and type(strategy) is not StrategyAdapter:
             raise ValueError(
                 f"merged_dtype={self._dtype!r}: cannot be written under {type(self._trainer.strategy).__name__}, where "
-                "no process has the whole weights: set it to None and call save_merged after the run"
+                "no process has the whole weights: set it to None, and after the run merge the directories, as "
+                "`lightning-oft merge --base ID --adapter .../adapter --output DIR` does"
             )
         self._places = roots_of(self._root) if self._can_merge or self._dtype is not None else {}
         self._pipeline: Any = getattr(pl_module, "pipeline", None)

@@ -61,8 +61,8 @@ RESUMED_ALONE = [cell for cell in CELLS if cell[0] in ("ddp", "fsdp2-block-distr
 
 TEXT = ["text", "text-ddp", "dpo", "dpo-ddp", "grpo"]
 EXPERTS = ["experts", "experts-fsdp1", "experts-cut"]
-SFT = ["sft-ddp", "sft-fsdp2"]
-TASKS = ["vision", *TEXT, *SFT, "split", "recipe", *EXPERTS, "bytes", "bytes-checkpointing"]
+RECIPES = ["sft-ddp", "sft-fsdp2", *(["qoft-nf4-fsdp2"] if find_spec("bitsandbytes") else [])]
+TASKS = ["vision", *TEXT, *RECIPES, "split", "recipe", *EXPERTS, "bytes", "bytes-checkpointing"]
 
 _SAVED = [f"{action}:{strategy}:{kind}" for strategy, kind in CELLS for action in ("save", "resume")]
 _MORE = [*(f"fit:{name}" for name in FITS), *(f"bytes:{name}" for name in BYTES), *CROSSED, ROUNDED]

@@ -13,7 +13,8 @@ import yaml
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from scenario import callback, trainer, whole_state
 from strategies import CPUFSDP
-from text_worker import fit_recipe, fit_text
+from text_worker import fit_text
+from text_worker import run_recipe as run_text_recipe
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -225,7 +226,7 @@ def run_recipe(world: int, root: Path) -> dict[str, Any]:
 
 
 def run(name: str, root: Path) -> dict[str, Any]:
-    """`vision`, `text`, `text-ddp`, `dpo`, `dpo-ddp`, `grpo`, `sft-ddp`, `sft-fsdp2`, `split` (tensor parallel, refused), `recipe`, `experts`,
+    """`vision`, `text`, `text-ddp`, `dpo`, `dpo-ddp`, `grpo`, `sft-ddp`, `sft-fsdp2`, `qoft-nf4-fsdp2`, `split` (tensor parallel, refused), `recipe`, `experts`,
     `experts-fsdp1`, `experts-cut`, `bytes`, `bytes-checkpointing`."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if name == "experts-cut":
@@ -234,8 +235,8 @@ def run(name: str, root: Path) -> dict[str, Any]:
         return fit_experts(CPUFSDP(state_dict_type="sharded"), world, rank, root, "eager")
     if name == "recipe":
         return run_recipe(world, root)
-    if name.startswith("sft-"):
-        return fit_recipe(name.removeprefix("sft-"), world, rank, root)
+    if name.startswith(("sft-", "qoft-")):
+        return run_text_recipe(name, world, rank, root)
     split = world if name == "split" else 1
     strategy = ModelParallelStrategy(world // split, split, process_group_backend="gloo")
     kind, _, is_ddp = name.partition("-")

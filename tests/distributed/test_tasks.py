@@ -8,12 +8,14 @@ import datasets
 import pytest
 import torch
 from launch import Runs
+from safetensors.torch import load_file
 from tasks_worker import Mixture, fit_experts, fit_vision
 from text_worker import fit_recipe, fit_text
 from torch import nn
 from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM
 
 from lightning_oft.tasks.sharding import blocks
+from tests.quantized import package
 
 pytestmark = [pytest.mark.distributed, pytest.mark.subprocess, pytest.mark.slow]
 
@@ -44,16 +46,27 @@ def test_processes_learn_text_as_one_does_from_unlike_numbers_of_tokens(name: st
     assert first["scores"] == pytest.approx(alone["scores"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sft-ddp", "sft-fsdp2"])
-def test_the_recipe_of_supervised_finetuning_learns_on_two_processes_as_on_one(
+@pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes")
+@pytest.mark.parametrize("name", ["sft-ddp", "sft-fsdp2", "qoft-nf4-fsdp2"])
+def test_a_recipe_learns_on_two_processes_as_on_one_and_resumes(
     name: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if name.startswith("qoft"):
+        package("nf4")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     first, second = (rank[f"task:{name}"] for rank in runs.two)
-    assert [first.get("code", first), second.get("code", second)] == [0, 0]
-    alone = fit_recipe("auto", 1, 0, tmp_path)["losses"]
+    assert "error" not in first, first.get("trace")
+    assert "error" not in second, second.get("trace")
+    alone = fit_recipe(name.rpartition("-")[0], "auto", 1, 0, tmp_path)
     assert alone[1] < alone[0] - 0.1
     assert first["losses"] == pytest.approx(alone, abs=1e-5)
+    assert first["resumed"] == first["losses"][1:]
+    whole, halves = (
+        load_file(runs.output / name / part / "adapter" / "adapter_model.safetensors")
+        for part in ("export", "halves/export")
+    )
+    assert largest_difference(whole, halves) == 0
+    assert largest_difference(whole, load_file(tmp_path / "export" / "adapter" / "adapter_model.safetensors")) < 1e-5
 
 
 @pytest.mark.parametrize(("name", "implementation"), [("experts", "grouped_mm"), ("experts-fsdp1", "eager")])

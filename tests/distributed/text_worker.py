@@ -22,7 +22,7 @@ from lightning_oft.tasks import CausalLM, PolicyOptimization, PreferenceOptimiza
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "examples" / "bases" / "docs-llama"
-SFT = ROOT / "configs" / "recipes" / "text-sft.yaml"
+RECIPES = ROOT / "configs" / "recipes"
 STRATEGIES: dict[str, Any] = {
     "auto": "auto",
     "ddp": {"class_path": "DDPStrategy", "init_args": {"process_group_backend": "gloo"}},
@@ -92,24 +92,43 @@ def fit_text(strategy: Any, world: int, rank: int, root: Path, kind: str = "text
     return {"state": whole_state(task), "scores": scores}
 
 
-def fit_recipe(strategy: str, world: int, rank: int, root: Path) -> dict[str, Any]:
-    """configs/recipes/text-sft.yaml through the command line: two steps, each of all sixteen packs, so that it does not matter
-    which process has which; the losses of validation as the log has them. Only what names a GPU or a hub differs, and the sizes."""
+def fit_recipe(
+    name: str, strategy: str, world: int, rank: int, root: Path, epochs: int = 2, ckpt_path: str | None = None
+) -> list[float]:
+    """configs/recipes/text-NAME.yaml through the command line: a step an epoch, each of all sixteen packs, so that it does
+    not matter which process has which. Only what names a GPU or a hub differs, and the sizes. Returns the losses of
+    validation as the log has them, on rank 0."""
     root.mkdir(exist_ok=True, parents=True)
     rows = root / f"rows{rank}.jsonl"
     pairs = [{"prompt": "Say " * (1 + i % 5), "completion": f" {i}" * (2 + 7 * i % 11)} for i in range(48)]
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    config = yaml.safe_load(SFT.read_text(encoding="utf-8"))
-    trainer = config["trainer"]
+    config = yaml.safe_load((RECIPES / f"text-{name}.yaml").read_text(encoding="utf-8"))
+    trainer, model = config["trainer"], config["model"]["init_args"]
     trainer["accumulate_grad_batches"] //= world
     trainer |= {"accelerator": "cpu", "devices": world, "precision": "32-true", "strategy": STRATEGIES[strategy]}
-    trainer |= {"max_epochs": 2, "log_every_n_steps": 1, "default_root_dir": str(root), "enable_progress_bar": False}
-    trainer["logger"] = {"class_path": "CSVLogger", "init_args": {"save_dir": str(root), "name": "", "version": "log"}}
-    config["model"]["init_args"] |= {"pretrained": str(DOCS), "dtype": "float32", "prompts": None}
+    trainer |= {"max_epochs": epochs, "log_every_n_steps": 1, "default_root_dir": str(root)}
+    trainer["callbacks"] = [{"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(root), "save_last": True}}]
+    trainer["logger"] = {
+        "class_path": "CSVLogger",
+        "init_args": {"save_dir": str(root), "name": "", "version": f"fit{epochs}"},
+    }
+    model |= {"pretrained": str(DOCS), "dtype": "float32", "prompts": None}
+    if "quantization_config" in model:
+        model["quantization_config"]["init_args"]["bnb_4bit_compute_dtype"] = "float32"
     config["data"]["init_args"] |= {"data": str(rows), "max_length": 64, "val_fraction": 0.2}
-    config["oft"]["export_dir"] = str(root / "export")
+    config["oft"] |= {"export_dir": str(root / "export"), "merged_dtype": None}
     file = root / f"rank{rank}.yaml"
-    file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    code = main_of_cli(["fit", "--config", str(file)])
-    logged = list(csv.DictReader((root / "log" / "metrics.csv").read_text().splitlines())) if rank == 0 else []
-    return {"code": code, "losses": [float(row["val/loss"]) for row in logged if row["val/loss"]]}
+    file.write_text(yaml.safe_dump(config | {"ckpt_path": ckpt_path}), encoding="utf-8")
+    code = main_of_cli(["fit", "--config", str(file), "--trainer.enable_progress_bar", "false"])
+    assert code == 0
+    log = (root / f"fit{epochs}" / "metrics.csv").read_text().splitlines() if rank == 0 else []
+    return [float(row["val/loss"]) for row in csv.DictReader(log) if row["val/loss"]]
+
+
+def run_recipe(name: str, world: int, rank: int, root: Path) -> dict[str, Any]:
+    """A recipe on several processes, `NAME-STRATEGY`; and stopped after an epoch and resumed."""
+    recipe, _, strategy = name.rpartition("-")
+    losses = fit_recipe(recipe, strategy, world, rank, root)
+    fit_recipe(recipe, strategy, world, rank, root / "halves", 1)
+    resumed = fit_recipe(recipe, strategy, world, rank, root / "halves", 2, str(root / "halves" / "last.ckpt"))
+    return {"losses": losses, "resumed": resumed}
