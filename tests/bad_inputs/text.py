@@ -82,6 +82,8 @@ DATA = [
     _rows("a chat without a template", CHAT, ValueError, "train, row 1", "the tokenizer has no chat template", "set chat_template to a file that holds one",
         template=None),
     _rows("a chat template without marks", CHAT, ValueError, "train, row 1", "no {% generation %} marks", "completion_only: false", template="{{ messages }}"),
+    _rows("turns that a chat template refuses", CHAT, ValueError, "train, row 1", "the chat template cannot write these turns (no user)", "mend the row, or chat_template",
+        template="{% generation %}{{ raise_exception('no user') }}{% endgeneration %}"),
     _rows("text in another encoding", '{"text": "tea"}\n{"text": "caf\xe9"}\n'.encode("latin-1"), ValueError, "rows.jsonl, line 2", "byte 14 is not UTF-8",
         "convert the file"),
     _reward("a reward that is no number", no_number, "reward bad_inputs.text.no_number, row 1", "gave nan (", "a reward is a finite number, or None"),

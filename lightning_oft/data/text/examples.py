@@ -105,7 +105,13 @@ class Encoder:
 
     def _templated(self, turns: list[Any], **options: Any) -> Any:
         self._template()
-        return self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **options)
+        try:
+            return self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **options)
+        except Exception as error:  # a template is a program, which raises what it likes
+            said = str(error).split("\n")[0][:300]
+            raise ValueError(
+                f"the chat template cannot write these turns ({said}); mend the row, or chat_template"
+            ) from None
 
 
 def check_text(column: str, text: Any) -> None:

@@ -58,7 +58,7 @@ def _load(source: str, subset: str | None, streaming: bool) -> Tables:
     except Exception as error:  # datasets wraps what its readers raise, and raises many kinds itself
         for file in (file for group in files.values() for file in group):
             check_lines(file)
-        reason = str(error.__cause__ or error).strip().split("\n")[0][:300]
+        reason = str(error.__cause__ or error).strip().split("\n")[0][:300] or "it holds no row"
         raise (ValueError if files else OSError)(
             f"{source}: could not be read ({reason}); give a file, a folder or a hub id"
         ) from error
@@ -74,7 +74,9 @@ def _with_columns(table: Any) -> Any:
         return table
     from datasets import Dataset
 
-    return table.cast(Dataset.from_list(list(table.take(100))).features)
+    if not (rows := list(table.take(100))):
+        raise ValueError("it holds no row")
+    return table.cast(Dataset.from_list(rows).features)
 
 
 def _files(source: str, path: Path) -> dict[str, list[Path]]:
@@ -134,6 +136,7 @@ class Stream(IterableDataset[Any]):
 def check_lines(file: Path) -> None:
     """Raise ValueError, one line that names the first line of a file that is not UTF-8, or in a .jsonl no JSON object."""
     if READERS.get(file.suffix) == "parquet":
+        _check_cells(file)
         return
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -147,3 +150,18 @@ def check_lines(file: Path) -> None:
                 ) from None
             except ValueError as error:
                 raise ValueError(f"{file}, line {number}: not a JSON object ({error})") from None
+
+
+def _check_cells(file: Path) -> None:
+    """Raise ValueError, one line that names the first row of a parquet file in which a text is not UTF-8."""
+    arrow, parquet = require("pyarrow", "datasets"), require("pyarrow.parquet", "datasets")
+    with contextlib.suppress(arrow.ArrowException, OSError):  # of no parquet file, which its reader has said already
+        number = 0
+        for batch in parquet.ParquetFile(file).iter_batches():
+            for row in range(batch.num_rows):
+                number += 1
+                for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                    try:
+                        column[row].as_py()
+                    except UnicodeDecodeError:
+                        raise ValueError(f"{file}, row {number}: {name} is not UTF-8; write the file anew") from None

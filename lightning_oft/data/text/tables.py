@@ -7,6 +7,7 @@ from hashlib import sha256
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -136,8 +137,7 @@ class TableDataModule(SplitDataModule, ABC):
             tokenizer = getattr(task, "tokenizer", None)
         if tokenizer is None:
             raise ValueError("pretrained is not given and the model has no tokenizer; set data.init_args.pretrained")
-        config = getattr(getattr(task, "model", None), "config", None)
-        limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+        limits = [tokenizer.model_max_length, positions_of(getattr(task, "model", None))]
         limit = min((n for n in limits if n is not None and 0 < n < 10**9), default=None)
         if limit is not None and self.max_length is not None and self.max_length > limit:
             raise ValueError(f"max_length={self.max_length}: the model takes {limit} tokens")
@@ -218,6 +218,15 @@ def tokenizer_key(tokenizer: Any) -> str:
     made = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     return sha256(repr((type(tokenizer).__name__, made, special, tokenizer.chat_template)).encode()).hexdigest()[:16]
+
+
+def positions_of(model: Any) -> int | None:
+    """How many tokens a transformers model has places for. RoBERTa and its kin count them from after the padding's id."""
+    places: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for name, module in model.named_modules() if isinstance(model, nn.Module) and places is not None else ():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.num_embeddings) - int(module.padding_idx) - 1
+    return places
 
 
 def pad_token_of(tokenizer: Any) -> int:

@@ -1,15 +1,20 @@
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from pyarrow import parquet
+from transformers import AutoModel, BertConfig, MPNetConfig, RobertaConfig
 
 from lightning_oft.data import TextDataModule
 from lightning_oft.data.text.batches import LengthGrouped, pack
 from lightning_oft.data.text.sources import load_tables
+from lightning_oft.data.text.tables import positions_of
 
 BASE = str(Path(__file__).parents[3] / "examples" / "bases" / "docs-llama")
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "He."}]
@@ -81,6 +86,10 @@ def test_bad_row_is_one_line_that_names_it(tmp_path: Path, rows: Any, arguments:
     [
         (None, "row 1: the tokenizer has no chat template; set chat_template"),
         ("{{ messages[0].content }}", r"row 1: the chat template has no \{% generation %\} marks"),
+        (
+            "{% generation %}{{ raise_exception('no system turns\n') }}{% endgeneration %}",
+            r"row 1: the chat template cannot write these turns \(no system turns\); mend the row, or chat_template$",
+        ),
     ],
 )
 def test_chat_template_of_no_use_is_refused(
@@ -108,6 +117,33 @@ def test_unreadable_file_is_named_with_its_line(tmp_path: Path, name: str, conte
     with pytest.raises(ValueError, match=message) as error:
         set_up(str(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_cell_of_parquet_that_is_not_utf8_is_named(tmp_path: Path, streaming: bool) -> None:
+    ends, letters = (pyarrow.py_buffer(part) for part in (struct.pack("<3i", 0, 3, 5), b"onen\xff"))
+    cells = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, ends, letters])
+    parquet.write_table(pyarrow.table({"text": cells}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: text is not UTF-8; write the file anew$"):
+        list(set_up(str(tmp_path / "a.parquet"), streaming=streaming).train_dataloader())
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", ""), ("a.csv", "text\n"), ("a.txt", "")])
+def test_a_streamed_file_without_a_row_is_said(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}: could not be read \(it holds no row\)"):
+        set_up(str(tmp_path / name), streaming=True)
+
+
+@pytest.mark.parametrize("kind", [BertConfig, RobertaConfig, MPNetConfig])
+def test_a_row_as_long_as_the_model_takes_is_the_longest(kind: Any) -> None:
+    model = AutoModel.from_config(
+        kind(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=20)
+    )
+    longest = positions_of(model) or 0
+    model(input_ids=torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, longest + 1), 5))
 
 
 @pytest.mark.parametrize("source", ["./none", "none.txt", "a/b/c"])
