@@ -86,7 +86,9 @@ class TextDataModule(TableDataModule):
     def predict_dataloader(self) -> list[DataLoader[Any]]:
         """The prompts of the test sets, padded on the left: {"input_ids", "attention_mask"} (B, L)."""
         collate = partial(pad, pad_token_id=pad_token_of(self.processor), side="left")
-        return [DataLoader(t, self.batch_size, collate_fn=collate, **self.workers) for t in self.prompts.values()]
+        return [
+            DataLoader(t, batch_size=self.batch_size, collate_fn=collate, **self.workers) for t in self.prompts.values()
+        ]
 
 
 def encode_prompts(rows: Mapping[str, list[Any]], indices: list[int], encoder: Encoder) -> dict[str, list[Any]]:

@@ -86,7 +86,7 @@ class PromptDataModule(PlacedDataModule):
         rows: Any = self.splits["train"]
         batches = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
         sampler = Repeated(rows, self.batch_size * batches, times, *self._processes(), self.seed)
-        return DataLoader(rows, self.batch_size, sampler=sampler, collate_fn=self.collate_fn, **self.workers)
+        return DataLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collate_fn, **self.workers)
 
 
 class Repeated(DistributedSampler[Any]):

@@ -176,7 +176,9 @@ class TableDataModule(SplitDataModule, ABC):
         sampler = LengthGrouped(
             [len(ids) for ids in table["input_ids"]], self.batch_size, *self._processes(), self.seed
         )
-        return DataLoader(table, self.batch_size, sampler=sampler, collate_fn=self.collate_fn, **self.workers)
+        return DataLoader(
+            table, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collate_fn, **self.workers
+        )
 
     @override
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:

@@ -22,6 +22,7 @@ from transformers import (
 
 from lightning_oft import OFTFinetuning
 from lightning_oft.callback.samples import Samples
+from lightning_oft.data import TextDataModule
 from lightning_oft.data.text.batches import pack, pad
 from lightning_oft.tasks import CausalLM
 from lightning_oft.tasks.text.generation import check_packing
@@ -226,6 +227,13 @@ def test_predictions_continue_their_prompts_whatever_the_padding(base: str) -> N
     together = trainer().predict(task, loader)
     alone = trainer().predict(task, DataLoader(prompts, 1, collate_fn=partial(pad, pad_token_id=2)))  # type: ignore[arg-type]
     assert together == [[texts[0] for texts in alone or []]]
+
+
+def test_the_prompts_of_a_data_modules_test_sets_are_continued(base: str, tmp_path: Path) -> None:
+    (tmp_path / "new.txt").write_text("one\ntwo\nthree\n")
+    task = CausalLM(base, generation={"max_new_tokens": 2})
+    texts: Any = trainer().predict(task, TextDataModule({"new": str(tmp_path / "new.txt")}, batch_size=2))
+    assert [len(batch) for batch in texts] == [2, 1]
 
 
 @pytest.mark.parametrize(
