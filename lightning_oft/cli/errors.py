@@ -52,6 +52,8 @@ def is_user_error(error: BaseException) -> bool:
     """
     if isinstance(error, UserError | OSError | ImportError) or type(error).__name__ == "MisconfigurationException":
         return True
+    if _said_by_a_worker(error) is not None:
+        return True
     modules = ["", *(frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))]
     on_purpose = modules[-1].partition(".")[0] in ("lightning_oft", "lightning", "pytorch_lightning", "jsonargparse")
     return str(error).startswith(_MISFIT) or (on_purpose and isinstance(error, ValueError | TypeError | RuntimeError))
@@ -59,7 +61,7 @@ def is_user_error(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     """The message of `error` on one line that a terminal prints as it stands, of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join((_said_by_a_worker(error) or str(error)).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     if text.startswith(_MISFIT):
@@ -68,3 +70,12 @@ def one_line(error: BaseException) -> str:
     if len(text) > 1000:  # a value is repeated in the middle; the remedy stands at the end
         text = f"{text[:700]} ... {text[-300:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _said_by_a_worker(error: BaseException) -> str | None:
+    """What this package raised on purpose in a DataLoader's process, which torch hands on with the traceback as text."""
+    lines = str(error).strip().splitlines()
+    if not (isinstance(error, ValueError) and lines and "in DataLoader worker process" in lines[0]):
+        return None
+    frames = [line for line in lines if line.startswith('  File "')]
+    return lines[-1].partition(": ")[2] if frames and "lightning_oft" in frames[-1] else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_oft import OFTConfig
 from lightning_oft.cli import main
 from lightning_oft.cli.errors import UserError, is_user_error, one_line, suggestion
+from lightning_oft.data import TextDataModule
 
 Write = Callable[..., str]
 
@@ -188,6 +190,19 @@ def test_suggestion_is_the_nearest(word: str, candidates: list[str], expected: s
 )
 def test_only_what_the_user_can_mend_loses_its_traceback(error: Exception, expected: bool) -> None:
     assert is_user_error(error) is expected
+
+
+@pytest.mark.parametrize("completion", ["", None])
+def test_a_bad_row_that_a_loaders_process_meets_is_one_line(completion: str | None, tmp_path: Path) -> None:
+    rows = [{"prompt": "Say", "completion": " it"}, {"prompt": "Say", "completion": completion}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = str(Path(__file__).parents[2] / "examples" / "bases" / "docs-llama")
+    data = TextDataModule(str(tmp_path / "rows.jsonl"), pretrained=base, streaming=True, num_workers=1)
+    data.setup("fit")
+    with pytest.raises(ValueError, match="in DataLoader worker process") as caught:
+        list(data.train_dataloader())
+    assert is_user_error(caught.value)
+    assert one_line(caught.value).startswith("train, row 2: completion is ")
 
 
 def test_an_error_that_the_package_raises_on_purpose_is_the_users() -> None:

@@ -108,7 +108,10 @@ class TableDataModule(SplitDataModule, ABC):
                     encoder = self.make_encoder(split, table, limit)
                 except ValueError as error:
                     raise ValueError(f"{split}: {error}") from None
-                splits[split] = self._mapped(table, partial(encode_rows, encoder=encoder, split=split), encoder.kind)
+                encode = partial(encode_rows, encoder=encoder, split=split)
+                if self.streaming and table.num_shards > 1:
+                    encode.keywords["of_files"] = True
+                splits[split] = self._mapped(table, encode, encoder.kind)
         if self.val_fraction and "val" not in splits and "train" in splits:
             parts = splits["train"].train_test_split(self.val_fraction, seed=self.seed)
             splits = {
@@ -199,16 +202,19 @@ class TableDataModule(SplitDataModule, ABC):
         return {"batch_size": self.batch_size, "collate_fn": self.collate_fn, **self.workers}
 
 
-def encode_rows(rows: Mapping[str, list[Any]], indices: list[int], encoder: Any, split: str) -> dict[str, list[Any]]:
-    """A batch of rows as examples. Raises ValueError, one line that names the split and the row, counted from 1."""
+def encode_rows(
+    rows: Mapping[str, list[Any]], indices: list[int], encoder: Any, split: str, of_files: bool = False
+) -> dict[str, list[Any]]:
+    """A batch of rows as examples. Raises ValueError, one line that names the split and the row, counted from 1; with
+    `of_files` in its file, which nobody knows here, so that the row's beginning is told too."""
     made: dict[str, list[Any]] = {}
     for place, index in enumerate(indices):
+        row = {name: rows[name][place] for name in encoder.kind}  # may read the batch, which raises for any row of it
         try:
-            example = encoder({name: rows[name][place] for name in encoder.kind})
-        except UnicodeDecodeError:  # of any row of the batch, whose columns are read at once
-            raise
+            example = encoder(row)
         except ValueError as error:
-            raise ValueError(f"{split}, row {index + 1}: {error}") from None
+            which = f" of one of its files, {str(row)[:80]}..." if of_files else ""
+            raise ValueError(f"{split}, row {index + 1}{which}: {error}") from None
         for name, values in example.items():
             made.setdefault(name, []).append(values)
     return made

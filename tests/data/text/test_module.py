@@ -219,6 +219,15 @@ def test_a_streamed_line_that_is_not_utf8_is_named(count: int, suffix: str, tmp_
         list(set_up(str(tmp_path / f"rows.{suffix}"), streaming=True).train_dataloader())
 
 
+def test_a_streamed_row_of_several_files_is_told_by_its_beginning(tmp_path: Path) -> None:
+    write(tmp_path, [{"prompt": "one", "completion": " two"}], "a.jsonl")
+    write(tmp_path, [{"prompt": "three", "completion": ""}], "b.jsonl")
+    with pytest.raises(
+        ValueError, match=r"train, row 1 of one of its files, {'prompt': 'three'.*: completion is empty"
+    ):
+        list(set_up(str(tmp_path), streaming=True).train_dataloader())
+
+
 def test_packed_rows_hold_every_token_once_and_no_more_than_fit() -> None:
     examples = [{"input_ids": [i] * n, "labels": [i] * n} for i, n in enumerate((3, 9, 2, 4, 10, 1))]
     rows = pack(examples, 10)
