@@ -106,8 +106,8 @@ def save_adapter(
 
     Names in the files start at the transformers or diffusers model that contains the adapter, else at `model`. What
     PEFT cannot represent is written with a warning that names the layers. A `README.md` that is there already and is no
-    card of this library stays. An interrupted or failing write leaves what
-    was there before, or a directory that `load_adapter` refuses.
+    card of this library stays. An interrupted or failing write leaves what was there before, or a directory that
+    `load_adapter` refuses.
 
     Args:
         model: a model with adapters, merged or not.

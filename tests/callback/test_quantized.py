@@ -124,7 +124,9 @@ def test_merged_dtype_is_refused_where_no_process_has_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lightning_oft.callback.oft.strategy_adapter", type("Sharded", (StrategyAdapter,), {}))
-    with pytest.raises(ValueError, match=r"merged_dtype='float32': cannot be written under .*lightning-oft merge --base ID"):
+    with pytest.raises(
+        ValueError, match=r"merged_dtype='float32': cannot be written under .*lightning-oft merge --base ID"
+    ):
         fit(Quantized("plain"), tmp_path, 1, export_dir=str(tmp_path), merged_dtype="float32")
 
 

@@ -13,8 +13,7 @@ import yaml
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from scenario import callback, trainer, whole_state
 from strategies import CPUFSDP
-from text_worker import fit_text
-from text_worker import run_recipe as run_text_recipe
+from text_worker import fit_text, run_text_recipe
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -226,8 +225,8 @@ def run_recipe(world: int, root: Path) -> dict[str, Any]:
 
 
 def run(name: str, root: Path) -> dict[str, Any]:
-    """`vision`, `text`, `text-ddp`, `dpo`, `dpo-ddp`, `grpo`, `sft-ddp`, `sft-fsdp2`, `qoft-nf4-fsdp2`, `split` (tensor parallel, refused), `recipe`, `experts`,
-    `experts-fsdp1`, `experts-cut`, `bytes`, `bytes-checkpointing`."""
+    """`vision`, `text`, `text-ddp`, `dpo`, `dpo-ddp`, `grpo`, `sft-ddp`, `sft-fsdp2`, `qoft-nf4-fsdp2`, `split` (tensor
+    parallel, refused), `recipe`, `experts`, `experts-fsdp1`, `experts-cut`, `bytes`, `bytes-checkpointing`."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if name == "experts-cut":
         return cut_experts(world)

@@ -66,7 +66,7 @@ def test_a_recipe_learns_on_two_processes_as_on_one_and_resumes(
         for part in ("export", "halves/export")
     )
     assert largest_difference(whole, halves) == 0
-    assert largest_difference(whole, load_file(tmp_path / "export" / "adapter" / "adapter_model.safetensors")) < 1e-5
+    assert largest_difference(whole, load_file(tmp_path / "export" / "adapter" / "adapter_model.safetensors")) < 1e-6
 
 
 @pytest.mark.parametrize(("name", "implementation"), [("experts", "grouped_mm"), ("experts-fsdp1", "eager")])

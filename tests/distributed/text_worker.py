@@ -125,7 +125,7 @@ def fit_recipe(
     return [float(row["val/loss"]) for row in csv.DictReader(log) if row["val/loss"]]
 
 
-def run_recipe(name: str, world: int, rank: int, root: Path) -> dict[str, Any]:
+def run_text_recipe(name: str, world: int, rank: int, root: Path) -> dict[str, Any]:
     """A recipe on several processes, `NAME-STRATEGY`; and stopped after an epoch and resumed."""
     recipe, _, strategy = name.rpartition("-")
     losses = fit_recipe(recipe, strategy, world, rank, root)

@@ -6,7 +6,7 @@ from typing_extensions import override
 
 from lightning_oft.data.text.examples import kind_of
 from lightning_oft.data.text.labelled import Classes, TextEncoder, WordEncoder
-from lightning_oft.data.text.sources import Tables
+from lightning_oft.data.text.sources import Tables, columns_of
 from lightning_oft.data.text.tables import TableDataModule
 
 
@@ -37,7 +37,7 @@ class LabelledDataModule(TableDataModule):
         if self.class_names:
             return
         label = self.kinds[0][-1]
-        tables = {split: table for split, table in tables.items() if label in (table.column_names or ())}
+        tables = {split: table for split, table in tables.items() if label in columns_of(table)}
         stored = next((names for table in tables.values() if (names := stored_names(table, label))), ())
         found = set(stored) if stored or self.streaming else {n for t in tables.values() for n in _names(t[label])}
         config = getattr(getattr(self.task, "model", None), "config", None)
@@ -49,7 +49,7 @@ class LabelledDataModule(TableDataModule):
 
     @override
     def make_encoder(self, split: str, table: Any, limit: int | None) -> Any:
-        kind = kind_of(list(table.column_names), self.kinds)
+        kind = kind_of(columns_of(table), self.kinds)
         classes = Classes(tuple(self.class_names), stored_names(table, kind[-1]), self.model_classes)
         return self.encoder(self.processor, kind, classes, limit, self.max_length)
 

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_oft.data.text.batches import pack, pad
 from lightning_oft.data.text.examples import KINDS, Encoder, kind_of
-from lightning_oft.data.text.sources import Tables
+from lightning_oft.data.text.sources import Tables, columns_of
 from lightning_oft.data.text.tables import TableDataModule, pad_token_of
 
 
@@ -54,7 +54,7 @@ class TextDataModule(TableDataModule):
 
     @override
     def make_encoder(self, split: str, table: Any, limit: int | None) -> Encoder:
-        return self.encoder(kind_of(list(table.column_names), self.kinds), limit)
+        return self.encoder(kind_of(columns_of(table), self.kinds), limit)
 
     def encoder(self, kind: tuple[str, ...], limit: int | None) -> Encoder:
         """What makes examples of the rows of a table, for a model that takes `limit` tokens."""

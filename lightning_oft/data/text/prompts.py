@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_oft.data.text.batches import pad
 from lightning_oft.data.text.examples import Encoder, check_length, kind_of
 from lightning_oft.data.text.rows import PlacedDataModule
-from lightning_oft.data.text.sources import Tables
+from lightning_oft.data.text.sources import Tables, columns_of
 
 
 class PromptEncoder(Encoder):
@@ -57,7 +57,7 @@ class PromptDataModule(PlacedDataModule):
 
     @override
     def make_encoder(self, split: str, table: Any, limit: int | None) -> Encoder:
-        found = list(table.column_names)
+        found = columns_of(table)
         kind_of(found, self.kinds)
         if taken := {"input_ids", "row", "prompts", "completions", "completion_ids"} & set(found):
             raise ValueError(f"a column {min(taken)!r} is made here; give yours another name by columns")

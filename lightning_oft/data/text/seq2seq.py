@@ -6,6 +6,7 @@ from typing_extensions import override
 
 from lightning_oft.data.text.examples import kind_of
 from lightning_oft.data.text.labelled import PairEncoder
+from lightning_oft.data.text.sources import columns_of
 from lightning_oft.data.text.tables import TableDataModule
 
 
@@ -18,5 +19,5 @@ class Seq2SeqDataModule(TableDataModule):
 
     @override
     def make_encoder(self, split: str, table: Any, limit: int | None) -> PairEncoder:
-        kind = kind_of(list(table.column_names), (("source", "target"),))
+        kind = kind_of(columns_of(table), (("source", "target"),))
         return PairEncoder(self.processor, kind, limit, self.max_length)

@@ -54,7 +54,9 @@ def _load(source: str, subset: str | None, streaming: bool) -> Tables:
         options: dict[str, Any] = {"delimiter": "\t"} if next(iter(files.values()))[0].suffix == ".tsv" else {}
         names = {split: [str(file) for file in group] for split, group in files.items()}
         found = datasets.load_dataset(reader, data_files=names, streaming=streaming, **options)
-        return _named({split: _with_columns(table) for split, table in found.items()})
+        for table in found.values():
+            columns_of(table)  # a streamed file that cannot be read says so now
+        return _named(found)
     except Exception as error:  # datasets wraps what its readers raise, and raises many kinds itself
         for file in (file for group in files.values() for file in group):
             check_lines(file)
@@ -68,15 +70,14 @@ def _named(tables: Mapping[Any, Any]) -> Tables:
     return {_OWN.get(str(split), str(split)): table for split, table in tables.items()}
 
 
-def _with_columns(table: Any) -> Any:
-    """A table whose columns are known: a streamed file's often are not before rows of it are read."""
+def columns_of(table: Any) -> list[str]:
+    """The names of a table's columns; those of a streamed file are often not known before a row of it is read. Raises
+    ValueError where it holds none."""
     if table.column_names is not None:
-        return table
-    from datasets import Dataset
-
-    if not (rows := list(table.take(100))):
+        return list(table.column_names)
+    if (row := next(iter(table), None)) is None:
         raise ValueError("it holds no row")
-    return table.cast(Dataset.from_list(rows).features)
+    return list(row)
 
 
 def _files(source: str, path: Path) -> dict[str, list[Path]]:

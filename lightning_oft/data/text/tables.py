@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_oft.data.base import SplitDataModule
 from lightning_oft.data.text.batches import LengthGrouped, pad
-from lightning_oft.data.text.sources import Stream, Tables, load_tables, naming_lines
+from lightning_oft.data.text.sources import Stream, Tables, columns_of, load_tables, naming_lines
 
 
 class TableDataModule(SplitDataModule, ABC):
@@ -99,18 +99,17 @@ class TableDataModule(SplitDataModule, ABC):
         if self.splits:
             return
         self.processor, limit = self._tokenizer()
-        tables = self._renamed(load_tables(self.data, self.subset, self.streaming))
-        splits: dict[str, Any] = {}
+        tables, splits = load_tables(self.data, self.subset, self.streaming), {}
         with naming_lines(self.data):
+            tables = self._renamed(tables)
             self.prepare_tables(tables)
             for split, table in tables.items():
                 try:
                     encoder = self.make_encoder(split, table, limit)
                 except ValueError as error:
                     raise ValueError(f"{split}: {error}") from None
-                encode = partial(encode_rows, encoder=encoder, split=split)
-                if self.streaming and table.num_shards > 1:
-                    encode.keywords["of_files"] = True
+                of_files = self.streaming and table.num_shards > 1
+                encode = partial(encode_rows, encoder=encoder, split=split, of_files=of_files)
                 splits[split] = self._mapped(table, encode, encoder.kind)
         if self.val_fraction and "val" not in splits and "train" in splits:
             parts = splits["train"].train_test_split(self.val_fraction, seed=self.seed)
@@ -149,7 +148,7 @@ class TableDataModule(SplitDataModule, ABC):
     def _renamed(self, tables: Tables) -> Tables:
         """The tables with our names of columns."""
         for split, table in tables.items():
-            found = list(table.column_names)
+            found = columns_of(table)
             if missing := [name for name in self.names.values() if name not in found]:
                 raise ValueError(f"{split}: no column {missing[0]!r}; found {', '.join(found)}: correct columns")
             dropped = [ours for ours, theirs in self.names.items() if ours in found and ours != theirs]
@@ -160,7 +159,7 @@ class TableDataModule(SplitDataModule, ABC):
 
     def _mapped(self, table: Any, function: Any, kind: tuple[str, ...] = (), with_indices: bool = True) -> Any:
         """A table after a function of batches of rows; of a cache while neither rows, tokenizer nor arguments change."""
-        options: dict[str, Any] = {"batched": True, "remove_columns": list(table.column_names)}
+        options: dict[str, Any] = {"batched": True, "remove_columns": columns_of(table)}
         options["with_indices"] = with_indices
         if not self.streaming:
             # datasets would hash the tokenizer's memory, which changes with use.
