@@ -126,6 +126,7 @@ class OFTFinetuning(Callback):
             return
         root = checks.submodule(everything, self.module)
         modules = walk(root)
+        run.strategy.check_packed(everything)
         if built:
             checks.check_precision(run.strategy.trainer, everything)
             fingerprint.note_base(everything, again=True)  # the module's own setup may have loaded it

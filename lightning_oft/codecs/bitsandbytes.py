@@ -14,6 +14,7 @@ class Bitsandbytes4bit(PackedCodec):
     """nf4 and fp4, with double quantization or without, stored in any dtype."""
 
     passes_gradient = True
+    sharded_by = ("ModelParallelStrategy", "FSDPStrategy")
     layers = ("bitsandbytes.Linear4bit",)
     tensors = ("bitsandbytes.Params4bit",)
 

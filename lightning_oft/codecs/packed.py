@@ -23,6 +23,8 @@ class PackedCodec(Codec):
     """Whether `read` needs no forward, so that it costs little and cannot fail."""
     passes_gradient = False
     """Whether the input gets a gradient whatever is in the weight, so that nobody needs to try."""
+    sharded_by: tuple[str, ...] = ()
+    """Lightning's strategies that can cut the weight and put it together again (measured)."""
     layers: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()
 
@@ -82,6 +84,7 @@ class LayerCodec(PackedCodec):
     Of whole numbers or float8, since any float tensor else could be a weight."""
 
     has_own_reading = False
+    sharded_by = ("ModelParallelStrategy", "FSDPStrategy")  # nobody knows, and buffers are not cut
     ROWS = 256
     """Rows of the identity that a layer sees at once."""
 

@@ -58,6 +58,7 @@ class TorchAO(PackedCodec):
 class TorchAONF4(PackedCodec):
     """torchao's NF4Tensor, which is none of its base class."""
 
+    sharded_by = ("ModelParallelStrategy",)
     tensors = ("torchao.NF4Tensor",)
 
     @override

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_oft import OFTFinetuning, load_from_checkpoint, merge, oft_layers
-from lightning_oft.callback.strategies.base import StrategyAdapter
+from lightning_oft.callback.strategies.base import StrategyAdapter, check_cut
 from lightning_oft.codecs import packed_codec
 from lightning_oft.formats.checkpoint import NOTE
 from lightning_oft.formats.checkpoint_file import CheckpointError
@@ -196,3 +196,17 @@ def test_a_plugin_that_replaces_layers_does_so_before_the_injection(tmp_path: Pa
     trainer(tmp_path, oft, plugins=[BitsandbytesPrecision()]).fit(model, loader(), loader())
     assert packed_codec(model.net[0]) is not None
     assert all(bool(generator.any()) for generator in generators(model).values())
+
+
+@pytest.mark.parametrize("strategy", ["ModelParallelStrategy", "FSDPStrategy"])
+@pytest.mark.parametrize("kind", [*KINDS, "plain"])
+def test_a_format_that_a_strategy_cannot_cut_is_refused(kind: str, strategy: str) -> None:
+    taken = {"ModelParallelStrategy": ("nf4", "fp4", "NF4", "plain"), "FSDPStrategy": ("nf4", "fp4", "plain")}
+    modules = walk(Quantized(kind))
+    if kind.startswith(taken[strategy]):
+        check_cut(modules, strategy)
+        return
+    with pytest.raises(
+        ValueError, match=rf"{strategy}: the quantized weights of net.0, net.1 \(.*\) cannot be sharded"
+    ):
+        check_cut(modules, strategy)

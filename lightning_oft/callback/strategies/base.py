@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_oft.callback.strategies.steps import Steps
+from lightning_oft.codecs import packed_codec
 from lightning_oft.layers.rotation import Rotation
 from lightning_oft.model.merging import KeepBase, merge_layers
-from lightning_oft.model.traversal import class_names, walk
+from lightning_oft.model.traversal import Modules, class_names, some, walk
 
 
 class StrategyAdapter:
@@ -31,6 +32,10 @@ class StrategyAdapter:
         plugin = self.trainer.precision_plugin
         if "BitsandbytesPrecision" in class_names(plugin):
             plugin.convert_module(pl_module)
+
+    def check_packed(self, modules: Modules) -> None:
+        """Called before each injection, with all that is there. Raises ValueError for quantized weights that the strategy
+        would destroy, or that do not let themselves be cut."""
 
     def injects_early(self) -> bool:
         """Whether rotations may be put into what is built before configure_model."""
@@ -64,6 +69,18 @@ class StrategyAdapter:
     def whole_state(self, root: nn.Module) -> dict[str, Tensor] | None:
         """The whole tensors of a model by name, on rank zero, within `whole`; None where they lie there anyway."""
         return None
+
+
+def check_cut(modules: Modules, strategy: str) -> None:
+    """Raise ValueError for quantized weights that a strategy, by its class's name, does not cut and put together again."""
+    packed = {name: codec for name, module in modules.items() if (codec := packed_codec(module)) is not None}
+    uncut = [name for name, codec in packed.items() if strategy not in codec.sharded_by]
+    if uncut:
+        formats = ", ".join(sorted({packed[name].storage(modules[name]) or "not quantized yet" for name in uncut}))
+        raise ValueError(
+            f"{strategy}: the quantized weights of {some(uncut)} ({formats}) cannot be sharded: use strategy='ddp', or "
+            "load the base in bitsandbytes' nf4 or fp4 and shard it with ModelParallelStrategy"
+        )
 
 
 _ADAPTERS = {

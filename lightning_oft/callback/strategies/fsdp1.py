@@ -14,12 +14,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import _or_policy, _Policy, lambda_auto_wrap_policy
 from typing_extensions import override
 
-from lightning_oft.callback.strategies.base import StrategyAdapter
+from lightning_oft.callback.strategies.base import StrategyAdapter, check_cut
 from lightning_oft.callback.strategies.steps import Steps
+from lightning_oft.codecs import packed_codec
 from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import every_rotation
 from lightning_oft.model.merging import KeepBase, merge_layers
-from lightning_oft.model.traversal import walk
+from lightning_oft.model.packed import packed_names
+from lightning_oft.model.traversal import Modules, walk
 
 
 @contextmanager
@@ -42,6 +44,31 @@ class FSDP1Adapter(StrategyAdapter):
         super().prepare(pl_module, adapter_only, undo)
         kwargs = self.trainer.strategy.kwargs
         kwargs["auto_wrap_policy"] = with_rotations(kwargs.get("auto_wrap_policy"))
+        undo.callback(pl_module.register_state_dict_post_hook(_without_quant_states).remove)
+
+    @override
+    def check_packed(self, modules: Modules) -> None:
+        """A unit lays its weights into one tensor, and casts that: 4-bit codes must be stored in the dtype of all others."""
+        check_cut(modules, "FSDPStrategy")
+        packed = {name: codec for name, module in modules.items() if (codec := packed_codec(module)) is not None}
+        if not packed:
+            return
+        strategy, plugin = self.trainer.strategy, self.trainer.precision_plugin
+        parameters = [p for m in modules.values() if not isinstance(m, Rotation) for p in m._parameters.values()]
+        if plugin.precision.endswith("-true"):  # Lightning is about to cast all of them
+            dtypes = {plugin._desired_input_dtype}
+        else:
+            dtypes = {p.dtype for p in parameters if p is not None and p.is_floating_point()}
+        dtypes |= {getattr(strategy.mixed_precision_config, "param_dtype", None)} - {None}
+        for name, codec in packed.items():
+            stored = modules[name].get_parameter("weight").dtype
+            if not stored.is_floating_point or any(not codec.survives_cast(modules[name], dtype) for dtype in dtypes):
+                others = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+                raise ValueError(
+                    f"FSDPStrategy: {name} is quantized and stored as {stored}, and its unit makes one tensor in {others} "
+                    "of it: load the base and bnb_4bit_quant_storage in one dtype, that of the precision, or use "
+                    "ModelParallelStrategy"
+                )
 
     @override
     def watch_steps(self, rotations: dict[str, Rotation], undo: ExitStack) -> Steps:
@@ -73,6 +100,15 @@ class FSDP1Adapter(StrategyAdapter):
             ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module"): tensor.detach().cpu().clone()
             for name, tensor in tensors.items()
         }
+
+
+def _without_quant_states(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Take out of a state dict how packed weights were quantized: beside their codes, which stay, that is the base's, and
+    no layer takes it up again."""
+    for name in packed_names(module):
+        path = ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module")
+        for key in [key for key in state_dict if key.startswith(f"{prefix}{path}.weight.")]:
+            del state_dict[key]
 
 
 class _WithRotations(_Policy):

@@ -10,15 +10,15 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from typing_extensions import override
 
-from lightning_oft.callback.strategies.base import StrategyAdapter
+from lightning_oft.callback.strategies.base import StrategyAdapter, check_cut
 from lightning_oft.callback.strategies.steps import Steps
-from lightning_oft.codecs import is_sharded
+from lightning_oft.codecs import is_sharded, packed_codec
 from lightning_oft.formats.checkpoint import frozen_names
 from lightning_oft.formats.checkpoint_file import CheckpointError
 from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import every_rotation, rotations_of
 from lightning_oft.layers.tensor_parallel import cut_inside, divides
-from lightning_oft.model.traversal import adapted, oft_layers, walk
+from lightning_oft.model.traversal import Modules, adapted, oft_layers, walk
 
 
 class FSDP2Adapter(StrategyAdapter):
@@ -30,6 +30,24 @@ class FSDP2Adapter(StrategyAdapter):
     def injects_early(self) -> bool:
         """torch's parallelize_module splits a layer with all that is below it, and fails on rotations."""
         return bool(self.trainer.strategy.device_mesh["tensor_parallel"].size() == 1)
+
+    @override
+    def check_packed(self, modules: Modules) -> None:
+        """What does not let itself be cut, and 4-bit codes stored as floating-point numbers that a unit would round: of a
+        dtype of the same size that gives other weights without an error."""
+        if self.trainer.strategy.device_mesh["data_parallel"].size() == 1:
+            return
+        check_cut(modules, "ModelParallelStrategy")
+        dtypes: dict[nn.Module, torch.dtype | None] = {}
+        for unit in (module for module in modules.values() if isinstance(module, FSDPModule)):  # from the outermost
+            dtypes |= dict.fromkeys(unit.modules(), unit._get_fsdp_state()._mp_policy.param_dtype)
+        for name, module in modules.items():
+            codec, dtype = packed_codec(module), dtypes.get(module)
+            if codec is not None and dtype is not None and not codec.survives_cast(module, dtype):
+                raise ValueError(
+                    f"{name}: MixedPrecisionPolicy(param_dtype={dtype}) of its unit would cast its quantized weight, which "
+                    "destroys it: load the base with bnb_4bit_quant_storage=uint8"
+                )
 
     @override
     def after_inject(self, root: nn.Module) -> None:
