@@ -24,6 +24,7 @@ from lightning_oft.formats.pretrained import (
     companions_of,
     roots_of,
     save_config,
+    saves_itself,
     write_pipeline,
     write_pretrained,
 )
@@ -151,7 +152,7 @@ class Exporter:
 
     def _saving(self, root: nn.Module) -> Callable[[Path], Any]:
         """What writes one of the models into a directory, once every process has given its part of it."""
-        if self._dtype is not None:
+        if self._dtype is not None or not saves_itself(root):
             return partial(write_merged, root, dtype=self._dtype, companions=self._companions)
         state = self._strategy.whole_state(root)
         return partial(write_pretrained, root, companions=self._companions, state=state)

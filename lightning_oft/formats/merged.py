@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from lightning_oft.codecs import is_sharded, packed_codec
 from lightning_oft.formats.pretrained import Companions, companions_of, roots_of, write_model
-from lightning_oft.layers.base import restore_class
+from lightning_oft.layers.base import layer_type_of, restore_class
+from lightning_oft.layers.linear import TransposedLinear
 from lightning_oft.model.folding import folded_weights
+from lightning_oft.model.packed import packed_names
 from lightning_oft.model.traversal import (
     Modules,
     adapted,
@@ -147,7 +149,7 @@ def _plain_transformer(root: Any, state: dict[str, Tensor], dtype: torch.dtype |
             part.tie_word_embeddings = False
         if dtype is not None:
             part.dtype = dtype
-    plain = _on_meta(lambda: type(root)(config), state)
+    plain = _on_meta(root, lambda: type(root)(config), state)
     if not is_untied:
         plain.tie_weights()
     if getattr(root, "generation_config", None) is not None:
@@ -157,16 +159,20 @@ def _plain_transformer(root: Any, state: dict[str, Tensor], dtype: torch.dtype |
 
 def _plain_diffuser(root: Any, state: dict[str, Tensor]) -> Any:
     config = {key: value for key, value in root.config.items() if key != "quantization_config"}
-    return _on_meta(lambda: type(root).from_config(config), state)
+    return _on_meta(root, lambda: type(root).from_config(config), state)
 
 
-def _on_meta(make: Any, state: dict[str, Tensor]) -> Any:
+def _on_meta(root: Any, make: Any, state: dict[str, Tensor]) -> Any:
     with torch.device("meta"):
         plain = make()
     restore_class(plain)  # that of an adapted model speaks up when it is saved
     for part, module in list(plain.named_children()):  # one that its maker asked to be left out, such as BERT's pooler
         if module.state_dict() and not any(name.startswith(f"{part}.") for name in state):
             setattr(plain, part, None)
+    modules = dict(plain.named_modules(remove_duplicate=False))
+    for name in packed_names(root):  # packed as (o, i), whatever the class that is quantized
+        if isinstance(layer_type_of(modules[name]), TransposedLinear):
+            state[f"{name}.weight"] = state[f"{name}.weight"].mT.contiguous()
     # What a plain model has no place for is left out, such as scales of weights that are plain again by now.
     lacking = plain.load_state_dict(state, strict=False, assign=True).missing_keys
     if lacking:

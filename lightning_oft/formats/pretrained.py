@@ -31,6 +31,13 @@ def roots_of(model: nn.Module) -> dict[str, nn.Module]:
     return {"": modules[library_root(modules, trained)]}
 
 
+def saves_itself(root: Any) -> bool:
+    """Whether a library's model can write itself: one that was loaded in some formats refuses, even where nothing of it
+    is quantized."""
+    said = getattr(getattr(root, "hf_quantizer", None), "is_serializable", True)  # of diffusers a property
+    return bool(said() if callable(said) else said)
+
+
 def write_pretrained(
     root: nn.Module, directory: str | Path, companions: Iterable[Any] = (), state: dict[str, Tensor] | None = None
 ) -> Path:

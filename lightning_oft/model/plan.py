@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_oft.codecs import parameter_of
+from lightning_oft.codecs import packed_codec, parameter_of
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.base import LayerType, rotated_weights_of
 from lightning_oft.layers.state import state_of
@@ -127,7 +127,13 @@ def _saved_tensors(
     if wanted and not saved and strict:  # those of a task type alone, which need not be there
         what = f"task_type={config.task_type!r}: the model has no {' or '.join(wanted)} to train whole"
         warnings.warn(f"{what}: name its head in modules_to_save", stacklevel=4)
-    below = set(map(id, modules.below(*saved).values()))
+    parts = modules.below(*saved)
+    if packed := [name for name, module in parts.items() if packed_codec(module) is not None]:
+        raise ValueError(
+            f"modules_to_save: {some(packed)} is quantized and would not train: load the base with it left plain "
+            "(llm_int8_skip_modules, modules_to_not_convert), or rotate it by target_modules"
+        )
+    below = set(map(id, parts.values()))
     found = [(module, key) for module in modules.values() if id(module) in below for key in own_tensors(module)]
     owners = {id(module) for name in layers for module in modules[name].modules()}
     for module in modules.values() if config.bias != "none" else ():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -360,6 +361,17 @@ def test_there_is_one_directory_for_each_library_model(tmp_path: Path, dtype: st
     load_adapter(twin, tmp_path / "export" / "adapter")
     merge(twin)
     assert difference(state(twin), state(model)) == 0.0
+
+
+@PIPELINE
+def test_a_model_that_refuses_to_save_itself_is_written_plain(tmp_path: Path) -> None:
+    """As one that was loaded with quanto's configuration, which quantizes no Conv1D."""
+    merged, model = tmp_path / "export" / "merged" / "parts.decoder", Pipeline()
+    model.parts["decoder"].hf_quantizer = SimpleNamespace(is_serializable=lambda: False)
+    trainer(tmp_path, oft(export_dir=str(tmp_path / "export"), **BOTH)).fit(model, loader())
+    own = state(model.parts["decoder"])
+    loaded = state(GPT2LMHeadModel.from_pretrained(merged))
+    assert difference({key: loaded[key] for key in own}, own) == 0.0
 
 
 @PIPELINE

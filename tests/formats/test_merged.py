@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lightning_oft import OFTConfig, disable_adapters, inject, merge, oft_layers, save_merged
-from tests.quantized import KINDS, llama, logits, relative, rotate
+from tests.quantized import KINDS, llama, logits, quantize, relative, rotate
 from tests.small import state
 
 ALL, WITH_HEAD = "all-linear", r".*(proj|lm_head)"
@@ -28,6 +29,23 @@ def test_a_quantized_base_is_written_plain_and_computes_the_same(tmp_path: Path,
     assert len(oft_layers(model)) == 2
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), after) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["nf4", "ao-int8"])
+def test_a_transposed_layer_that_was_packed_as_a_linear_one_is_written_as_its_class_has_it(
+    tmp_path: Path, kind: str
+) -> None:
+    torch.manual_seed(0)
+    model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=64, n_layer=1, n_head=2)).eval()
+    for name in ("c_attn", "c_proj"):  # as transformers does; the second is square
+        old = model.get_submodule(f"transformer.h.0.attn.{name}")
+        linear = nn.Linear(*old.weight.shape)
+        linear.load_state_dict({"weight": old.weight.T, "bias": old.bias})
+        model.set_submodule(f"transformer.h.0.attn.{name}", quantize(kind, linear))
+    inject(model, OFTConfig(oft_block_size=16, target_modules="all-linear"))
+    rotate(model)
+    save_merged(model, tmp_path)
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model)) < 1e-5
 
 
 @pytest.mark.parametrize(("tied", "targets"), [(True, ALL), (True, WITH_HEAD), (False, WITH_HEAD)])

@@ -124,3 +124,11 @@ def test_what_would_lose_the_rotations_of_a_transformers_model_says_so(tmp_path:
     save_merged(model, tmp_path / "merged")  # without a word
     unload(model)
     assert type(model).dequantize is PreTrainedModel.dequantize
+
+
+def test_a_quantized_module_is_not_trained_whole() -> None:
+    model = llama("nf4")
+    model.lm_head = quantize("nf4", model.lm_head)
+    with pytest.raises(ValueError, match=r"modules_to_save: lm_head is quantized and would not train: .*skip_modules"):
+        inject(model, OFTConfig(oft_block_size=16, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    assert not oft_layers(model)
