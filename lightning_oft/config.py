@@ -10,7 +10,7 @@ class OFTConfig:
     """Configuration of an orthogonal finetuning adapter.
 
     Field names and meanings are PEFT's, so `adapter_config.json` of either library is read by the other. `max_angle`,
-    `series_guard`, `coft_radius` and `neumann_series` are this library's own.
+    `magnitude`, `series_guard`, `coft_radius` and `neumann_series` are this library's own.
 
     Raises:
         ValueError: a field has a wrong type or value; the message names the field, what it got and what it takes.
@@ -42,6 +42,9 @@ class OFTConfig:
     max_angle: float | None = None
     """Constrain every plane's rotation to this many degrees, whatever the block size; switches the constraint on and
     takes the place of `eps`."""
+    magnitude: Literal["joint", "after"] | None = None
+    """Also train one scale per output neuron, W' = diag(m) W R^T (magnitude fitting): together with the rotations, or
+    afterwards, with those of a pretrained_adapter as they are."""
     block_share: bool = False
     """Share one block among all blocks of a layer."""
     module_dropout: float = 0.0

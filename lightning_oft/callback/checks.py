@@ -131,13 +131,16 @@ def _check_unchanged(modules: Modules) -> None:
 
 
 def check_given(given: set[str], mine: OFTConfig, theirs: OFTConfig) -> None:
-    """Raise ValueError for fields that were given beside a pretrained_adapter, whose file decides, and are not its."""
+    """Raise ValueError for fields that were given beside a pretrained_adapter, whose file decides, and are not its. How
+    magnitudes are fitted may be."""
     ours, files, default = (dataclasses.asdict(config) for config in (mine, theirs, OFTConfig()))
     is_whole = given >= files.keys()  # a command line gives every field: what is not the default was meant
     other = {
         name: f"{name}={ours[name]!r} (the file has {files[name]!r})"
         for name in sorted(given)
-        if _in_order(ours[name]) != _in_order(files[name]) and not (is_whole and ours[name] == default[name])
+        if _in_order(ours[name]) != _in_order(files[name])
+        and not (is_whole and ours[name] == default[name])
+        and not (name == "magnitude" and ours[name] is not None)
     }
     if other:
         raise ValueError(
@@ -185,7 +188,7 @@ def check_layers(injected: list[str], present: list[str], saved: list[str], stil
 
 def trainable_rotations(modules: Modules, adapter_name: str) -> dict[str, Rotation]:
     """The rotations of one adapter that train, by the name of their layer (and part)."""
-    return {name: one for name, one in _rotations(modules, adapter_name).items() if one.weight.requires_grad}
+    return {name: one for name, one in _rotations(modules, adapter_name).items() if one.trained()}
 
 
 def _rotations(modules: Mapping[str, nn.Module], adapter_name: str) -> dict[str, Rotation]:
@@ -202,7 +205,7 @@ def report_frozen(trainer: Any, modules: Modules, adapter_name: str) -> None:
     frozen. Not where a callback is there that will unfreeze them."""
     active = {name: layer for name, layer, state in adapted(modules) if adapter_name in state.active}
     rotations = _rotations(active, adapter_name)
-    frozen = [name for name, one in rotations.items() if not one.weight.requires_grad]
+    frozen = [name for name, one in rotations.items() if not one.trained()]
     if not frozen or any("BaseFinetuning" in class_names(callback) for callback in trainer.callbacks):
         return
     what = f"the rotations of {some(frozen)} do not train: something froze them after the injection"

@@ -112,7 +112,7 @@ class OFTTrainerCallback(TrainerCallback, ExportableState):
         if self.adapter_name not in traversal.adapter_names(modules) or traversal.merged_layers(modules):
             return {}
         found = traversal.rotations(modules, self.adapter_name)
-        return {joined(*name): one for name, one in found.items() if one.weight.requires_grad}
+        return {joined(*name): one for name, one in found.items() if one.trained()}
 
     def _use_maps_of(self, callbacks: Any, rotations: dict[str, Rotation]) -> None:
         """Compute every rotation by the map that it had when a checkpoint was written."""
@@ -127,10 +127,10 @@ class OFTTrainerCallback(TrainerCallback, ExportableState):
 
 def _to_float32(rotation: Rotation) -> bool:
     """Keep a generator in float32 that was cast past the module. Returns whether the cast may have changed it."""
-    if rotation.weight.dtype is torch.float32:
-        return False
-    rotation.weight.data = rotation.weight.data.float()
-    return bool(rotation.weight.any())
+    cast = [parameter for parameter in rotation.parameters() if parameter.dtype is not torch.float32]
+    for parameter in cast:
+        parameter.data = parameter.data.float()
+    return any(bool(parameter.any()) for parameter in cast)
 
 
 def _check_optimizer(optimizer: Any, rotations: dict[str, Rotation]) -> None:
@@ -139,9 +139,9 @@ def _check_optimizer(optimizer: Any, rotations: dict[str, Rotation]) -> None:
     if groups is None:  # DeepSpeed's
         return
     decays = {id(tensor): group.get("weight_decay", 0.0) for group in groups for tensor in group["params"]}
-    if idle := [name for name, one in rotations.items() if id(one.weight) not in decays]:
+    if idle := [name for name, one in rotations.items() if not all(id(own) in decays for own in one.trained())]:
         what = f"the rotations of {some(idle)} are in no group of the optimizer and would never train"
         raise ValueError(f"{what}: call inject(model, config) before the optimizer is made")
-    if decayed := [name for name, one in rotations.items() if decays[id(one.weight)]]:
+    if decayed := [name for name, one in rotations.items() if any(decays[id(own)] for own in one.trained())]:
         what = f"weight decay pulls the rotations of {some(decayed)} back to the identity"
         warnings.warn(f"{what}: give TrainingArguments weight_decay=0.0, its default", stacklevel=3)

@@ -38,7 +38,7 @@ class OFTFinetuning(Callback):
         module: dotted path, in the LightningModule, of the part to adapt; all by default. The rest is frozen too.
         adapter_name: name of this set of rotations.
         pretrained_adapter: directory or hub id of an adapter (this library's or PEFT's) to start from; its file decides which
-            layers are adapted and how.
+            layers are adapted and how; `magnitude` beside it fits these.
         ignore_mismatched_base: accept a pretrained_adapter of another base.
         merge_on_fit_end: fold the rotations into the weights when the fit ends.
         keep_base: keep a CPU copy of the adapted weights to take a merge back to the bit; "auto": up to 8 GiB.
@@ -143,7 +143,8 @@ class OFTFinetuning(Callback):
 
             theirs = read_adapter(self.pretrained_adapter, self.adapter_name, or_only=True).config
             checks.check_given(self._given, self.config, theirs)
-            load_adapter(root, self.pretrained_adapter, self.adapter_name, self.ignore_mismatched_base)
+            options = self.ignore_mismatched_base, self.config.magnitude
+            load_adapter(root, self.pretrained_adapter, self.adapter_name, *options)
         run.strategy.after_inject(root)
         run.layers, run.saved = self._layers(modules), self._saved(modules)
         freezing.freeze(everything)

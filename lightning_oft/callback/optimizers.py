@@ -19,7 +19,7 @@ def check_rotations(optimized: Iterable[Tensor], rotations: Mapping[str, Rotatio
     """Raise RuntimeError where a rotation is not among what optimizers hold: a list of parameters was taken before
     injection, and the rotation would never train."""
     ids = {id(tensor) for tensor in optimized}
-    idle = [name for name, rotation in rotations.items() if id(rotation.weight) not in ids]
+    idle = [name for name, rotation in rotations.items() if not all(id(one) in ids for one in rotation.trained())]
     if not idle:
         return
     remedy = "build the optimizer in configure_optimizers from self.parameters(), not from a list made before the Trainer ran"
@@ -64,7 +64,7 @@ def report(optimizers: list[Any], rotations: Mapping[str, Rotation], pl_module: 
         if group.get("weight_decay")
         for tensor in group["params"]
     }
-    decayed = {name: decays[id(one.weight)] for name, one in rotations.items() if id(one.weight) in decays}
+    decayed = {name: decays[id(one)] for name, own in rotations.items() for one in own.trained() if id(one) in decays}
     if decayed:
         rank_zero_info(
             f"OFT: {next(iter(decayed.values()))} pulls the rotations of {some(decayed)} back to the identity: "

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-Change = Callable[[Tensor, slice], Tensor]
-"""From some rows of a weight, and the columns that they are cut to, to the same rows, changed."""
+Change = Callable[[Tensor, slice, Callable[[Tensor], Tensor]], Tensor]
+"""From some rows of a weight, the columns that they are cut to, and what takes of a tensor that has as many rows as the
+whole weight those that these are, to the same rows, changed."""
 
 
 class Codec(ABC):
@@ -44,7 +45,7 @@ class Codec(ABC):
     def changed(self, module: nn.Module, parameter: str, row_dim: int, step: int, change: Change) -> Tensor:
         """What `write` takes after a row-wise change. Rows are counted by `row_dim`: of a linear layer 0, of
         transformers' Conv1D 1; `step` columns must stay together, in a storage that is cut along them."""
-        return change(self.read(module, parameter), slice(None))
+        return change(self.read(module, parameter), slice(None), lambda whole: whole)
 
     def own_memory(self, module: nn.Module, parameter: str) -> Tensor | None:
         """The weight as it lies in memory that nobody else has, so that new values may be written over the old ones;

@@ -5,6 +5,7 @@ blocks that it owns, and where the cut goes through a block the weight is cut al
 whole weight for it, where the backend has an all-to-all (gloo on CPUs has none).
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -69,10 +70,19 @@ class DTensorCodec(Codec):
 
     @override
     def changed(self, module: nn.Module, parameter: str, row_dim: int, step: int, change: Change) -> Tensor:
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
         weight: Any = module.get_parameter(parameter).detach()
         mine, mesh = weight.to_local(), weight.device_mesh
         across = [dim for dim, place in enumerate(weight.placements) if getattr(place, "dim", row_dim) != row_dim]
         columns: slice | None = slice(None)
+
+        def cut(whole: Tensor, placements: Any = weight.placements) -> Tensor:
+            by_rows = [place if getattr(place, "dim", None) == row_dim else Replicate() for place in placements]
+            everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+            own: Tensor = everywhere.redistribute(placements=by_rows).to_local()
+            return own
+
         if across:  # whole blocks, where every cut along the fan-in is between blocks of `step`
             parts, size = mesh.size(across[0]), weight.shape[weight.placements[across[0]].dim]
             width = -(-size // parts)  # torch cuts into equal parts; the last ones may be smaller or empty
@@ -80,13 +90,11 @@ class DTensorCodec(Codec):
             is_whole = len(across) == 1 and weight.dim() == 2 and width % step == 0
             columns = slice(first, min(first + width, size)) if is_whole else None
         if columns is not None:
-            return change(mine, columns) if mine.numel() else mine
-        from torch.distributed.tensor import DTensor, Shard
-
+            return change(mine, columns, cut) if mine.numel() else mine
         by_rows = [Shard(row_dim) if dim in across else place for dim, place in enumerate(weight.placements)]
         rows = weight.redistribute(placements=by_rows)
         local, like = rows.to_local(), {"shape": rows.shape, "stride": rows.stride()}
-        changed = change(local, slice(None)) if local.numel() else local
+        changed = change(local, slice(None), functools.partial(cut, placements=by_rows)) if local.numel() else local
         del rows, local  # so as not to hold them while the changed rows are traded for columns
         again = DTensor.from_local(changed, mesh, by_rows, run_check=False, **like)
         return again.redistribute(placements=weight.placements).to_local()

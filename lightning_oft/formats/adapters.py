@@ -2,8 +2,9 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
@@ -126,7 +127,11 @@ def save_adapter(
 
 
 def load_adapter(
-    model: nn.Module, directory: str | Path, adapter_name: str = "default", ignore_mismatched_base: bool = False
+    model: nn.Module,
+    directory: str | Path,
+    adapter_name: str = "default",
+    ignore_mismatched_base: bool = False,
+    magnitude: Literal["joint", "after"] | None = None,
 ) -> list[str]:
     """Put an adapter from a directory or a hub repository of this library or of PEFT into a model, in place, and freeze the rest.
 
@@ -141,6 +146,7 @@ def load_adapter(
             hub id, `org/name` or `org/name@revision`, where nothing is here by that name.
         adapter_name: the name it gets in the model.
         ignore_mismatched_base: take an adapter that was trained on another base all the same.
+        magnitude: fit magnitudes from now on, as OFTConfig.magnitude says; as in the file by default.
 
     Returns:
         The names of the layers adapted, relative to `model`, in the order of the model.
@@ -151,6 +157,8 @@ def load_adapter(
         RuntimeError: the model is merged.
     """
     state = read_adapter(directory, adapter_name, or_only=True)
+    if magnitude is not None:
+        state = replace(state, config=replace(state.config, magnitude=magnitude))
     try:
         return put(model, state, adapter_name, ignore_mismatched_base)
     except AdapterError as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_oft.config import OFTConfig
 from lightning_oft.formats.errors import CheckpointError as CheckpointError
 from lightning_oft.formats.errors import refusing
-from lightning_oft.formats.peft_tensors import IMPLIED_TYPES, check_generator, strip_wrappers
+from lightning_oft.formats.peft_tensors import IMPLIED_TYPES, check_generator, check_magnitude, strip_wrappers
 from lightning_oft.functional import generator_size
 from lightning_oft.model.adapter_state import AdapterState, Base, LayerRotations, copied, modules_trained_whole
 from lightning_oft.model.traversal import some
@@ -66,9 +66,9 @@ def is_rotation_key(name: str) -> bool:
     return ".oft_R." in f".{name}"
 
 
-def generator_key(layer: str, adapter_name: str, part: str) -> str:
-    """The state-dict name of a generator."""
-    return ".".join(filter(None, (layer, "oft_R", adapter_name, part, "weight")))
+def generator_key(layer: str, adapter_name: str, part: str, tensor: str = "weight") -> str:
+    """The state-dict name of a generator, or of another tensor of a rotation."""
+    return ".".join(filter(None, (layer, "oft_R", adapter_name, part, tensor)))
 
 
 def to_primitives(state: AdapterState) -> dict[str, Any]:
@@ -121,17 +121,20 @@ def _read_state(
     config, kinds, known = OFTConfig(**content["config"]), content.get("kinds", {}), content.get("known_to_peft")
     layers = {}
     for layer, sizes in content["layers"].items():
-        generators = {}
+        generators, magnitudes = {}, {}
         for part, size in sizes.items():
             if (key := generator_key(layer, name, part)) in tensors:
                 check_generator(key, tensors[key])
                 if tensors[key].shape[1] != generator_size(size):
                     raise ValueError(f"{key} holds no blocks of {size}")
                 generators[part] = tensors[key]
+            if (key := generator_key(layer, name, part, "magnitude")) in tensors:
+                check_magnitude(key, tensors[key])
+                magnitudes[part] = tensors[key]
         # Files that do not say it may hold convolutions, of which PEFT computes some otherwise.
         is_known = layer in known if known is not None else kinds.get(layer) in IMPLIED_TYPES
         exact = tuple(part for part in sizes if part in content.get("exact", {}).get(layer, ()))
-        layers[layer] = LayerRotations(kinds.get(layer, ""), is_known, dict(sizes), generators, exact)
+        layers[layer] = LayerRotations(kinds.get(layer, ""), is_known, dict(sizes), generators, exact, magnitudes)
     owned = list(content["owned"])
     if "modules_to_save" not in content:  # earlier versions name a tied tensor once
         memory = {tensors[key].data_ptr() for key in owned if key in tensors}

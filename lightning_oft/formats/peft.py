@@ -28,7 +28,7 @@ OWN_VERSION = 1  # of what stands under our own key; a reader refuses a higher o
 PEFT_VERSION = "0.21.2"  # whose format we write
 UNHALVED_VERSION = "0.17.1"  # the last whose series did not halve its last term
 
-_UNKNOWN_TO_PEFT = ("max_angle", "series_guard", "coft_radius", "neumann_series")
+_UNKNOWN_TO_PEFT = ("max_angle", "magnitude", "series_guard", "coft_radius", "neumann_series")
 PEFT_DEFAULTS: dict[str, Any] = {
     **{field.name: field.default for field in fields(OFTConfig) if field.name not in _UNKNOWN_TO_PEFT},
     "target_modules": None,
@@ -153,9 +153,9 @@ def read_peft(directory: str | Path, adapter_name: str | None = None) -> Adapter
     return AdapterState(
         name=adapter_name or "default",
         config=config,
-        layers=_layers(file, raw, {key: value for key, value in tensors.items() if key.layer_type is not None}),
+        layers=_layers(file, raw, tensors),
         root=own.get("root"),
-        saved={key.name: value for key, value in tensors.items() if key.layer_type is None},
+        saved={key.name: one for key, one in tensors.items() if key.layer_type is None and not key.is_magnitude},
         modules_to_save=raw.get("modules_to_save") or [],
         fingerprints=own.get("fingerprint", {}),
         base=Base(class_name, library, path if isinstance(path, str) else None),
@@ -165,16 +165,21 @@ def read_peft(directory: str | Path, adapter_name: str | None = None) -> Adapter
     )
 
 
-def _layers(file: Path, raw: dict[str, Any], generators: dict[Key, Tensor]) -> dict[str, LayerRotations]:
+def _layers(file: Path, raw: dict[str, Any], tensors: dict[Key, Tensor]) -> dict[str, LayerRotations]:
     """The rotations by layer. PEFT rotates all layers of a file of its own; of ours, the target_modules of the file."""
     own, targets = raw.get(OWN_KEY, {}), raw.get("target_modules") or []
     known = set(re.split(r"(?<!\\)\|", targets) if isinstance(targets, str) else map(re.escape, targets))
     layers: dict[str, LayerRotations] = {}
-    for (name, part, implied), generator in generators.items():
+    generators = {key: tensor for key, tensor in tensors.items() if key.layer_type is not None}
+    scales: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.is_magnitude:
+            scales.setdefault(key.name, {})[key.part] = tensor
+    for (name, part, implied, _), generator in generators.items():
         if generator.shape[1]:
             layer_type = own.get("layer_types", {}).get(name) or str(implied)
             is_known = not own or re.escape(name) in known
-            one = layers.setdefault(name, LayerRotations(layer_type, is_known, {}, {}))
+            one = layers.setdefault(name, LayerRotations(layer_type, is_known, {}, {}, (), scales.get(name, {})))
             one.block_sizes[part] = functional.block_size_of(generator.shape[1])
             one.generators[part] = generator
     if not layers:

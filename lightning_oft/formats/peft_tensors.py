@@ -1,7 +1,8 @@
 """`adapter_model.safetensors`: the keys and the convention of PEFT.
 
 Keys are `base_model.model.<layer>.oft_R.weight`, `.oft_embedding_R.weight` for embeddings, `.oft_R.<part>.weight`
-(ours) for the parts of a layer that has several, and plain names for what was trained whole.
+(ours) for the parts of a layer that has several, and plain names for what was trained whole. Magnitudes (ours) have
+`magnitude` in place of `weight`.
 """
 
 import re
@@ -24,17 +25,21 @@ _IMPLIED = {"oft_R": "linear", "oft_embedding_R": "embedding"}
 IMPLIED_TYPES = tuple(_IMPLIED.values())  # what a key stands for where the configuration does not say another
 _PARTS = ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")  # in files from before `layer_types`
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_ROTATION = re.compile(r"(?:(?P<layer>.+)\.)?(?P<kind>oft_R|oft_embedding_R)(?:\.(?P<inner>.+))?\.weight")
+_ROTATION = re.compile(
+    r"(?:(?P<layer>.+)\.)?(?P<kind>oft_R|oft_embedding_R)(?:\.(?P<inner>.+))?\.(?P<tensor>weight|magnitude)"
+)
 _DTYPES = {"F16", "BF16", "F32", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 _KEY_LIMIT = 4096  # characters of a tensor's name; matching one takes time quadratic in them
 
 
 class Key(NamedTuple):
-    """What a key means: a tensor's name, or the layer and part of a generator, which alone has a layer type."""
+    """What a key means: a tensor's name, or the layer and part of a generator, which alone has a layer type, or of
+    magnitudes."""
 
     name: str
     part: str = ""
     layer_type: str | None = None
+    is_magnitude: bool = False
 
 
 def to_tensors(state: AdapterState) -> dict[str, Tensor]:
@@ -46,6 +51,9 @@ def to_tensors(state: AdapterState) -> dict[str, Tensor]:
         for part, generator in found.generators.items():
             key = ".".join(piece for piece in (name, kind, part, "weight") if piece)
             tensors[_PREFIX + key] = (sign * generator.float()).contiguous()
+            if part in found.magnitudes:
+                magnitudes = found.magnitudes[part].float().contiguous()
+                tensors[_PREFIX + key.removesuffix("weight") + "magnitude"] = magnitudes
     for name, tensor in (state.saved | state.carried).items():
         owner, _, key = name.rpartition(".")
         # PEFT wraps the layers it adapts, and keeps the layer itself as `base_layer`.
@@ -66,7 +74,8 @@ def parse_key(key: str, layer_types: Collection[str] = ()) -> Key | None:
             return None
         return Key(name.replace(".base_layer.", ".").removeprefix("base_layer."))
     layer, last = match["layer"] or "", (match["inner"] or "").rsplit(".", 1)[-1]
-    return Key(layer, last if last in _PARTS or layer in layer_types else "", _IMPLIED[match["kind"]])
+    part, is_magnitude = last if last in _PARTS or layer in layer_types else "", match["tensor"] == "magnitude"
+    return Key(layer, part, None if is_magnitude else _IMPLIED[match["kind"]], is_magnitude)
 
 
 def strip_wrappers(name: str) -> str:
@@ -88,7 +97,10 @@ def read_tensors(
         keys = _parse(dtypes, layer_types)
         tensors = {meaning: opened.get_tensor(key).clone() for key, meaning in keys.items()}
         for key, meaning in keys.items():
-            if meaning.layer_type is not None:
+            if meaning.is_magnitude:
+                check_magnitude(key, tensors[meaning])
+                tensors[meaning] = tensors[meaning].float()
+            elif meaning.layer_type is not None:
                 check_generator(key, tensors[meaning])
                 generator = tensors[meaning].float() if config.use_cayley_neumann else -tensors[meaning].float()
                 if unprojected:
@@ -100,7 +112,7 @@ def read_tensors(
 def _parse(dtypes: Mapping[str, str], layer_types: Collection[str]) -> dict[str, Key]:
     """What each key means; those that say nothing new are left out. Raises AdapterFileError for other keys."""
     parsed: dict[str, Key] = {}
-    seen: dict[tuple[str, str, bool], str] = {}
+    seen: dict[tuple[str, str, bool, bool], str] = {}
     for key, dtype in dtypes.items():
         if len(key) > _KEY_LIMIT:
             raise AdapterFileError(f"{key[:40]}... is no name of a tensor ({len(key)} characters); copy the file again")
@@ -109,7 +121,7 @@ def _parse(dtypes: Mapping[str, str], layer_types: Collection[str]) -> dict[str,
         if ".oft_r." in f".{key}.":
             raise AdapterFileError("holds oft_r keys, so it was written by PEFT 0.15 or before; train it again")
         if (meaning := parse_key(key, layer_types)) is not None:
-            other = seen.setdefault((meaning.name, meaning.part, meaning.layer_type is None), key)
+            other = seen.setdefault((meaning.name, meaning.part, meaning.layer_type is None, meaning.is_magnitude), key)
             if other != key:
                 raise AdapterFileError(f"{key} and {other} mean the same; save one adapter a file")
             parsed[key] = meaning
@@ -130,3 +142,10 @@ def check_generator(key: str, tensor: Tensor) -> None:
         raise AdapterFileError(f"{key} is {what}, no generators of shape (blocks, b(b-1)/2); train the adapter again")
     if not bool(tensor.float().isfinite().all()):
         raise AdapterFileError(f"{key} is NaN or infinite; use an earlier state of the adapter, or train it again")
+
+
+def check_magnitude(key: str, tensor: Tensor) -> None:
+    """Raise AdapterFileError where a tensor holds no logarithms of scales."""
+    if not tensor.is_floating_point() or tensor.dim() != 1 or not bool(tensor.float().exp().isfinite().all()):
+        what = f"{key} ({tensor.dtype} of shape {tuple(tensor.shape)}) holds no logarithms of scales of neurons"
+        raise AdapterFileError(f"{what}; use an earlier state of the adapter, or train it again")

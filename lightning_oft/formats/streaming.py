@@ -122,7 +122,7 @@ class StreamedMerge:
 
 def stream_merge(base: str | Path, state: AdapterState) -> StreamedMerge | None:
     """The merge of an adapter with the files of a base, ready to be written; None where these are no plain files with
-    the names of a transformers model's own tensors (a hub id, a quantized base, a rotated weight that is tied).
+    the names of a transformers model's own tensors (a hub id, magnitudes, a quantized base, a rotated weight that is tied).
     Raises AdapterError where the adapter does not fit."""
     folder, model = Path(base), None
     files = sorted(folder.glob("*.safetensors"))
@@ -133,7 +133,7 @@ def stream_merge(base: str | Path, state: AdapterState) -> StreamedMerge | None:
     tensors = {name: one for file in files for name, one in _header(file)}
     modules = walk(model)
     place = find_place(modules, state)
-    if not _fits(modules, place, tensors):
+    if place.magnitudes or not _fits(modules, place, tensors):  # pieces of rows do not say which neurons they are
         return None
     folds = _folds(modules, place, state)
     names = {id(module): name for name, module in modules.items()}

@@ -23,8 +23,14 @@ class Attention(LayerType):
         sizes = {"q_proj": layer.embed_dim, "k_proj": layer.kdim, "v_proj": layer.vdim}
         if layer._qkv_same_embed_dim:
             sizes = {"in_proj": layer.embed_dim}
-        projections = {part: RotatedWeight(f"{part}_weight", size) for part, size in sizes.items()}
-        return {**projections, "out_proj": RotatedWeight("out_proj.weight", layer.embed_dim)}
+        rows = {"in_proj": 3 * layer.embed_dim}
+        return {
+            **{
+                part: RotatedWeight(f"{part}_weight", size, neurons=rows.get(part, layer.embed_dim))
+                for part, size in sizes.items()
+            },
+            "out_proj": RotatedWeight("out_proj.weight", layer.embed_dim, neurons=layer.embed_dim),
+        }
 
     @override
     def example(self, layer: Any) -> tuple[Tensor, ...]:

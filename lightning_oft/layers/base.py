@@ -69,6 +69,7 @@ class RotatedWeight(NamedTuple):
     parameter: str  # name of the parameter, `weight` or `out_proj.weight`
     fan: int  # size of the dimension that is rotated
     side: Literal["input", "output"] = "input"
+    neurons: int | None = None  # rows of the matrix, which magnitudes scale; None where the type cannot do that
 
 
 class LayerType(ABC):
@@ -85,6 +86,7 @@ class LayerType(ABC):
     mixin: type | None = None  # a SwappedClass whose methods rotate
     input_hook: Callable[..., Any] | None = None  # a forward pre-hook with keyword arguments, as a staticmethod
     output_hook: Callable[..., Any] | None = None  # a forward hook, as a staticmethod
+    scale_hook: Callable[..., Any] | None = None  # one for layers with magnitudes whose weight is used as it is
 
     @abstractmethod
     def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
@@ -108,12 +110,18 @@ class LayerType(ABC):
         if self.output_hook is not None and self.output_hook not in layer._forward_hooks.values():
             # First of all: a hook that was there before sees the vectors that a merged layer would give it.
             layer.register_forward_hook(self.output_hook, prepend=True)
+        if self.scale_hook is not None:
+            has_magnitudes = any(getattr(one, "magnitude", None) is not None for one in layer.oft_R.modules())  # type: ignore[union-attr]
+            if has_magnitudes and self.scale_hook not in layer._forward_hooks.values():
+                layer.register_forward_hook(self.scale_hook, prepend=True)
 
     def detach(self, layer: nn.Module) -> None:
         """Give the layer its own forward back."""
         restore_class(layer)
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (self.input_hook, self.output_hook)]:
+            for key in [
+                key for key, hook in hooks.items() if hook in (self.input_hook, self.output_hook, self.scale_hook)
+            ]:
                 hooks.pop(key)
                 layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
@@ -142,6 +150,10 @@ class LayerType(ABC):
     def from_matrix(self, layer: nn.Module, matrix: Tensor, weight: Tensor) -> Tensor:
         """A matrix of to_matrix in the shape and memory format of the weight."""
         return in_format_of(matrix.view(weight.shape), weight)
+
+    def scale_of(self, layer: nn.Module, scale_o: Tensor, weight: Tensor) -> Tensor:
+        """Scales of the rows of `to_matrix`, as what the weight is multiplied by: (1, .., o, .., 1), o at `row_dim`."""
+        return scale_o.view([-1 if dim == self.row_dim else 1 for dim in range(weight.dim())])
 
     def fold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: list[Tensor], out: Tensor) -> None:
         """Write into `out` the weight that does alone what it did with the rotations, computed in their dtype. With the

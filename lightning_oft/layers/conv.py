@@ -31,7 +31,7 @@ class Conv(LayerType):
 
     @override
     def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
-        return {"": RotatedWeight("weight", layer.weight.shape[1:].numel())}
+        return {"": RotatedWeight("weight", layer.weight.shape[1:].numel(), neurons=getattr(layer, "out_channels", None))}
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:
@@ -63,7 +63,8 @@ class ConvTranspose(LayerType):
     @override
     def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
         shape = layer.weight.shape
-        return {"": RotatedWeight("weight", shape[0] // layer.groups * shape[2:].numel())}
+        fan = shape[0] // layer.groups * shape[2:].numel()
+        return {"": RotatedWeight("weight", fan, neurons=getattr(layer, "out_channels", None))}
 
     @override
     def example(self, layer: nn.Module) -> tuple[Tensor, ...]:
@@ -78,6 +79,12 @@ class ConvTranspose(LayerType):
     def from_matrix(self, layer: Any, matrix: Tensor, weight: Tensor) -> Tensor:
         grouped = matrix.view(layer.groups, weight.shape[1], weight.shape[0] // layer.groups, -1).transpose(1, 2)
         return in_format_of(grouped.reshape(weight.shape), weight)
+
+    @override
+    def scale_of(self, layer: Any, scale_o: Tensor, weight: Tensor) -> Tensor:
+        """(in, o/groups, 1, ..): each group of the inputs has the scales of its own outputs."""
+        by_group = scale_o.view(layer.groups, -1).repeat_interleave(weight.shape[0] // layer.groups, 0)
+        return by_group[(..., *[None] * (weight.dim() - 2))]
 
 
 register_layer_type(nn.modules.conv._ConvNd, Conv())

@@ -50,8 +50,9 @@ def _should_rotate_weight(layer: nn.Module, rotation: nn.Module, x: Tensor) -> b
     if weight is None or functional.is_traced(x, weight) or 2 * x.numel() < 3 * weight.numel():
         return False
     is_plain = type(layer).forward is nn.Linear.forward and type(rotation) is Rotation and not weight.requires_grad
+    hooks = [hook for hook in layer._forward_hooks.values() if hook is not _scale_output]
     is_alone = len(layer._forward_pre_hooks) == 1 and not (
-        layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks or "forward" in layer.__dict__
+        hooks or layer._backward_hooks or layer._backward_pre_hooks or "forward" in layer.__dict__
     )
     return (
         is_plain
@@ -60,6 +61,13 @@ def _should_rotate_weight(layer: nn.Module, rotation: nn.Module, x: Tensor) -> b
         and not torch.is_autocast_enabled(x.device.type)
         and not _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
+
+
+def _scale_output(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    for rotation in applied_rotations(layer, ""):
+        if rotation.magnitude is not None:
+            output = rotation(output, output_of=layer)
+    return output
 
 
 def _require_state(layer: nn.Module) -> None:
@@ -76,10 +84,11 @@ class LinearLike(LayerType):
     name = "linear"
     in_all_linear = True
     input_hook = staticmethod(_rotate_input)
+    scale_hook = staticmethod(_scale_output)
 
     @override
     def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
-        return {"": RotatedWeight("weight", int(layer.in_features))}
+        return {"": RotatedWeight("weight", int(layer.in_features), neurons=getattr(layer, "out_features", None))}
 
     @override
     def matches(self, module: nn.Module, is_registered: bool) -> bool:
@@ -118,7 +127,7 @@ class TransposedLinear(LinearLike):
 
     @override
     def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
-        return {"": RotatedWeight("weight", layer.weight.shape[0])}
+        return {"": RotatedWeight("weight", layer.weight.shape[0], neurons=getattr(layer, "nf", None))}
 
     @override
     def to_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:

@@ -55,10 +55,10 @@ def view_of(module: nn.Module, cls: type[nn.Module], weights: Mapping[str, Tenso
 
 
 @torch.no_grad()
-def merges_as_called(layer: nn.Module, layer_type: LayerType) -> bool | None:
+def merges_as_called(layer: nn.Module, layer_type: LayerType, scaled: bool = False) -> bool | None:
     """Whether a forward that somebody put on a layer gives the same for a turned input as with a turned weight, in eval;
-    None where it cannot be tried. On the layer itself, whose weight is another one meanwhile: the function is bound to
-    it."""
+    where `scaled`, with other scales of the neurons too. None where it cannot be tried. On the layer itself, whose weight
+    is another one meanwhile: the function is bound to it."""
     ((_, part), *more) = layer_type.rotated_weights(layer).items()
     weight, example = layer._parameters.get(part.parameter), layer_type.example(layer)
     if weight is None or more or layer_type.mixin is not None or example is None:
@@ -67,12 +67,18 @@ def merges_as_called(layer: nn.Module, layer_type: LayerType) -> bool | None:
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         axis = nn.functional.normalize(torch.randn(part.fan, device=weight.device), dim=0).to(weight.dtype)
-        matrix = layer_type.from_matrix(layer, _mirrored(layer_type.to_matrix(layer, weight.detach()), axis), weight)
+        turned = _mirrored(layer_type.to_matrix(layer, weight.detach()), axis)
+        growth = torch.linspace(-0.5, 0.5, len(turned), device=weight.device).to(weight.dtype) if scaled else None
+        turned = turned if growth is None else turned * (1 + growth[:, None])
+        matrix = layer_type.from_matrix(layer, turned, weight)
         x = example[0].to(weight.device, weight.dtype if example[0].is_floating_point() else None)
         training, layer.training = layer.training, False
         try:
             rotated = layer.forward(_mirrored(x, axis) if part.side == "input" else x)
             rotated = _mirrored(rotated, axis) if part.side == "output" else rotated
+            if growth is not None:
+                bias: Any = layer.bias
+                rotated = rotated + growth * (rotated if bias is None else rotated - bias)
             layer._parameters[part.parameter] = nn.Parameter(matrix, requires_grad=False)
             merged = layer.forward(x)
             return bool((rotated - merged).norm() <= 0.02 * merged.norm())
@@ -117,3 +123,7 @@ class OwnForward(LayerType):
     @override
     def from_matrix(self, layer: nn.Module, matrix: Tensor, weight: Tensor) -> Tensor:
         return self.like.from_matrix(layer, matrix, weight)
+
+    @override
+    def scale_of(self, layer: nn.Module, scale_o: Tensor, weight: Tensor) -> Tensor:
+        return self.like.scale_of(layer, scale_o, weight)

@@ -14,7 +14,7 @@ from typing_extensions import Self, override
 from lightning_oft import functional
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.shared_map import SharedMap, can_share
-from lightning_oft.layers.tensor_parallel import Cut, rotate_spread
+from lightning_oft.layers.tensor_parallel import Cut, gathered, rotate_spread, spread_like
 
 
 @functools.cache
@@ -67,11 +67,18 @@ class Rotation(nn.Module):
 
     `weight` holds the generators, (n, b(b-1)/2) float32 whatever the precision of the model, or (1, b(b-1)/2) where
     one block is shared. Calling the module rotates the last dimension of its input, of size `fan_in`.
+
+    `magnitude`, (neurons,) float32 where the configuration has magnitudes fitted, are logarithms of one scale m per
+    output neuron, which start at 0. So no scale reaches 0 or changes its sign, a merge can be undone, weight decay pulls
+    to m = 1, and in bfloat16 a scale near 1 keeps its digits.
     """
 
     weight: nn.Parameter
+    magnitude: nn.Parameter | None
 
-    def __init__(self, fan_in: int, block_size: int, config: OFTConfig, device: Any = None) -> None:
+    def __init__(
+        self, fan_in: int, block_size: int, config: OFTConfig, device: Any = None, neurons: int | None = None
+    ) -> None:
         super().__init__()
         self.fan_in = fan_in
         self.block_size = block_size
@@ -92,13 +99,19 @@ class Rotation(nn.Module):
         if self.terms is not None and self.guard == "project":
             reach = functional.reach_radius(self.terms, self.halve_last)
             self.radius = reach if self.radius is None else min(self.radius, reach)
+        self.turns = config.magnitude != "after"  # whether the generators train
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+        self.magnitude = None
+        if config.magnitude is not None and neurons is not None:
+            self.magnitude = nn.Parameter(torch.empty(neurons, dtype=torch.float32, device=device))
         self._cache: _Cache | None = None
         self.shared: SharedMap | None = None  # what computes R together with those of the layers beside
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Back to the identity, or to small random generators where the configuration asks for them."""
+        if self.magnitude is not None:
+            nn.init.zeros_(self.magnitude)
         if self.identity_init:
             nn.init.zeros_(self.weight)
         else:
@@ -108,9 +121,7 @@ class Rotation(nn.Module):
     def matrix(self, cut: Cut | None = None) -> Tensor:
         """The rotation R, (n, b, b) float32, or (1, b, b) where one block is shared; differentiable. With `cut`, the
         blocks of this process. Raises RuntimeError where the generators were rounded to half precision on the way."""
-        generator: Tensor = self.weight
-        if hasattr(generator, "full_tensor"):  # a DTensor that nobody gathered: called outside its FSDP2 unit
-            generator = generator.full_tensor()
+        generator = gathered(self.weight)
         if generator.dtype in (torch.bfloat16, torch.float16):
             rounded = (
                 "rounded by the mixed precision of an FSDP unit, or by a trainer that casts what trains (TRL's do)"
@@ -122,20 +133,36 @@ class Rotation(nn.Module):
         with functional.constant_in_onnx():
             return functional.rotation_of(generator.float(), self.block_size, self.terms, self.halve_last)
 
-    def forward(self, x: Tensor, transpose: bool = False, later: bool = False) -> Tensor:
-        """x . blockdiag(R), or R^T where `transpose`. (..., n*b) -> the same, as x in dtype, device and placements.
-        With `later` a tensor that is rotated when something reads it: F.linear may rotate its weight instead."""
+    def forward(self, x: Tensor, transpose: bool = False, later: bool = False, output_of: Any = None) -> Tensor:
+        """x . blockdiag(R), (..., n*b) -> the same, as x in dtype, device and placements. With `transpose` of a weight,
+        (neurons, n*b): diag(m) x . blockdiag(R)^T.
+        With `later` a tensor that is rotated when something reads it: F.linear may rotate its weight instead.
+        With `output_of` a layer, its output x, (..., neurons), scaled but for the layer's bias, and not rotated."""
+        if output_of is not None:
+            return self._scaled(x, output_of.bias)
         if type(x) is not Tensor and hasattr(x, "to_local"):
 
             def rotated(local: Tensor, cut: Cut) -> Tensor:
                 r_nbb = self._matrix_in(x.dtype, cut)
                 return functional.rotate(local, r_nbb.mT if transpose else r_nbb)
 
-            return rotate_spread(x, self.fan_in, self.block_size, rotated)
-        r_nbb = self._matrix_in(x.dtype)
-        if later:
-            return functional.RotatedInput.of(x, r_nbb)
-        return functional.rotate(x, r_nbb.transpose(1, 2) if transpose else r_nbb)  # the ONNX exporter knows no .mT
+            turned = rotate_spread(x, self.fan_in, self.block_size, rotated)
+        else:
+            r_nbb = self._matrix_in(x.dtype)
+            if later:
+                return functional.RotatedInput.of(x, r_nbb)
+            turned = functional.rotate(
+                x, r_nbb.transpose(1, 2) if transpose else r_nbb
+            )  # the ONNX exporter knows no .mT
+        if transpose and self.magnitude is not None:
+            turned = turned * spread_like(gathered(self.magnitude).exp().to(x.dtype), x)[:, None]
+        return turned
+
+    def _scaled(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """m (y - bias) + bias as y + (m - 1) (y - bias), which is y to the bit where m is 1."""
+        assert self.magnitude is not None  # who has none is not called for it
+        growth = spread_like(torch.expm1(gathered(self.magnitude)).to(y.dtype), y)
+        return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), growth)
 
     def _matrix_in(self, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
         is_traced, is_recorded = functional.is_traced(), torch.is_grad_enabled()
@@ -190,6 +217,10 @@ class Rotation(nn.Module):
             fn = functools.partial(torch.Tensor.to, device=probe.device)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def trained(self) -> list[nn.Parameter]:
+        """What of it trains now."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Say which map it is in the metadata that torch keeps with a state dict: as a tensor it would be a new key."""
@@ -254,7 +285,8 @@ class Rotation(nn.Module):
     def extra_repr(self) -> str:
         series = "exact" if self.terms is None else f"{self.terms} terms"
         shared = ", shared" if self.weight.shape[0] < self.blocks else ""
-        return f"{self.fan_in}, {self.blocks} blocks of {self.block_size}, {series}{shared}"
+        scaled = "" if self.magnitude is None else f", {len(self.magnitude)} magnitudes"
+        return f"{self.fan_in}, {self.blocks} blocks of {self.block_size}, {series}{shared}{scaled}"
 
 
 def _local(weight: Tensor) -> Tensor:

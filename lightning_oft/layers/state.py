@@ -88,6 +88,14 @@ def every_rotation(layer: nn.Module) -> Iterator[Rotation]:
         yield from rotations_of(layer, adapter_name).values()
 
 
+def train_rotations(layer: nn.Module, adapter_name: str, trains: bool) -> None:
+    """Let the rotations of one adapter of a layer train or rest; where magnitudes are fitted afterwards, these alone."""
+    for rotation in rotations_of(layer, adapter_name).values():
+        rotation.requires_grad_(trains)
+        if not rotation.turns:
+            rotation.weight.requires_grad_(False)
+
+
 def applied_rotations(layer: nn.Module, part: str) -> Sequence[Rotation]:
     """The rotations that a forward applies to one part of a layer now, in order."""
     state = state_of(layer)

@@ -53,6 +53,21 @@ def rotate_spread(x: Any, fan_in: int, block_size: int, rotate_local: Callable[[
     return result
 
 
+def gathered(parameter: Any) -> Tensor:
+    """A parameter; gathered where it is a DTensor, as outside the FSDP2 unit that gathers it."""
+    whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole
+
+
+def spread_like(values: Tensor, x: Any) -> Tensor:
+    """Values that all processes have, as what meets a tensor that may be a DTensor; their gradients add up."""
+    if not hasattr(x, "device_mesh"):
+        return values
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(values, x.device_mesh, [Replicate()] * x.device_mesh.ndim, run_check=False)
+
+
 def divides(block_size: int, parts: int, fan_in: int) -> bool:
     """Whether blocks stay whole when a fan-in is cut into equal parts."""
     return fan_in % (parts * block_size) == 0

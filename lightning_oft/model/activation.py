@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_oft.codecs import is_sharded
 from lightning_oft.layers.rotation import Rotation
-from lightning_oft.layers.state import every_rotation, rotations_of
+from lightning_oft.layers.state import every_rotation, rotations_of, train_rotations
 from lightning_oft.model import freezing, saved_modules, traversal
 from lightning_oft.model.traversal import Modules, adapted, records, walk
 
@@ -60,9 +60,9 @@ def activate(
         state.active = [name for name in own if name in state.configs]
         for name in state.configs:
             trains = name in training and name in state.active
-            for rotation in rotations_of(layer, name).values():
-                rotation.requires_grad_(trains)
-                rotation.weight.grad = rotation.weight.grad if trains else None
+            train_rotations(layer, name, trains)
+            for parameter in (one for rotation in rotations_of(layer, name).values() for one in rotation.parameters()):
+                parameter.grad = parameter.grad if trains else None
     saved_modules.switch(modules, chosen, training)
     freezing.freeze_norms(modules)
 
@@ -72,8 +72,10 @@ def remember_choice(modules: Modules, gradients: bool = False) -> Callable[[], N
     the gradients that another choice takes from them, where asked."""
     chosen = [(state, state.active, state.enabled) for _, _, state in adapted(modules)]
     saved = [(tensor, slot, slot.live) for _, tensor, slot in saved_modules.saved_tensors(modules)]
-    weights = [rotation.weight for _, layer, _ in adapted(modules) for rotation in every_rotation(layer)]
-    tensors = [*weights, *(tensor for tensor, _, _ in saved)]
+    own = [
+        one for _, layer, _ in adapted(modules) for rotation in every_rotation(layer) for one in rotation.parameters()
+    ]
+    tensors = [*own, *(tensor for tensor, _, _ in saved)]
     trains = [(tensor, tensor.requires_grad, tensor.grad if gradients else None) for tensor in tensors]
 
     def restore() -> None:
@@ -156,7 +158,9 @@ def _is_compiled(modules: Modules) -> bool:
 def has_learned(modules: Modules) -> bool:
     """Whether any adapter is more than the identity, or has other values than the base of what it trains whole. Of
     shards, which one process cannot judge, this is assumed."""
-    weights = [rotation.weight for _, layer, _ in adapted(modules) for rotation in every_rotation(layer)]
+    weights = [
+        one for _, layer, _ in adapted(modules) for rotation in every_rotation(layer) for one in rotation.parameters()
+    ]
     saved = [(one, owner) for one in saved_modules.saved_tensors(modules) for owner in one.slot.owners]
     values = [(one.value(owner), one.value(saved_modules.BASE)) for one, owner in saved]
     if any(is_sharded(tensor) for tensor in (*weights, *(mine for mine, _ in values))):

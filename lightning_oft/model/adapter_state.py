@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ class LayerRotations(NamedTuple):
     block_sizes: dict[str, int]  # size b of the blocks by part
     generators: dict[str, Tensor]  # by part
     exact_parts: tuple[str, ...] = ()  # those that have left the series of the configuration for the exact map
+    magnitudes: Mapping[str, Tensor] = MappingProxyType({})  # logarithms of the scales of neurons by part, (o,) float32
 
 
 class Base(NamedTuple):
@@ -122,8 +124,10 @@ def take(model: nn.Module, adapter_name: str = "default") -> AdapterState:
     _report_left_out(modules, adapter_name)
     state = describe(modules, adapter_name, copied)
     generators = state.generators()
-    report_untrained({name: bool(generator.any()) for name, generator in generators.items()}, "adapter")
-    broken = [name for name, generator in generators.items() if not bool(generator.isfinite().all())]
+    scales = {joined(name, part): one for name, own in state.layers.items() for part, one in own.magnitudes.items()}
+    found = {name: [one, *([scales[name]] if name in scales else [])] for name, one in generators.items()}
+    report_untrained({name: any(bool(one.any()) for one in own) for name, own in found.items()}, "adapter")
+    broken = [name for name, own in found.items() if not all(bool(one.isfinite().all()) for one in own)]
     if broken:
         what = f"generators of {some(broken)} are NaN or infinite; nothing was written"
         raise ValueError(f"{what}: load an earlier state of the adapter")
@@ -166,7 +170,9 @@ def describe(modules: Modules, adapter_name: str, value_of: Any = torch.Tensor.d
         sizes = {part: rotation.block_size for part, rotation in parts.items()}
         generators = {part: value_of(rotation.weight) for part, rotation in parts.items()}
         exact = tuple(part for part, one in parts.items() if one.terms is None and config.use_cayley_neumann)
-        found[name] = LayerRotations(state.layer_type.name, is_known, sizes, generators, exact)
+        scales = {part: value_of(one.magnitude) for part, one in parts.items() if one.magnitude is not None}
+        is_known = is_known and not scales
+        found[name] = LayerRotations(state.layer_type.name, is_known, sizes, generators, exact, scales)
     own = getattr(root, "config", None)
     path = own.get("_name_or_path") if isinstance(own, Mapping) else getattr(own, "_name_or_path", None)
     described = AdapterState(

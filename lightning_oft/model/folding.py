@@ -5,14 +5,14 @@ import math
 import mmap
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_oft import functional
-from lightning_oft.codecs import Codec, codec_of, is_sharded, parameter_of
+from lightning_oft.codecs import Codec, codec_of, is_sharded, parameter_of, whole
 from lightning_oft.layers import LayerState, RotatedWeight, Rotation, rotations_of
 from lightning_oft.model.fingerprint import weight_fingerprint
 from lightning_oft.model.traversal import adapted
@@ -51,17 +51,18 @@ class FoldedWeight(NamedTuple):
         others may hold the weight. In the weight's dtype by default."""
         weight = self.read()
         where = torch.device(device) if device is not None else weight.device
-        matrices = self._matrices(where, undo)
+        matrices, scale = self._matrices(where, undo), self._scale(where, undo)
 
-        def change(rows: Tensor, columns: slice) -> Tensor:
+        def change(rows: Tensor, columns: slice, cut: Callable[[Tensor], Tensor]) -> Tensor:
             own = matrices
             if columns != slice(None):  # the blocks of these columns; a shared block turns all of them
                 cuts = [slice(columns.start // m.shape[-1], columns.stop // m.shape[-1]) for m in matrices]
                 own = [m if m.shape[0] == 1 else m[cut] for m, cut in zip(matrices, cuts, strict=True)]
             result = _in_large_pages(torch.empty_like(rows, dtype=dtype))
-            pieces = (self._pieces(whole, where) for whole in (rows, result))
-            for piece, place in zip(*pieces, strict=True):
-                self.state.layer_type.fold(self.layer, self.part, piece.to(where), own, place)
+            pieces = [self._pieces(every, where) for every in (rows, result)]
+            scales = self._scale_pieces(None if scale is None else cut(scale), pieces[0])
+            for piece, place, factor in zip(*pieces, scales, strict=True):
+                self.state.layer_type.fold(self.layer, self.part, _times(piece.to(where), factor), own, place)
             return result
 
         step = math.lcm(*(matrix.shape[-1] for matrix in matrices))
@@ -112,6 +113,25 @@ class FoldedWeight(NamedTuple):
         exact = torch.promote_types(self.read().dtype, torch.float32)
         return [matrix.to(where, exact) for matrix in matrices]
 
+    def _scale(self, where: torch.device, undo: bool) -> Tensor | None:
+        """What magnitudes multiply the weight by, or its inverse, of as many dimensions; None where there are none. It
+        does not matter whether that is done before or after the rotations, which turn the columns."""
+        logarithms = [one.magnitude.detach() for one in self.rotations if one.magnitude is not None]
+        if not logarithms:
+            return None
+        parameter, values = parameter_of(self.layer, self.part.parameter), self.read()
+        weight = parameter if parameter is not None and is_sharded(parameter) else values  # of the whole shape
+        exact = torch.promote_types(values.dtype, torch.float32)
+        total = torch.stack([whole(one).to(where, exact) for one in logarithms]).sum(0)
+        return self.state.layer_type.scale_of(self.layer, (-total if undo else total).exp(), weight)
+
+    def _scale_pieces(self, scale: Tensor | None, pieces: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """The scales of the rows in each of the pieces of a weight."""
+        if scale is None or not pieces:
+            return (None,) * len(pieces)
+        row_dim = self.state.layer_type.row_dim
+        return scale.split(pieces[0].shape[row_dim], row_dim)  # type: ignore[no-untyped-call, no-any-return]
+
     def _pieces(self, weight: Tensor, where: torch.device) -> tuple[Tensor, ...]:
         """Views of the rows of a weight that are folded at a time on a device."""
         entries, row_dim = CPU_PIECE if where.type == "cpu" else PIECE, self.state.layer_type.row_dim
@@ -124,26 +144,29 @@ class FoldedWeight(NamedTuple):
         weight = self.codec.own_memory(self.layer, self.part.parameter)
         if weight is None or (device is not None and torch.device(device) != weight.device):
             return False
-        matrices = self._matrices(weight.device, undo)
-        if not undo and not _stays_finite(weight, matrices):  # to be told after the fold, while the base is there
+        matrices, scale = self._matrices(weight.device, undo), self._scale(weight.device, undo)
+        if not undo and not _stays_finite(
+            weight, matrices, scale
+        ):  # to be told after the fold, while the base is there
             return False
         pieces, start = self._pieces(weight, weight.device), weight._version
         scratch = torch.empty_like(pieces[0])
         try:
-            self._turn(pieces, matrices, scratch)
+            self._turn(pieces, matrices, scale, scratch)
         except BaseException:
             done = weight._version - start  # counted by torch with each piece: no interrupt comes in between
-            self._turn(pieces[:done], self._matrices(weight.device, not undo), scratch)
+            back = self._matrices(weight.device, not undo), self._scale(weight.device, not undo)
+            self._turn(pieces[:done], *back, scratch)
             if undo:
                 self._merged()
             raise
         return True
 
-    def _turn(self, pieces: tuple[Tensor, ...], matrices: list[Tensor], scratch: Tensor) -> None:
+    def _turn(self, pieces: tuple[Tensor, ...], matrices: list[Tensor], scale: Tensor | None, scratch: Tensor) -> None:
         layer_type = self.state.layer_type
-        for piece in pieces:
+        for piece, factor in zip(pieces, self._scale_pieces(scale, pieces), strict=False):  # those of all rows
             place = scratch.narrow(layer_type.row_dim, 0, piece.shape[layer_type.row_dim])
-            layer_type.fold(self.layer, self.part, piece, matrices, place)
+            layer_type.fold(self.layer, self.part, _times(piece, factor), matrices, place)
             piece.copy_(place)
 
     def _merged(self, wanted: Tensor | None = None) -> float:
@@ -191,11 +214,17 @@ def _in_large_pages(fresh: Tensor) -> Tensor:
     return fresh
 
 
-def _stays_finite(weight: Tensor, matrices: list[Tensor]) -> bool:
+def _times(piece: Tensor, factor: Tensor | None) -> Tensor:
+    """Rows scaled in the precision of the scales, which is that of the fold."""
+    return piece if factor is None else piece.to(factor.dtype) * factor
+
+
+def _stays_finite(weight: Tensor, matrices: list[Tensor], scale: Tensor | None) -> bool:
     """Whether a fold cannot overflow, told before it: no entry grows by more than a row or column of a block sums up to
     in magnitude, which of a rotation is at most the root of its size. Twice that leaves room for rounding."""
     low, high = weight.aminmax()
     growth = math.prod(max(float(m.abs().sum(dim).amax()) for dim in (-2, -1)) for m in matrices)
+    growth *= 1.0 if scale is None else max(1.0, float(scale.amax()))
     return 2 * growth * max(-float(low), float(high)) < torch.finfo(weight.dtype).max
 
 

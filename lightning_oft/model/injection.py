@@ -9,7 +9,7 @@ from lightning_oft.codecs import parameter_of
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers import LayerState, LayerType, Rotation, state_of
 from lightning_oft.layers.shared_map import share_maps
-from lightning_oft.layers.state import drop_empty_record, make_record, rotations_of
+from lightning_oft.layers.state import drop_empty_record, make_record, rotations_of, train_rotations
 from lightning_oft.model import activation, fingerprint, first_forward, freezing, packed, saved_modules, traversal
 from lightning_oft.model.merging import unmerge
 from lightning_oft.model.plan import Plan, plan_injection
@@ -74,7 +74,6 @@ def _adapt(layer: nn.Module, block_sizes: dict[str, int], plan: Plan, layer_type
         state = LayerState(layer_type, fingerprint=fingerprint.layer_fingerprint(layer))
         layer.oft_R = nn.ModuleDict()
         make_record(layer).layer = state
-        layer_type.attach(layer)
     if plan.adapter_name in state.configs:
         return state
     made: dict[str, nn.Module] = {}
@@ -83,12 +82,13 @@ def _adapt(layer: nn.Module, block_sizes: dict[str, int], plan: Plan, layer_type
         # A layer may keep no such parameter: then its other tensors say where it is.
         tensors = [parameter_of(layer, weight.parameter), *layer._parameters.values(), *layer._buffers.values()]
         device = next((tensor.device for tensor in tensors if tensor is not None), None)
-        made[part] = Rotation(weight.fan, size, plan.config, device).train(layer.training)
+        made[part] = Rotation(weight.fan, size, plan.config, device, weight.neurons).train(layer.training)
     adapters: Any = layer.oft_R
     adapters[plan.adapter_name] = made[""] if "" in made else nn.ModuleDict(made)
     state.configs[plan.adapter_name] = plan.config
     state.active = state.active or [plan.adapter_name]
-    adapters[plan.adapter_name].requires_grad_(plan.adapter_name in state.active)
+    train_rotations(layer, plan.adapter_name, plan.adapter_name in state.active)
+    state.layer_type.attach(layer)
     return state
 
 
@@ -112,13 +112,16 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         return
     active = traversal.active_names(modules)
     found = {name: traversal.rotations(modules, name).values() for name in active}
-    trains = [name for name, own in found.items() if any(rotation.weight.requires_grad for rotation in own)]
+    trains = [name for name, own in found.items() if any(rotation.trained() for rotation in own)]
     saved_modules.release(modules, [adapter_name])
     for _, layer, state in list(adapted(modules)):
         if state.configs.pop(adapter_name, None) is not None:
             del layer.oft_R[adapter_name]  # type: ignore[union-attr, operator]
         if not state.configs:
             _strip(layer, state)
+        else:  # without the hooks that the deleted one alone needed
+            state.layer_type.detach(layer)
+            state.layer_type.attach(layer)
     if active == [adapter_name]:
         active = trains = left[:1]
         warnings.warn(f"adapter {adapter_name!r} was active and is deleted; {left[0]!r} is active now", stacklevel=2)

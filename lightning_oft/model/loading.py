@@ -62,6 +62,11 @@ def put(
         first_forward.watch(modules)
     present, saved = rotations(modules, name), {id(one.tensor): one for one in saved_tensors(modules)}
     values: list[tuple[Tensor, Tensor]] = [(present[key].weight, value) for key, value in place.generators.items()]
+    for key, rotation in present.items() if state.config.magnitude is not None else ():
+        if (
+            rotation.magnitude is not None and key in place.generators
+        ):  # those of a state from before they are fitted are 0
+            values.append((rotation.magnitude, place.magnitudes.get(key, torch.zeros(rotation.magnitude.shape))))
     values += [(saved[id(one.tensor())].value(name), one.value) for one in place.saved.values()]
     with torch.no_grad():
         for mine, theirs in values:
@@ -132,5 +137,7 @@ def _difference(modules: Modules, state: AdapterState, place: Place, adapter_nam
             continue  # it may have been saved from here, after the series was left
         if getattr(config, field) != getattr(state.config, field):
             return f"{field} is {getattr(config, field)!r} there and {getattr(state.config, field)!r} in the file"
+    if (config.magnitude is None) != (state.config.magnitude is None):
+        return f"magnitude is {config.magnitude!r} there and {state.config.magnitude!r} in the file"
     resized = [name for name, part in mine if mine[name, part] != theirs[name, part]]
     return f"the blocks of {some(resized)} have another size" if resized else ""

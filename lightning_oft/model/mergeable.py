@@ -59,7 +59,7 @@ def check_mergeable(layers: dict[str, nn.Module], gathered: Gathered, requantize
         with gathered(layer):
             rotations = [rotation for one in state.active for rotation in rotations_of(layer, one).values()]
             # The whole generators, on every process: one that alone raised would leave the others waiting.
-            generators = [whole(rotation.weight.detach()) for rotation in rotations]
+            generators = [whole(one.detach()) for rotation in rotations for one in rotation.parameters()]
             weights = [codec.read(layer, parameter) for parameter, codec in codecs.items()]
             if any(tensor.is_meta for tensor in (*generators, *weights)):
                 absent.append(name)
@@ -95,7 +95,8 @@ def check_forward(name: str, layer: nn.Module) -> None:
         what = f"its class was changed to {type(layer).__name__} after the injection, which took its rotation away"
         raise ValueError(f"cannot merge {some([name])}: {what}; change it before")
     is_own = has_forward_of_its_own(layer) or has_own_forward(layer)
-    if is_own and merges_as_called(layer, state.layer_type) is False:
+    is_scaled = any(state.configs[name].magnitude is not None for name in state.active)
+    if is_own and merges_as_called(layer, state.layer_type, is_scaled) is False:
         raise ValueError(f"cannot merge {some([name])}: {OTHER_FORWARD}; nothing was changed")
 
 
@@ -126,7 +127,9 @@ def notes_on_merge(modules: Modules) -> Iterator[None]:
     """Around a merge: says what it has filled or changed that nobody could look at."""
     sparse = set(sparse_layers(modules))
     rotations = (rotation for _, layer, _ in adapted(modules) for rotation in every_rotation(layer))
-    is_unseen = first_forward.is_pending(modules[""]) and any(one.weight.grad is not None for one in rotations)
+    is_unseen = first_forward.is_pending(modules[""]) and any(
+        p.grad is not None for one in rotations for p in one.parameters()
+    )
     yield
     if filled := sorted(sparse.difference(sparse_layers(modules))):
         kept = all(

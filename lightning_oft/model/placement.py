@@ -40,6 +40,7 @@ class Place(NamedTuple):
     generators: dict[tuple[str, str], Tensor]
     saved: dict[str, PlacedTensor]
     exact: set[tuple[str, str]]  # the rotations that have left their series
+    magnitudes: dict[tuple[str, str], Tensor]
 
 
 def find_place(modules: Modules, state: AdapterState) -> Place:
@@ -47,7 +48,7 @@ def find_place(modules: Modules, state: AdapterState) -> Place:
     traversal.require_built(modules)
     owners = owners_of(modules)  # where another layer reads a layer's weight, the rotation is a part of that one's
     root = _find_root(modules, owners, state)
-    generators, exact = {}, set()
+    generators, exact, magnitudes = {}, set(), {}
     for name, found in state.layers.items():
         for part, generator in found.generators.items():
             full = joined(root, name)
@@ -56,6 +57,9 @@ def find_place(modules: Modules, state: AdapterState) -> Place:
             generators[key] = generator
             if part in found.exact_parts:
                 exact.add(key)
+            if part in found.magnitudes:
+                magnitudes[key] = found.magnitudes[part]
+                _check_magnitude(modules, key, name, len(magnitudes[key]))
     sizes = {key: block_size_of(generator.shape[1]) for key, generator in generators.items()}
     names = {layer for layer, _ in sizes}
     layers = {
@@ -63,7 +67,7 @@ def find_place(modules: Modules, state: AdapterState) -> Place:
         for name, module in modules.items()
         if name in names
     }
-    return Place(root, layers, generators, _place_tensors(modules, state, root), exact)
+    return Place(root, layers, generators, _place_tensors(modules, state, root), exact, magnitudes)
 
 
 def _tensor_place(modules: Modules, name: str) -> tuple[nn.Module, str] | None:
@@ -121,6 +125,14 @@ def _check_rotation(
     if fan % size or blocks != (1 if is_shared else fan // size):
         turned = "with one shared block turn another one" if is_shared else f"turn {blocks * size}"
         what = f"{where} has fan-in {fan}, the file's {blocks} blocks of {size} {turned}"
+        raise AdapterError(f"{what}; load the adapter into the model it was trained on")
+
+
+def _check_magnitude(modules: Modules, key: tuple[str, str], name: str, count: int) -> None:
+    """Raise AdapterError where a layer has another number of neurons."""
+    neurons = rotated_weights_of(modules[key[0]])[key[1]].neurons
+    if neurons != count:
+        what = f"{some([name])} has {neurons or 'no'} neurons to scale, the file {count} magnitudes"
         raise AdapterError(f"{what}; load the adapter into the model it was trained on")
 
 

@@ -71,8 +71,20 @@ def check(modules: Modules, plan: Plan) -> None:
         raise ValueError(
             f"{what}: call unfuse_qkv_projections(), leave them out with exclude_modules, and fuse after a merge"
         )
+    _check_magnitudes(modules, plan)
     new = {layer: (modules[layer], sizes) for layer, sizes in plan.layers.items() if states[layer] is None}
-    plan.types.update(fitting_types(new))
+    plan.types.update(fitting_types(new, plan.config.magnitude))
+
+
+def _check_magnitudes(modules: Modules, plan: Plan) -> None:
+    """Raise ValueError for layers whose neurons cannot be scaled."""
+    if plan.config.magnitude is None:
+        return
+    weights = {name: rotated_weights_of(modules[name]) for name in plan.layers}
+    if unfit := [n for n, sizes in plan.layers.items() if any(weights[n][part].neurons is None for part in sizes)]:
+        kinds = " or ".join(sorted({type(modules[name]).__name__ for name in unfit}))
+        what = f"{some(unfit)}: magnitude={plan.config.magnitude!r}, and nothing scales the neurons of a {kinds}"
+        raise ValueError(f"{what}; leave the layers out with exclude_modules, or set magnitude=None")
 
 
 def _is_fused_copy(modules: Modules, name: str) -> bool:

@@ -7,7 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,18 @@ _EXACT, _TOLERANCE = 1e-4, 0.02
 """Relative differences up to which a rotated layer and a merged one are the same: where they compute alike, and where
 a layer that runs a forward of its own may round inside."""
 
+Magnitude = Literal["joint", "after"] | None
+
 
 class Unfit(Exception):
     """Why a layer cannot be adapted, and the remedy."""
 
 
-def fitting_types(layers: Mapping[str, tuple[nn.Module, Mapping[str, int]]]) -> dict[str, LayerType]:
-    """For each layer, given with the block sizes of its parts, the type that rotates it so that merged is as trained.
+def fitting_types(
+    layers: Mapping[str, tuple[nn.Module, Mapping[str, int]]], magnitude: Magnitude = None
+) -> dict[str, LayerType]:
+    """For each layer, given with the block sizes of its parts, the type that rotates it so that merged is as trained,
+    with magnitudes where a configuration has them.
 
     That of its class, where the forward is that of the class or a trial on a copy shows that it computes the same; else
     OwnForward, which rotates the weight below the forward. Layers of one kind are tried once. Warns of a forward on the
@@ -48,7 +53,7 @@ def fitting_types(layers: Mapping[str, tuple[nn.Module, Mapping[str, int]]]) -> 
         kind = _kind(layer, sizes)
         if kind not in tried:
             try:
-                tried[kind] = _fitting_type(layer, sizes)
+                tried[kind] = _fitting_type(layer, sizes, magnitude)
             except Unfit as error:
                 tried[kind] = error
         found = tried[kind]
@@ -86,7 +91,7 @@ def _own_tensors(layer: nn.Module) -> list[tuple[str, Tensor]]:
     return [(key, t) for key, t in (*layer._parameters.items(), *layer._buffers.items()) if t is not None]
 
 
-def _fitting_type(layer: nn.Module, sizes: Mapping[str, int]) -> LayerType | None:
+def _fitting_type(layer: nn.Module, sizes: Mapping[str, int], magnitude: Magnitude) -> LayerType | None:
     layer_type = layer_type_of(layer)
     assert layer_type is not None  # a plan has no other layers
     weights = layer_type.rotated_weights(layer)
@@ -105,7 +110,7 @@ def _fitting_type(layer: nn.Module, sizes: Mapping[str, int]) -> LayerType | Non
             "its forward was replaced on the instance, which hides that of a class: adapt the layer before that"
         )
     if has_forward_of_its_own(layer):
-        is_same = merges_as_called(layer, layer_type)
+        is_same = merges_as_called(layer, layer_type, magnitude is not None)
         if is_same is False:
             raise Unfit(OTHER_FORWARD)
         return layer_type if is_same or not has_own_forward(layer) else None
@@ -113,7 +118,7 @@ def _fitting_type(layer: nn.Module, sizes: Mapping[str, int]) -> LayerType | Non
         # A hook on the output is given the input too, and that of a merged layer is not rotated.
         return OwnForward(layer_type) if layer_type.input_hook is not None and layer._forward_hooks else layer_type
     with _unnoticed(layer):
-        found = _confirmed_type(layer, layer_type, sizes)
+        found = _confirmed_type(layer, layer_type, sizes, magnitude)
     if found is not None:
         return found
     cls = type(layer).__name__
@@ -142,7 +147,9 @@ def _unnoticed(layer: nn.Module) -> Iterator[None]:
         yield
 
 
-def _confirmed_type(layer: nn.Module, layer_type: LayerType, sizes: Mapping[str, int]) -> LayerType | None:
+def _confirmed_type(
+    layer: nn.Module, layer_type: LayerType, sizes: Mapping[str, int], magnitude: Magnitude
+) -> LayerType | None:
     """The type of the layer's class or OwnForward, whichever a trial confirms first; None where neither is right."""
     own_forward = OwnForward(layer_type)
     try:
@@ -157,19 +164,27 @@ def _confirmed_type(layer: nn.Module, layer_type: LayerType, sizes: Mapping[str,
     if inputs[0].is_floating_point() and not output.requires_grad:
         raise Unfit(_DEAD)
     candidates = ((layer_type, _EXACT), (own_forward, _TOLERANCE))
-    return next((one for one, most in candidates if _difference(_copy(layer), one, sizes, inputs) < most), None)
+    return next(
+        (one for one, most in candidates if _difference(_copy(layer), one, sizes, inputs, magnitude) < most), None
+    )
 
 
 def _difference(
-    copied: nn.Module, layer_type: LayerType, sizes: Mapping[str, int], inputs: tuple[Tensor, ...]
+    copied: nn.Module, layer_type: LayerType, sizes: Mapping[str, int], inputs: tuple[Tensor, ...], magnitude: Magnitude
 ) -> float:
     """How far a layer with large rotations beside its weights is from one with them folded in; infinite where they
     would not train."""
-    weights, config = layer_type.rotated_weights(copied), OFTConfig(oft_block_size=2, use_cayley_neumann=False)
+    weights = layer_type.rotated_weights(copied)
+    config = OFTConfig(oft_block_size=2, use_cayley_neumann=False, magnitude=magnitude and "joint")
     parameters: dict[str, Any] = {part: parameter_of(copied, weights[part].parameter) for part in sizes}
-    made = {part: Rotation(weights[part].fan, size, config, parameters[part].device) for part, size in sizes.items()}
+    made = {
+        part: Rotation(weights[part].fan, size, config, parameters[part].device, weights[part].neurons)
+        for part, size in sizes.items()
+    }
     for part, rotation in made.items():
         nn.init.normal_(rotation.weight, std=rotation.block_size**-0.5)
+        if rotation.magnitude is not None:
+            nn.init.normal_(rotation.magnitude)
         if not bool(parameters[part].any()):
             nn.init.normal_(parameters[part])
     copied.oft_R = nn.ModuleDict({"trial": made[""] if "" in made else nn.ModuleDict(made)})

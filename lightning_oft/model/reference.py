@@ -56,7 +56,7 @@ def require_reference(model: nn.Module) -> None:
     if REFERENCE in adapter_names(modules):
         return
     rotations = [rotation for _, layer, _ in adapted(modules) for rotation in every_rotation(layer)]
-    if any(bool(whole(rotation.weight.detach()).any()) for rotation in rotations):
+    if any(bool(whole(one.detach()).any()) for rotation in rotations for one in rotation.parameters()):
         raise ValueError(
             "the adapter that the fit starts from came too late to be copied as its reference; merge it first "
             "(lightning-oft merge), and start from that model"

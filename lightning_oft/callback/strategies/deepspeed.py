@@ -52,7 +52,7 @@ class DeepSpeedAdapter(StrategyAdapter):
         """Watch the engine, which counts the steps that were real."""
         engine, idle = self.trainer.strategy.model, set(rotations)
         for name, rotation in rotations.items():
-            hook: Any = rotation.weight.register_hook
+            hook: Any = rotation.trained()[0].register_hook
             undo.callback(hook(lambda _, name=name: idle.discard(name)).remove)
         steps = Steps([], rotations, undo, change=_change)
 

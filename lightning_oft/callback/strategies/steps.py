@@ -51,7 +51,11 @@ class Steps:
         trained = []
         for optimizer in optimizers:
             held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-            own = {name: rotation for name, rotation in rotations.items() if id(rotation.weight) in held}
+            own = {
+                name: rotation
+                for name, rotation in rotations.items()
+                if not held.isdisjoint(map(id, rotation.parameters()))
+            }
             raw = getattr(optimizer, "optimizer", optimizer)
             undo.callback(raw.register_step_post_hook(functools.partial(self._after_step, own, dict(own))).remove)
             trained.append(own)
@@ -61,11 +65,11 @@ class Steps:
     def _after_step(self, own: dict[str, Rotation], unchecked: dict[str, Rotation], *_: Any) -> None:
         if not self.is_real:
             return
-        idle = {name: rotation.weight for name, rotation in unchecked.items() if rotation.weight.grad is None}
+        idle = {name: next((p for p in one.trained() if p.grad is None), None) for name, one in unchecked.items()}
         # Where training_step returns None, to skip a batch, Lightning steps without a backward: the next step is asked.
-        if not idle or any(tensor.grad is not None for tensor in self._optimized):
+        if not any(p is not None for p in idle.values()) or any(tensor.grad is not None for tensor in self._optimized):
             # An FSDP1 process that holds nothing of a rotation gets no gradient for it.
-            checks.check_gradients([name for name, weight in idle.items() if weight.requires_grad and weight.numel()])
+            checks.check_gradients([name for name, p in idle.items() if p is not None and p.numel()])
             unchecked.clear()
         self.stepped(own)
 
@@ -114,7 +118,10 @@ class Steps:
             return
         with self._gathered(list(self._rotations.values())):
             weights = [rotation.weight.detach() for rotation in self._rotations.values()]
-            broken = torch.stack([~local_part(weight).isfinite().all() for weight in weights])
+            parts = [
+                [local_part(one.detach()) for one in rotation.parameters()] for rotation in self._rotations.values()
+            ]
+            broken = torch.stack([~torch.stack([one.isfinite().all() for one in own]).all() for own in parts])
             if any(is_sharded(weight) for weight in weights):  # all processes must know what one of them holds
                 broken = broken.to(torch.uint8)
                 torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
