@@ -87,10 +87,10 @@ def lines(state: AdapterState, each_layer: bool = False) -> list[str]:
     sizes = {name: (functional.block_size_of(generator.shape[1]), len(generator)) for name, generator in layers.items()}
     blocks = ", ".join(f"{count} of {n} x {b}" for (b, n), count in sorted(Counter(sizes.values()).items()))
     worst, widest = max(errors, key=errors.__getitem__), max(angles, key=angles.__getitem__)
-    total, others = (sum(tensor.numel() for tensor in table.values()) for table in (layers, state.saved))
+    total = sum(generator.numel() for generator in layers.values())
     text += [
         f"  layers       {len(layers)} (blocks x block size: {blocks})",
-        f"  parameters   {total:,} in rotations" + (f", {others:,} in {', '.join(state.saved)}" if others else ""),
+        f"  parameters   {total:,} in rotations{_beside(state)}",
         f"  error        {errors[worst]:.1e} = largest ||R^T R - I||, in {worst}",
         f"  angle        {angles[widest]:.2f} degrees = largest turn of a plane, in {widest}",
     ]
@@ -103,3 +103,12 @@ def lines(state: AdapterState, each_layer: bool = False) -> list[str]:
             row = f"  {name:<{width}}  {n:>6}  {b:>4}  {layers[name].numel():>10,}"
             text.append(f"{row}  {errors[name]:.1e}  {angles[name]:>7.2f}")
     return text
+
+
+def _beside(state: AdapterState) -> str:
+    """How many parameters an adapter has beside its generators."""
+    scales = sum(one.numel() for own in state.layers.values() for one in own.magnitudes.values())
+    others = sum(tensor.numel() for tensor in state.saved.values())
+    counts = [f"{scales:,} magnitudes"] if scales else []
+    counts += [f"{others:,} in {', '.join(state.saved)}"] if others else []
+    return "".join(f", {one}" for one in counts)

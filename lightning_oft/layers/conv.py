@@ -31,7 +31,9 @@ class Conv(LayerType):
 
     @override
     def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
-        return {"": RotatedWeight("weight", layer.weight.shape[1:].numel(), neurons=getattr(layer, "out_channels", None))}
+        return {
+            "": RotatedWeight("weight", layer.weight.shape[1:].numel(), neurons=getattr(layer, "out_channels", None))
+        }
 
     @override
     def is_known_to_peft(self, layer: nn.Module) -> bool:

@@ -62,11 +62,9 @@ def put(
         first_forward.watch(modules)
     present, saved = rotations(modules, name), {id(one.tensor): one for one in saved_tensors(modules)}
     values: list[tuple[Tensor, Tensor]] = [(present[key].weight, value) for key, value in place.generators.items()]
-    for key, rotation in present.items() if state.config.magnitude is not None else ():
-        if (
-            rotation.magnitude is not None and key in place.generators
-        ):  # those of a state from before they are fitted are 0
-            values.append((rotation.magnitude, place.magnitudes.get(key, torch.zeros(rotation.magnitude.shape))))
+    for at, rotation in present.items():
+        if rotation.magnitude is not None and at in place.generators:  # 0 for a state from before they are fitted
+            values.append((rotation.magnitude, place.magnitudes.get(at, torch.zeros(rotation.magnitude.shape))))
     values += [(saved[id(one.tensor())].value(name), one.value) for one in place.saved.values()]
     with torch.no_grad():
         for mine, theirs in values:

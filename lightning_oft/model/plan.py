@@ -83,7 +83,7 @@ def _check_magnitudes(modules: Modules, plan: Plan) -> None:
     weights = {name: rotated_weights_of(modules[name]) for name in plan.layers}
     if unfit := [n for n, sizes in plan.layers.items() if any(weights[n][part].neurons is None for part in sizes)]:
         kinds = " or ".join(sorted({type(modules[name]).__name__ for name in unfit}))
-        what = f"{some(unfit)}: magnitude={plan.config.magnitude!r}, and nothing scales the neurons of a {kinds}"
+        what = f"{some(unfit)}: magnitude={plan.config.magnitude!r}, and nothing scales the neurons of {kinds} layers"
         raise ValueError(f"{what}; leave the layers out with exclude_modules, or set magnitude=None")
 
 

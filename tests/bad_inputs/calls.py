@@ -240,6 +240,8 @@ CALLS = [
         "selects what cannot be adapted: experts", "nothing says how a _Experts stores its experts", "register_layer_type(_Experts, like=Experts(is_transposed=...))"),
     _call("inject: experts that are packed", _experts(torch.int8), ValueError,
         "experts: its experts are quantized or packed", "selects what cannot be adapted", "load the base without quantization"),
+    _call("inject: magnitudes of an embedding", lambda b: inject(b.watch(_tied()), config(target_modules=["words"], magnitude="joint")), ValueError,
+        "words: magnitude='joint'", "nothing scales the neurons of Embedding layers", "leave the layers out with exclude_modules, or set magnitude=None"),
     _call("register_layer_type: a type that rotates nothing", lambda b: register_layer_type(_LowRank, like=_Inert()), TypeError,
         "register_layer_type(like=_Inert())", "nothing of it rotates", "give it a mixin, an input_hook, an output_hook or an attach"),
     _call("register_codec: the class itself", lambda b: register_codec(PlainCodec), TypeError,  # type: ignore[arg-type]
