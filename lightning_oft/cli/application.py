@@ -135,7 +135,11 @@ class Application(LightningCLI):
             places = [merged] if loader_of(merged) else sorted(merged.glob("*/"))
             for place, loader in ((place, loader_of(place)) for place in places):
                 if loader:
-                    self._say(f'load the merged model with  {loader}.from_pretrained("{place}"{self._dtype(loader)})')
+                    whole = getattr(self.model, "loader", "")
+                    call = (
+                        f'{whole}("{place}")' if whole else f'{loader}.from_pretrained("{place}"{self._dtype(loader)})'
+                    )
+                    self._say(f"load the merged model with  {call}")
 
     def _dtype(self, loader: str) -> str:
         """What a pipeline in half precision must be told: its parts have different ideas of what is loaded otherwise."""

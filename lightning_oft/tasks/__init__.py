@@ -1,7 +1,7 @@
 """Ordinary LightningModules, with or without OFT; the library of a task's model is imported when one is made."""
 
 from lightning_oft.tasks.base import Task as Task
-from lightning_oft.tasks.diffusion import TextToImage
+from lightning_oft.tasks.diffusion import ControlledTextToImage, TextToImage
 from lightning_oft.tasks.text import (
     CausalLM,
     PolicyOptimization,
@@ -14,6 +14,7 @@ from lightning_oft.tasks.vision import ImageClassification
 
 __all__ = [
     "CausalLM",
+    "ControlledTextToImage",
     "ImageClassification",
     "PolicyOptimization",
     "PreferenceOptimization",

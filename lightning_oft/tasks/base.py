@@ -43,6 +43,9 @@ class Task(LightningModule):
     pipeline: Any = None
     """The diffusers pipeline that the library model is a part of, and as which it is exported; None for none."""
 
+    loader: str = ""
+    """What an export is given to so that all of it is loaded, where the library's own loader loses a part."""
+
     shown_scores: ClassVar[tuple[str, ...]] = ("acc",)
     """Parts of the names of the scores in a table of before and after."""
 

@@ -15,7 +15,8 @@ from lightning_oft.data.vision.pixels import decode
 
 
 class Pictures(Dataset[Any]):
-    """Pictures as pixels: {"pixel_values": (3, H, W) float32 in [-1, 1], "prompt": text}.
+    """Pictures as pixels: {"pixel_values": (3, H, W) float32 in [-1, 1], "prompt": text}, and where there are control
+    images "control", (3, H, W) float32 in [0, 1].
 
     The middle of each, mirrored with the probability `horizontal_flip`, drawn from torch's global generator. H and W are
     `size`; with a `side_step` those of `sizes`, so that little is cut off.
@@ -32,11 +33,12 @@ class Pictures(Dataset[Any]):
         return len(self.found)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        cell, prompt = self.found[index]
-        image = decode(cell)
-        pixels = to_pixels(image, self.sizes[index])
+        cell, prompt, control = self.found[index]
+        pixels = {"pixel_values": to_pixels(decode(cell), self.sizes[index])}
+        if control is not None:
+            pixels["control"] = to_control(control, self.sizes[index])
         flips = bool(self.horizontal_flip) and bool(torch.rand(()) < self.horizontal_flip)
-        return {"pixel_values": pixels.flip(-1) if flips else pixels, "prompt": prompt}
+        return {**({name: one.flip(-1) for name, one in pixels.items()} if flips else pixels), "prompt": prompt}
 
 
 def to_pixels(image: Any, size: int | tuple[int, int]) -> Tensor:
@@ -46,6 +48,11 @@ def to_pixels(image: Any, size: int | tuple[int, int]) -> Tensor:
     middle = operations.fit(image.convert("RGB"), (width, height), method=resampling.LANCZOS)
     levels = torch.frombuffer(bytearray(middle.tobytes()), dtype=torch.uint8)
     return levels.view(height, width, 3).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_control(cell: Any, size: int | tuple[int, int]) -> Tensor:
+    """The middle of an undecoded control image -> (3, H, W) float32 in [0, 1]."""
+    return (to_pixels(decode(cell), size) + 1) / 2
 
 
 class PictureDataModule(SplitDataModule):
@@ -77,7 +84,7 @@ class PictureDataModule(SplitDataModule):
         OSError: On setup, when there is nothing at `data`, or no such file of prompts.
     """
 
-    columns = ("pixel_values", "prompt")
+    columns: ClassVar[tuple[str, ...]] = ("pixel_values", "prompt")
     cache_arguments: ClassVar[tuple[str, ...]] = (
         "data",
         "prompt",
@@ -127,13 +134,17 @@ class PictureDataModule(SplitDataModule):
         """Find pictures and prompts, once."""
         if self.splits:
             return
-        tests: dict[str, Any] = {name: read_prompts(path) for name, path in self.test_prompts.items()}
+        tests = {name: self.asked(path) for name, path in self.test_prompts.items()}
         self.learned = self.find(self.data, self.prompt)
         self.splits = {**self.pictures(self.learned), **tests}
 
     def find(self, data: str, prompt: str | None) -> list[Captioned]:
         """Pictures and prompts of a folder or a data set; raises as `find_pictures`."""
         return find_pictures(data, prompt, self.image_column, self.prompt_column)
+
+    def asked(self, path: str) -> Any:
+        """A test set, of a file of prompts."""
+        return read_prompts(path)
 
     def shown(self, count: int) -> list[Any]:
         """The first pictures of the training set as Pillow images, for a person to see beside the samples."""

@@ -20,35 +20,49 @@ class Captioned(NamedTuple):
     cell: dict[str, Any]
     """{"bytes", "path"}, as `datasets` has undecoded images."""
     prompt: str
+    control: dict[str, Any] | None = None
+    """The image that it is drawn along, likewise; None where there are none."""
 
 
-def find_pictures(data: str, prompt: str | None, image_column: str, prompt_column: str) -> list[Captioned]:
+def find_pictures(
+    data: str, prompt: str | None, image_column: str, prompt_column: str, control_column: str | None = None
+) -> list[Captioned]:
     """The pictures of a folder, a data set written by save_to_disk, or the train split of one on a hub; those that cannot
     be read are left out, with one warning that names them.
 
     In a folder the prompts are in `metadata.jsonl`, rows of file_name and `prompt_column`, or in a text file beside each
-    picture; `prompt` is that of all others.
+    picture; `prompt` is that of all others. With a `control_column`, the pictures of a folder are those of the rows of
+    `metadata.jsonl`, which name a control image each; where that cannot be read, both are left out.
 
     Raises:
         OSError: there is no folder and no data set at `data`.
-        ValueError: there is no readable picture, a picture without prompt, or a prompt without picture.
+        ValueError: there is no readable picture, a picture without prompt or control, or a row without its files.
     """
     folder = Path(data).expanduser()
     is_table = (
         not folder.is_dir() or (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
     )
-    found = (
-        _in_table(data, prompt, image_column, prompt_column) if is_table else _in_folder(folder, prompt, prompt_column)
-    )
+    if is_table:
+        found = _in_table(data, prompt, image_column, prompt_column, control_column)
+    elif control_column is None:
+        found = _in_folder(folder, prompt, prompt_column)
+    else:
+        found = _with_controls(folder, prompt, prompt_column, control_column)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        good = list(pool.map(lambda one: decode(one.cell) is not None, found))
-    readable = [one for one, ok in zip(found, good, strict=True) if ok]
-    if bad := [image_name(one.cell, row) for row, one in enumerate(found) if not good[row]]:
+        broken = list(pool.map(_broken, found))
+    readable = [one for one, cell in zip(found, broken, strict=True) if cell is None]
+    if bad := [image_name(cell, row) for row, cell in enumerate(broken) if cell is not None]:
         named = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
         rank_zero_warn(f"{len(bad)} of {len(found)} pictures cannot be read and are left out: {named}")
     if not readable:
         raise ValueError(f"{data}: no picture that can be read; give a folder of png, jpg or webp files")
     return readable
+
+
+def _broken(one: Captioned) -> dict[str, Any] | None:
+    """The picture or the control image that cannot be read."""
+    cells = [one.cell] if one.control is None else [one.cell, one.control]
+    return next((cell for cell in cells if decode(cell) is None), None)
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -73,6 +87,28 @@ def _in_folder(folder: Path, prompt: str | None, column: str) -> list[Captioned]
     return found
 
 
+def _with_controls(folder: Path, prompt: str | None, prompt_column: str, control_column: str) -> list[Captioned]:
+    """What the rows of a folder's metadata name, a picture, its control image and its prompt in each."""
+    file, found = folder / METADATA, []
+    if not file.is_file():
+        raise ValueError(f"{file}: is not there; write a row for each picture: file_name, {control_column}, prompt")
+    for number, row in enumerate(read_rows(file), 1):
+        row.setdefault(prompt_column, prompt)
+        wanted = ("file_name", control_column, prompt_column)
+        if lacking := [name for name in wanted if not isinstance(row.get(name), str) or not row[name]]:
+            raise ValueError(f"{file}, line {number}: has no {lacking[0]}, which is text; has {sorted(row)}")
+        cells = [cell_of(folder / row[name], f"{file}, line {number}", name) for name in wanted[:2]]
+        found.append(Captioned(cells[0], row[prompt_column], cells[1]))
+    return found
+
+
+def cell_of(path: Path, where: str, column: str) -> dict[str, Any]:
+    """An undecoded image of a file. Raises ValueError, saying where it is named, when it is not there."""
+    if not path.is_file():
+        raise ValueError(f"{where}: its {column}, {path.name}, is not there; correct the path")
+    return {"bytes": None, "path": str(path)}
+
+
 def _metadata(folder: Path, column: str) -> dict[str, str]:
     """By file name, the prompts of a folder's metadata; nothing where there is none."""
     file = folder / METADATA
@@ -83,7 +119,9 @@ def _metadata(folder: Path, column: str) -> dict[str, str]:
     return {row["file_name"]: row[column] for row in rows}
 
 
-def _in_table(data: str, prompt: str | None, image_column: str, prompt_column: str) -> list[Captioned]:
+def _in_table(
+    data: str, prompt: str | None, image_column: str, prompt_column: str, control_column: str | None
+) -> list[Captioned]:
     datasets, folder = require("datasets", "datasets"), Path(data).expanduser()
     try:
         found = datasets.load_from_disk(str(folder)) if folder.is_dir() else datasets.load_dataset(data)
@@ -91,17 +129,18 @@ def _in_table(data: str, prompt: str | None, image_column: str, prompt_column: s
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise OSError(f"{data}: no pictures found ({reason}); give a folder of pictures, or a hub id") from error
     table = found["train"] if isinstance(found, dict) else found
-    for column in (image_column, *([] if prompt else [prompt_column])):
+    images = [column for column in (image_column, control_column) if column is not None]
+    for column in (*images, *([] if prompt else [prompt_column])):
         if column not in table.column_names:
-            raise ValueError(
-                f"{data}: no column {column!r} among {table.column_names}; set image_column, prompt_column"
-            )
+            options = "image_column, prompt_column" + (", control_column" if control_column else "")
+            raise ValueError(f"{data}: no column {column!r} among {table.column_names}; set {options}")
     found = table[prompt_column] if prompt_column in table.column_names else [None] * len(table)
     prompts = [str(said or prompt or "") for said in found]
     if "" in prompts:
         raise ValueError(f"{data}: row {prompts.index('')} has no prompt; fill it in, or give one for all")
-    cells = table.cast_column(image_column, datasets.Image(decode=False))[image_column]
-    return [Captioned(cell, said) for cell, said in zip(cells, prompts, strict=True)]
+    cells = [table.cast_column(column, datasets.Image(decode=False))[column] for column in images]
+    controls = cells[1] if control_column else [None] * len(table)
+    return [Captioned(*row) for row in zip(cells[0], prompts, controls, strict=True)]
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:

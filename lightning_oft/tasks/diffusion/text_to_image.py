@@ -200,6 +200,10 @@ class TextToImage(Task):
             made = self.pipeline(prompt=list(prompts), generator=generators, **self.sampling)
         return list(made.images)
 
+    def sample_batch(self, batch: Batch) -> list[Any]:
+        """-> a Pillow image for each prompt of a test batch, with its seed."""
+        return self.sample(batch["prompt"], batch["seed"].tolist())
+
     @override
     def samples(self) -> dict[str, Any]:
         """By prompt, the picture that the model makes of it now; one at a time, as large ones fill a memory."""
@@ -211,7 +215,7 @@ class TextToImage(Task):
 
     @override
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        made = self.sample(batch["prompt"], batch["seed"].tolist())
+        made = self.sample_batch(batch)
         found = list(self.readings.values())[dataloader_idx]
         for what in (what for what in batch["labels"] if what in self.judges):
             read = self.judges[what].read(made, self.device)
@@ -226,4 +230,4 @@ class TextToImage(Task):
     @override
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Any]:
         """-> a Pillow image for each prompt of a test batch."""
-        return self.sample(batch["prompt"], batch["seed"].tolist())
+        return self.sample_batch(batch)
