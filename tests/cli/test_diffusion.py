@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from lightning_oft import OFTConfig, inject, merge, save_adapter, unload
 from lightning_oft.cli import main
 from lightning_oft.cli.application import loading_line
+from lightning_oft.tasks import ControlledTextToImage
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {
@@ -91,6 +92,43 @@ def test_recipe_trains_a_tiny_pipeline_that_samples_afterwards(
     assert pictures[0].size == (SIZE, SIZE)
     weights = [getattr(one, written["oft"]["module"]).state_dict() for one in (merged, plain)]
     assert any(not torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+@pytest.mark.parametrize("shows", [True, False], ids=["with_prompts", "as_it_is"])
+def test_the_recipe_of_control_trains_a_tiny_pipeline_that_draws_along_outlines_afterwards(
+    shows: bool, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, folder = ROOT / "configs" / "recipes" / "diffusion-control.yaml", place / "path" / "to" / "pictures"
+    rows = [{"file_name": f"{n}.png", "conditioning_image": f"{1 - n}.png", "text": f"picture {n}"} for n in range(2)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    outline = folder / "0.png"
+    changes = {
+        "model.init_args.pretrained": tiny.save("sd", place / "base"),
+        "model.init_args.sampling": json.dumps(SAMPLING),
+        "data.init_args.data": folder,
+        "data.init_args.size": SIZE,
+        "data.init_args.num_workers": 0,
+        "data.init_args.val_fraction": 0.5,
+        "oft.export_dir": "out",
+        "trainer.max_epochs": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.logger": "false",
+        "trainer.enable_progress_bar": "false",
+        "trainer.enable_model_summary": "false",
+    }
+    if shows:
+        changes |= {"model.init_args.prompts": "[a circle]", "model.init_args.controls": f"[{outline}]"}
+    assert main(["fit", "--config", str(recipe), *words(changes)]) == 0
+    said = capsys.readouterr().out
+    assert ("before and after            out/before_after.png" in said) == shows
+    assert 'load the merged model with  lightning_oft.tasks.ControlledTextToImage("out/merged")' in said
+    task = ControlledTextToImage("out/merged", sampling=SAMPLING)
+    assert task.sample(["a circle"], [0], [Image.open(outline)])[0].size == (SIZE, SIZE)
+    again = {**changes, "oft.pretrained_adapter": "out/adapter", "oft.magnitude": "after", "oft.export_dir": "scaled"}
+    assert main(["fit", "--config", str(recipe), *words(again)]) == 0
+    first, scaled = (load_file(f"{name}/adapter/adapter_model.safetensors") for name in ("out", "scaled"))
+    assert all(torch.equal(value, scaled[key]) for key, value in first.items() if key.endswith("oft_R.weight"))
+    assert any(bool(value.any()) for key, value in scaled.items() if key.endswith("oft_R.magnitude"))
 
 
 @pytest.mark.nightly

@@ -26,7 +26,6 @@ CONFIG: dict[str, Any] = {
     "target_modules": ["up", "down"],
     "max_angle": 3.0,
     "bias": "oft_only",
-    "magnitude": "joint",
 }
 
 

@@ -40,7 +40,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch
     states = {}
     for way, options in ways.items():
         model = Model(conv1d=way == "conv1d")
-        oft = callback(bias="none") if way == "without biases" else callback()
+        oft = callback(magnitude="joint", bias="none" if way == "without biases" else "oft_only")
         trainer("auto", str(folder / way), 1, [oft], **options).fit(model, data(1, 0), data(1, 0))
         states[way] = dict(model.state_dict())
     return states

@@ -147,7 +147,7 @@ def run(scenario: str, output: Path) -> dict[str, Any]:
     if name.startswith("fsdp1"):  # Lightning clips FSDP1 gradients by value only
         options |= {"gradient_clip_algorithm": "value", "gradient_clip_val": 0.01}
     look = Look({"save": "saved", "resume": "loaded"}.get(action, ""))
-    adapter: dict[str, Any] = {"save_adapter_only": kind == "adapter"}
+    adapter: dict[str, Any] = {"save_adapter_only": kind == "adapter", "magnitude": "joint"}
     if action == "save":
         source = "best" if name in ("ddp", "fsdp2-block") else "last"
         adapter |= {"export_dir": str(place / "export"), "export_from": source}
