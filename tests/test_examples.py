@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 FILES = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py"))
 TOOLS = {
-    "architecture.py", "compare_with_peft.py", "forgetting.py", "forgetting_picture.py", "picture.py", "requantize.py",
-    "scaling_plan.py",
+    "architecture.py", "compare_with_peft.py", "control.py", "forgetting.py", "forgetting_picture.py", "picture.py",
+    "requantize.py", "scaling_plan.py",
 }  # fmt: skip
 """What makes a table or a picture; like what makes bases and texts, and the benchmarks, not one idea."""
 COMMANDS = [name for name in FILES if "__main__" in (EXAMPLES / name).read_text(encoding="utf-8")]

@@ -14,8 +14,8 @@ from bad_inputs.table import ROOT, Bench, Mistake
 from lightning.pytorch import Trainer
 from PIL import Image
 
-from lightning_oft.data import PictureDataModule
-from lightning_oft.tasks import TextToImage
+from lightning_oft.data import ControlDataModule, PictureDataModule
+from lightning_oft.tasks import ControlledTextToImage, TextToImage
 
 PIPELINE = str(ROOT / "examples" / "bases" / "drawn-sd")
 Make = Callable[[Bench], Any]
@@ -62,6 +62,18 @@ def _fit(bench: Bench, prompt: str = "a red circle", size: int = 32, lr: float =
     )
 
 
+def _controls(bench: Bench, **row: str) -> None:
+    folder = _folder(bench)
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "prompt": "a", **row}))
+    warnings.filterwarnings("error", message=".* cannot be read")
+    ControlDataModule(str(folder), size=32).setup("fit")
+
+
+def _controlled(bench: Bench) -> None:
+    controls = torch.zeros(1, 3, 16, 32)
+    bench.watch(ControlledTextToImage(PIPELINE, sampling={"num_inference_steps": 1})).sample(["a"], [0], controls)
+
+
 def _data(
     name: str, make: Make, error: type[Exception], where: str, what: str, remedy: str, varies: bool = False
 ) -> Mistake:
@@ -82,5 +94,12 @@ PICTURES = [
         "pictures of 30 x 30 pixels; the pipeline takes multiples of 4", "set the size of the data to 28 or 32"),
     _data("a prompt longer than the tokenizer reads", partial(_fit, prompt="a red circle on the beach " * 20), UserWarning,
         "prompt 'a red circle", "tokens, and the pipeline reads", "shorten it"),
+    _data("a picture without a control image", _controls, ValueError, "metadata.jsonl, line 1", "has no control", "which is text"),
+    _data("a control image that is not there", partial(_controls, control="edges/a.png"), ValueError, "metadata.jsonl, line 1",
+        "its control, a.png, is not there", "correct the path"),
+    _data("a control image that is no picture", partial(_controls, control="a.txt"), UserWarning, "pictures/a.txt", "1 of 1 pictures cannot be read",
+        "are left out"),
+    _data("a control image of another size than the picture", _controlled, ValueError, "control", "is of 16 x 32 pixels and the picture of 32 x 32",
+        "make them alike"),
     _data("a loss that is no number", partial(_fit, prompt="a blue star", lr=1e30), ValueError, "step 1, prompt 'a blue star'", "the loss is nan", "lower the learning rate"),
 ]  # fmt: skip
