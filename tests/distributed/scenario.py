@@ -74,7 +74,7 @@ class Model(pl.LightningModule):
         if not hasattr(self, "blocks"):
             self.build()  # built and sharded before anything could be injected by a callback
         if self.injects:
-            inject(self, OFTConfig(**CONFIG))
+            inject(self, OFTConfig(**CONFIG, magnitude="joint"))
         self._sharded = True
         mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
         if self.shard in ("tp", "sequence"):

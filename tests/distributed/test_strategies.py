@@ -128,7 +128,7 @@ def test_adapter_only_checkpoints_leave_the_base_out(runs: Runs) -> None:
 
     metadata = FileSystemReader(runs.output / "fsdp2-block-distributed-adapter" / "epoch=0.ckpt").read_metadata()
     stored = [name for name in metadata.state_dict_metadata if name.startswith("state_dict.")]
-    assert sum("oft_R" in name for name in stored) == 4
+    assert sum("oft_R" in name for name in stored) == 8
     assert not any(name.endswith("up.weight") for name in stored)
 
 
