@@ -17,10 +17,10 @@ class OFTConfig:
     """
 
     oft_block_size: int | None = None
-    """Size b of the rotation blocks; a layer whose fan-in it does not divide takes the nearest divisor, and a warning
-    names the layer. 32 unless `r` is given."""
+    """Size b of the rotation blocks, 32 unless `r` is given; a layer takes the nearest divisor of its fan-in, with a
+    warning."""
     r: int = 0
-    """Number of rotation blocks per layer, instead of `oft_block_size`."""
+    """Number of rotation blocks per layer, not their size."""
     target_modules: str | list[str] | None = "all-linear"
     """Layers to adapt: `all-linear` (linear, attention and expert layers, not the output embedding), a list of names (each
     matches a whole name or its end), a regular expression for the whole name, or null for the known architecture's
@@ -43,8 +43,8 @@ class OFTConfig:
     """Constrain every plane's rotation to this many degrees, whatever the block size; switches the constraint on and
     takes the place of `eps`."""
     magnitude: Literal["joint", "after"] | None = None
-    """Also train one scale per output neuron, W' = diag(m) W R^T (magnitude fitting): together with the rotations, or
-    afterwards, with those of a pretrained_adapter as they are."""
+    """Also train a scale per output neuron, W' = diag(m) W R^T: jointly with the rotations, or after them, beside those
+    of a pretrained_adapter."""
     block_share: bool = False
     """Share one block among all blocks of a layer."""
     module_dropout: float = 0.0
@@ -58,14 +58,14 @@ class OFTConfig:
     init_weights: bool = True
     """Start from the identity, not from random rotations."""
     fan_in_fan_out: bool = False
-    """Kept for PEFT's files; the storage order of a layer's weight is found out from the layer."""
+    """Kept for PEFT's files; the storage order is found out."""
     task_type: str | None = None
     """PEFT's task type; SEQ_CLS and TOKEN_CLS add `classifier` and `score` to `modules_to_save`, QUESTION_ANS adds
     `qa_outputs`."""
     coft_radius: Literal["paper", "peft"] = "paper"
     """Which radius `eps` stands for: the paper's eps * b^2 / sqrt(n), or eps / sqrt(n) as PEFT 0.16 and later."""
     neumann_series: Literal["halved", "unhalved"] = "halved"
-    """Whether the last term of the series is halved (PEFT 0.18 and later) or not (adapters trained before)."""
+    """Whether the last term of the series is halved, as by PEFT 0.18 and later."""
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -35,10 +35,10 @@ class OFTFinetuning(Callback):
 
     Args:
         enabled: false runs the same task without OFT.
-        module: dotted path, in the LightningModule, of the part to adapt; all by default. The rest is frozen too.
+        module: dotted path of the part to adapt, all by default; the rest is frozen.
         adapter_name: name of this set of rotations.
-        pretrained_adapter: directory or hub id of an adapter (this library's or PEFT's) to start from; its file decides which
-            layers are adapted and how; `magnitude` beside it fits these.
+        pretrained_adapter: directory or hub id of an adapter (this library's or PEFT's) to start from; its file decides all but
+            `magnitude`.
         ignore_mismatched_base: accept a pretrained_adapter of another base.
         merge_on_fit_end: fold the rotations into the weights when the fit ends.
         keep_base: keep a CPU copy of the adapted weights to take a merge back to the bit; "auto": up to 8 GiB.

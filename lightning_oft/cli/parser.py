@@ -26,8 +26,8 @@ TITLES = {
 HELP = {
     "print_config": "print the options as YAML and exit; =skip_default leaves defaults out",
     "seed_everything": "seed of the random numbers; true draws one, false sets none",
-    "model": f"{', '.join(tasks.__all__)}, or the import path of a LightningModule",
-    "data": f"{', '.join(data.__all__)}, or the import path of a LightningDataModule",
+    "model": f"{', '.join(tasks.__all__)}, or an import path",
+    "data": f"{', '.join(data.__all__)}, or an import path",
     "optimizer": "a torch optimizer, such as AdamW",
     "lr_scheduler": "a torch schedule, such as CosineAnnealingLR",
     "ckpt_path": 'a checkpoint to start from: a path, "last" or "best"',

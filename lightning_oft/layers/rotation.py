@@ -151,9 +151,7 @@ class Rotation(nn.Module):
             r_nbb = self._matrix_in(x.dtype)
             if later:
                 return functional.RotatedInput.of(x, r_nbb)
-            turned = functional.rotate(
-                x, r_nbb.transpose(1, 2) if transpose else r_nbb
-            )  # the ONNX exporter knows no .mT
+            turned = functional.rotate(x, r_nbb.transpose(1, 2) if transpose else r_nbb)  # no .mT: ONNX lacks it
         if transpose and self.magnitude is not None:
             turned = turned * spread_like(gathered(self.magnitude).exp().to(x.dtype), x)[:, None]
         return turned
