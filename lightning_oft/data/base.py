@@ -1,5 +1,6 @@
 """SplitDataModule: what a data module declares so that the tasks can train, score and export with it."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from importlib import import_module
@@ -87,8 +88,53 @@ class SplitDataModule(LightningDataModule):
         # A generator of its own: the order of the examples does not depend on random numbers that the model draws.
         generator = torch.Generator().manual_seed(self.seed)
         data, options = self.splits[split], {"generator": generator, "collate_fn": self.collate_fn, **self.workers}
-        sampler = Shuffled(data, self.batch_size, self.seed) if shuffle else None
-        return DataLoader(data, batch_size=self.batch_size, sampler=sampler, **options)
+        if not shuffle:
+            return DataLoader(data, batch_size=self.batch_size, **options)
+        sampler = Shuffled(data, self.batch_size, self.seed)
+        return ResumableLoader(data, batch_size=self.batch_size, sampler=sampler, **options)
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader that a fit which is resumed within an epoch goes on with, and does not begin again.
+
+    Lightning keeps in its checkpoints what `state_dict` gives. The order must be that of the epoch.
+    """
+
+    _given = _skipped = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch were given."""
+        return {"batches": self._given}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Leave these out, once; none where they were all."""
+        self._skipped = state_dict["batches"] % max(1, len(self))
+
+    @property
+    def _index_sampler(self) -> Any:
+        return _Rest(super()._index_sampler, self)
+
+    @override
+    def __iter__(self) -> Any:
+        # Only now, with the first batch, does the sampler know its epoch, which loader processes would read ahead.
+        batches = super().__iter__()
+        self._given, self._skipped = self._skipped, 0
+        for batch in batches:
+            self._given += 1
+            yield batch
+
+
+class _Rest:
+    """The indices of batches, but for those that a loader leaves out; torch counts all of them."""
+
+    def __init__(self, indices: Any, loader: ResumableLoader) -> None:
+        self.indices, self.loader = indices, loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self.indices), self.loader._skipped, None)
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
 
 class Shuffled(RandomSampler):

@@ -61,9 +61,9 @@ class Order(BoringModel):
         return self.layer(torch.ones(1, 32)).sum()
 
 
-def fit(root: Path, epochs: int, loader: Any, resume: Path | None = None) -> list[int]:
+def fit(root: Path, epochs: int, loader: Any, resume: Path | None = None, **keeping: Any) -> list[int]:
     quiet: Any = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
-    keeper, model = ModelCheckpoint(root, filename=str(epochs)), Order()
+    keeper, model = ModelCheckpoint(root, **(keeping or {"filename": str(epochs)})), Order()
     trainer = Trainer(accelerator="cpu", max_epochs=epochs, limit_val_batches=0, callbacks=[keeper], **quiet)
     trainer.fit(model, loader, ckpt_path=resume)
     return model.seen
@@ -77,6 +77,16 @@ def test_a_resumed_fit_goes_on_in_its_order_which_is_torchs_own(tmp_path: Path, 
     assert order == fit(tmp_path, 3, DataLoader(data.splits["train"], 2, shuffle=True, generator=generator))
     fit(tmp_path, 1, data.train_dataloader())
     assert order[count:] == fit(tmp_path, 3, data.train_dataloader(), tmp_path / "1.ckpt")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fit_that_is_resumed_within_an_epoch_sees_the_rest_of_it(tmp_path: Path, workers: int) -> None:
+    data = loaded(count=5, num_workers=workers)
+    keeping = {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
+    order = fit(tmp_path, 3, data.train_dataloader(), **keeping)
+    for step in (1, 2, 3, 4) if workers == 0 else (4,):
+        seen = 5 * (step // 3) + 2 * (step % 3)
+        assert order[seen:] == fit(tmp_path, 3, data.train_dataloader(), tmp_path / f"step={step}.ckpt", **keeping)
 
 
 def test_cache_key_names_what_decides_the_examples() -> None:

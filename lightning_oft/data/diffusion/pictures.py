@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lightning_oft.data.base import SplitDataModule, require
+from lightning_oft.data.base import ResumableLoader, SplitDataModule, require
 from lightning_oft.data.diffusion.shapes import SameShape, nearest_sizes
 from lightning_oft.data.diffusion.sources import Captioned, find_pictures, read_prompts
 from lightning_oft.data.vision.pixels import decode
@@ -172,4 +172,5 @@ class PictureDataModule(SplitDataModule):
             return super()._loader(split, shuffle)
         processes = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         sampler = SameShape(pictures.sizes, self.batch_size, *processes, shuffle=shuffle, seed=self.seed)
-        return DataLoader(pictures, self.batch_size, sampler=sampler, collate_fn=self.collate_fn, **self.workers)
+        loader = ResumableLoader if shuffle else DataLoader
+        return loader(pictures, self.batch_size, sampler=sampler, collate_fn=self.collate_fn, **self.workers)

@@ -6,6 +6,7 @@ from typing import Any
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from lightning_oft.data.base import ResumableLoader
 from lightning_oft.data.text.batches import pad
 from lightning_oft.data.text.examples import Encoder, check_length, kind_of
 from lightning_oft.data.text.rows import PlacedDataModule
@@ -86,7 +87,9 @@ class PromptDataModule(PlacedDataModule):
         rows: Any = self.splits["train"]
         batches = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
         sampler = Repeated(rows, self.batch_size * batches, times, *self._processes(), self.seed)
-        return DataLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collate_fn, **self.workers)
+        return ResumableLoader(
+            rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collate_fn, **self.workers
+        )
 
 
 class Repeated(DistributedSampler[Any]):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_oft.data.base import SplitDataModule
+from lightning_oft.data.base import ResumableLoader, SplitDataModule
 from lightning_oft.data.text.batches import LengthGrouped, pad
 from lightning_oft.data.text.sources import Stream, Tables, columns_of, load_tables, naming_lines
 
@@ -178,7 +178,7 @@ class TableDataModule(SplitDataModule, ABC):
         sampler = LengthGrouped(
             [len(ids) for ids in table["input_ids"]], self.batch_size, *self._processes(), self.seed
         )
-        return DataLoader(
+        return ResumableLoader(
             table, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collate_fn, **self.workers
         )
 
