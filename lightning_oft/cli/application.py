@@ -27,6 +27,7 @@ from lightning_oft.callback.samples import Samples
 from lightning_oft.cli import COMMANDS, config_files
 from lightning_oft.cli.errors import UserError
 from lightning_oft.cli.parser import Formatter, Parser, squeezed
+from lightning_oft.cli.tables import sample_table, score_table, test_table
 from lightning_oft.formats import read_adapter
 from lightning_oft.formats.pretrained import loader_of
 from lightning_oft.tasks.optimization import configure
@@ -78,6 +79,8 @@ class Application(LightningCLI):
 
     def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(*args, **kwargs)
+        if self.command == "test":
+            parser.set_defaults({"verbose": False})  # Lightning's table cuts off names; ours comes after the test
         parser.tidy(self.command)  # type: ignore[attr-defined]
         return parser
 
@@ -179,9 +182,11 @@ class Application(LightningCLI):
         self._require(trainer.num_val_batches, trainer.limit_val_batches, what)
 
     def after_test(self) -> None:
-        """Refuse to end in silence where there was nothing to test on."""
+        """Print the scores, and refuse to end in silence where there was nothing to test on."""
         trainer, what = self.trainer, "test set; give the data module one, or validate"
         self._require(trainer.num_test_batches, trainer.limit_test_batches, what)
+        if scores := {name: float(value) for name, value in trainer.callback_metrics.items()}:
+            self._say(test_table(scores))
 
     def _require(self, batches: Sequence[float], limit: float | None, what: str) -> None:
         """Raise UserError where a run had no batches, unless it was told to have none."""
@@ -201,34 +206,12 @@ class Application(LightningCLI):
             print(text, flush=True)
 
 
-def score_table(before: Mapping[str, float], after: Mapping[str, float], shown: Sequence[str] = ("acc",)) -> str:
-    """Two rows, `before` and `after`, a column for each metric with one of `shown` in its name; for each metric where
-    there is none.
-
-    `test/new/accuracy` is headed `new/accuracy`, `test/accuracy/dataloader_idx_1` is `accuracy 1`.
-    """
-    names = [name for name in before if name in after]
-    names = [name for name in names if any(part in name for part in shown)] or names
-    columns = [["      ", "before", "after "]]
-    for name in names:
-        title = name.removeprefix("test/").removeprefix("test_").replace("/dataloader_idx_", " ")
-        cells = [title, f"{before[name]:.4f}", f"{after[name]:.4f}"]
-        columns.append([cell.rjust(max(map(len, cells))) for cell in cells])
-    return "\n".join("  ".join(row) for row in zip(*columns, strict=True))
-
-
 def loading_line(adapter: Path) -> str:
     """How to load an adapter: by PEFT, unless that would leave out some of its layers."""
     state = read_adapter(adapter)
     if len(state.known_to_peft()) == len(state.layers):
         return f'PeftModel.from_pretrained(base_model, "{adapter}")'
     return f'lightning_oft.load_adapter(base_model, "{adapter}")'
-
-
-def sample_table(before: Mapping[str, str], after: Mapping[str, str]) -> str:
-    """For each prompt two lines: what a model made of it before and after the fit."""
-    rows = [(prompt, when, said[prompt]) for prompt in before for when, said in (("before", before), ("after", after))]
-    return "\n".join(f"{when:<6}  {' '.join((prompt + text).split())}" for prompt, when, text in rows)
 
 
 def _optimizers(module: LightningModule, optimizer: dict[str, Any], lr_scheduler: dict[str, Any] | None) -> Any:

@@ -17,8 +17,9 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
 from lightning_oft import OFTConfig, OFTFinetuning, inject, oft_layers
-from lightning_oft.cli import COMMANDS, main
-from lightning_oft.cli.application import Application, score_table
+from lightning_oft.cli import COMMANDS, main, tables
+from lightning_oft.cli.application import Application
+from lightning_oft.cli.tables import score_table
 from lightning_oft.formats.checkpoint import NOTE
 from lightning_oft.formats.pretrained import auto_class, loader_of
 
@@ -221,6 +222,30 @@ def test_help_of_a_class_lists_its_arguments(capsys: pytest.CaptureFixture[str])
 )
 def test_score_table_is_aligned(before: dict[str, float], after: dict[str, float], table: list[str]) -> None:
     assert score_table(before, after).splitlines() == table
+
+
+def test_table_of_a_test_has_a_row_for_each_set() -> None:
+    assert tables.test_table({"test/acc": 0.5, "test_loss": 1.0}).splitlines() == [
+        "         acc    loss",
+        "test  0.5000  1.0000",
+    ]
+    assert tables.test_table({"test/a/acc": 0.5, "test/b/loss": 1.0}).splitlines() == [
+        "      acc    loss",
+        "a  0.5000",
+        "b          1.0000",
+    ]
+
+
+def test_a_wide_score_table_has_rows_for_each_test_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "WIDEST", 20)
+    before = {"test/new/accuracy": 0.1, "test/new/loss": 1.0, "test/old/loss": 2.0}
+    assert score_table(before, {name: value + 1 for name, value in before.items()}, ("acc", "loss")).splitlines() == [
+        "            accuracy    loss",
+        "new before    0.1000  1.0000",
+        "new after     1.1000  2.0000",
+        "old before            2.0000",
+        "old after             3.0000",
+    ]
 
 
 @pytest.mark.parametrize(

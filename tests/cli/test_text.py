@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_oft.cli import main
-from lightning_oft.cli.application import sample_table
+from lightning_oft.cli.tables import sample_table
 
 ROOT = Path(__file__).parents[2]
 
