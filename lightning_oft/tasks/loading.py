@@ -26,6 +26,45 @@ def load_pretrained(
     where the checkpoint has none or has another shape. What is new is reported in one line, and
     so are other weights that the checkpoint lacks. Raises OSError, one line, when there is no such model at `pretrained`.
     """
+    model, info = _load(auto_class, pretrained, dtype, quantization_config, **config_overrides)
+    # train(): Lightning keeps the modes it finds, and from_pretrained returns eval mode, without dropout.
+    return model.train(), _report_missing(pretrained, model, info)
+
+
+def load_frozen(auto_class: Any, pretrained: str) -> Any:
+    """A model that scores others: in eval mode, without gradients, in float32.
+
+    Raises OSError, one line, when there is no such model at `pretrained`, or its weights are not all there.
+    """
+    model, info = _load(auto_class, pretrained, "float32", None)
+    # A vision transformer of AutoModel has a pooler, which DINO's checkpoints lack, and what embeds pictures does not read.
+    missing = sorted(str(key) for key in info["missing_keys"] if "pooler" not in str(key))
+    if missing := missing + [str(key[0]) for key in info["mismatched_keys"]]:
+        raise OSError(
+            f"{pretrained}: has no {type(model).__name__}; of its weights {missing[0]} is not there; give another model"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def load_companion(auto_class: Any, pretrained: str, what: str) -> Any:
+    """The tokenizer or image processor, as `what` says, of a folder or a hub id. Raises OSError, one line, when there is
+    none."""
+    try:
+        # trust_remote_code=False: the default asks at the terminal whether to run a hub's Python files.
+        made = auto_class.from_pretrained(expanduser(pretrained), trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for the same mistakes
+        reason = str(error).strip().split("\n")[0][:300]
+        raise OSError(f"{pretrained}: no {what} ({reason}); save one there with its save_pretrained") from error
+    # transformers makes an empty tokenizer of a model's folder that has none.
+    if hasattr(made, "all_special_ids") and len(made) <= len(made.all_special_ids):
+        raise OSError(f"{pretrained}: no {what} (it would be empty); save one there with its save_pretrained")
+    return made
+
+
+def _load(
+    auto_class: Any, pretrained: str, dtype: str, quantization_config: Any, **config_overrides: Any
+) -> tuple[Any, dict[str, Any]]:
+    """-> a model in eval mode, and what transformers says of weights that it did not find."""
     from transformers import AutoConfig
     from transformers.utils import logging as reports
 
@@ -47,8 +86,7 @@ def load_pretrained(
         ) from error
     finally:
         reports.set_verbosity(verbosity)
-    # train(): Lightning keeps the modes it finds, and from_pretrained returns eval mode, without dropout.
-    return model.train(), _report_missing(pretrained, model, info)
+    return model, info
 
 
 def _report_missing(pretrained: str, model: Any, info: dict[str, Any]) -> list[str]:

@@ -1,6 +1,5 @@
 """LanguageModel: what every task around a language model has: its tokenizer, samples, checkpointing, noise, new tokens."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_oft.tasks.base import Dtype, LRInterval, Task
+from lightning_oft.tasks.loading import load_companion
 
 
 class LanguageModel(Task):
@@ -53,7 +53,9 @@ class LanguageModel(Task):
 
     def complete_model(self) -> None:
         """Load the tokenizer of a model that is loaded, and give the model what the arguments ask for."""
-        self.tokenizer = self.processor = load_tokenizer(str(self.pretrained))
+        from transformers import AutoTokenizer
+
+        self.tokenizer = self.processor = load_companion(AutoTokenizer, str(self.pretrained), "tokenizer")
         if self.new_tokens:
             add_tokens(self.model, self.tokenizer, self.new_tokens)
         if self.activation_checkpointing:
@@ -79,18 +81,6 @@ class _Noise:
             return embedded
         size = self.alpha / (embedded.shape[-2] * embedded.shape[-1]) ** 0.5
         return embedded + torch.empty_like(embedded).uniform_(-size, size)
-
-
-def load_tokenizer(pretrained: str) -> Any:
-    """The tokenizer of a folder or a hub id. Raises OSError, one line, when there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        # trust_remote_code=False: the default asks at the terminal whether to run a hub's Python files.
-        return AutoTokenizer.from_pretrained(str(Path(pretrained).expanduser()), trust_remote_code=False)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for the same mistakes
-        reason = str(error).strip().split("\n")[0][:300]
-        raise OSError(f"{pretrained}: no tokenizer ({reason}); save one there with its save_pretrained") from error
 
 
 def add_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> None:
