@@ -27,6 +27,12 @@ def has_reference(model: nn.Module) -> bool:
     return bool(adapter_names(walk(model)))
 
 
+def is_reference(model: nn.Module) -> bool:
+    """Whether the model computes what its reference does: no adapter has learned anything yet. Of shards, which one
+    process cannot judge, this is denied."""
+    return not has_learned(walk(model))
+
+
 def keep_reference(model: nn.Module) -> bool:
     """Copy the active adapter to one named "reference" that stays as it is now, where it is more than the base.
     Returns whether the model has such a copy now; one that is there already is kept.

@@ -14,7 +14,7 @@ from bad_inputs.table import ROOT, Bench, Mistake
 from lightning.pytorch import Trainer
 from PIL import Image
 
-from lightning_oft.data import ControlDataModule, PictureDataModule
+from lightning_oft.data import ControlDataModule, DreamBoothDataModule, PictureDataModule
 from lightning_oft.tasks import ControlledTextToImage, TextToImage
 
 PIPELINE = str(ROOT / "examples" / "bases" / "drawn-sd")
@@ -74,6 +74,15 @@ def _controlled(bench: Bench) -> None:
     bench.watch(ControlledTextToImage(PIPELINE, sampling={"num_inference_steps": 1})).sample(["a"], [0], controls)
 
 
+def _evaluate(bench: Bench, name: str, base: str = "drawn-judges/shape") -> None:
+    (bench.directory / "network").symlink_to(ROOT / "examples" / "bases" / base)
+    TextToImage(PIPELINE, evaluators={name: str(bench.directory / "network")})
+
+
+def _subject(bench: Bench) -> None:
+    DreamBoothDataModule(str(_folder(bench)), size=32, subject="sks").setup("fit")
+
+
 def _data(
     name: str, make: Make, error: type[Exception], where: str, what: str, remedy: str, varies: bool = False
 ) -> Mistake:
@@ -102,4 +111,10 @@ PICTURES = [
     _data("a control image of another size than the picture", _controlled, ValueError, "control", "is of 16 x 32 pixels and the picture of 32 x 32",
         "make them alike"),
     _data("a loss that is no number", partial(_fit, prompt="a blue star", lr=1e30), ValueError, "step 1, prompt 'a blue star'", "the loss is nan", "lower the learning rate"),
+    _data("a subject that no prompt names", _subject, ValueError, "subject='sks'", "is in no prompt of the pictures, such as 'a blue star'",
+        "give its word there"),
+    _data("an evaluator that is none", partial(_evaluate, name="lpips"), ValueError, "evaluators", "'lpips' is no evaluator", "there are dino, clip, fid"),
+    _data("an evaluator that reads no text", partial(_evaluate, name="clip"), OSError, "network", "a ResNetModel embeds no text", "give a CLIP"),
+    _data("an evaluator without its image processor", partial(_evaluate, name="dino", base="drawn-sd/text_encoder"), OSError,
+        "network", "no image processor", "save one there", varies=True),
 ]  # fmt: skip

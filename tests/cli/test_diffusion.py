@@ -20,6 +20,7 @@ from lightning_oft.cli.application import loading_line
 from lightning_oft.tasks import ControlledTextToImage
 
 ROOT = Path(__file__).parents[2]
+JUDGE = ROOT / "examples" / "bases" / "drawn-judges" / "shape"
 RECIPES = {
     "diffusion-dreambooth-sd15": "sd",
     "diffusion-sdxl": "sdxl",
@@ -46,7 +47,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir(parents=True)
     for number in range(2):
         Image.new("RGB", (20, 16), (90 * number, 120, 0)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"picture {number}")
+        (folder / f"{number}.txt").write_text(f"sks picture {number}")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -72,11 +73,21 @@ def test_recipe_trains_a_tiny_pipeline_that_samples_afterwards(
     if "class_pictures" in written["data"]["init_args"]:
         changes["data.init_args.class_pictures"] = 2
         changes["trainer.val_check_interval"] = 2
+        (place / "asked.jsonl").write_text('{"prompt": "a sks dog"}\n{"prompt": "a cat"}\n')
+        changes["data.init_args.test_prompts"] = json.dumps({"asked": "asked.jsonl"})
+        changes["model.init_args.evaluators"] = json.dumps({"dino": str(JUDGE)})
     else:
         changes |= {"data.init_args.num_workers": 0, "data.init_args.val_fraction": 0.5, "oft.oft_block_size": 4}
     assert main(["fit", "--config", str(recipe), *words(changes)]) == 0
     said = capsys.readouterr().out
     assert "before and after            out/before_after.png" in said
+    if "data.init_args.test_prompts" in changes:
+        titles, before, after = (line.split() for line in said.splitlines()[:3])
+        assert (titles, before[0], before[2], after[0]) == (["DINO", "drift"], "before", "0.0000", "after")
+        again = ["--config", str(recipe), *words(changes), "--oft.pretrained_adapter", "out/adapter"]
+        assert main(["test", *again]) == 0
+        table = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert table == [titles, ["test", *after[1:]]]
     assert f"load the adapter with       {loading_line(Path('out/adapter'))}" in said
     dtype = written["model"]["init_args"].get("dtype", "float32")
     told = "" if dtype == "float32" else f", dtype=torch.{dtype}"

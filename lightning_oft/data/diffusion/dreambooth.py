@@ -1,6 +1,7 @@
 """DreamBoothDataModule: a few pictures of a subject, beside pictures of its class that the pipeline itself has made."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,10 +43,13 @@ class DreamBoothDataModule(PictureDataModule):
             before the fit, and they stay there.
         class_prompt: What those pictures are made of, such as "a photo of a dog"; one prompt, or several in turn.
         class_pictures: How many pictures of the class there are to be.
+        subject: The word for the subject in prompts, such as "sks". A test scores samples of prompts that have it by the
+            subject's pictures, and of the others how they changed; without it all are scored by the pictures.
         pictures: Arguments of PictureDataModule.
 
     Raises:
-        ValueError: When class_data and class_prompt are not both given; else as PictureDataModule.
+        ValueError: When class_data and class_prompt are not both given; on setup, when no picture's prompt names the
+            subject; else as PictureDataModule.
         OSError: As PictureDataModule, and when class_data cannot be written.
     """
 
@@ -58,6 +62,7 @@ class DreamBoothDataModule(PictureDataModule):
         class_data: str | None = None,
         class_prompt: str | list[str] | None = None,
         class_pictures: int = 200,
+        subject: str | None = None,
         **pictures: Any,
     ) -> None:
         super().__init__(data, prompt, **pictures)
@@ -70,8 +75,14 @@ class DreamBoothDataModule(PictureDataModule):
             raise ValueError(
                 "side_step: pictures of the class are square, and so must be those beside them; set it to null"
             )
-        self.class_data, self.class_pictures = class_data, class_pictures
+        self.class_data, self.class_pictures, self.subject = class_data, class_pictures, subject
         self.class_prompts = [class_prompt] if isinstance(class_prompt, str) else class_prompt or []
+
+    def names_subject(self, prompt: str) -> bool:
+        """Whether a prompt has the subject's word, in upper or lower case; without one every prompt is taken to."""
+        return self.subject is None or bool(
+            re.search(rf"(?<!\w){re.escape(self.subject)}(?!\w)", prompt, re.IGNORECASE)
+        )
 
     @override
     def prepare_data(self) -> None:
@@ -108,6 +119,10 @@ class DreamBoothDataModule(PictureDataModule):
 
     @override
     def pictures(self, found: list[Captioned]) -> dict[str, Dataset[Any]]:
+        if not any(self.names_subject(one.prompt) for one in found):
+            raise ValueError(
+                f"subject={self.subject!r}: is in no prompt of the pictures, such as {found[0].prompt!r}; give its word there"
+            )
         subject = Pictures(found, self.size, self.horizontal_flip, self.side_step)
         splits: dict[str, Dataset[Any]] = {"train": subject, "val": Pictures(found, self.size, 0.0, self.side_step)}
         if self.class_data is not None:

@@ -1,6 +1,7 @@
 """PictureDataModule: pictures with prompts, as batches of pixels and text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -148,10 +149,12 @@ class PictureDataModule(SplitDataModule):
 
     def shown(self, count: int) -> list[Any]:
         """The first pictures of the training set as Pillow images, for a person to see beside the samples."""
-        pictures = self.learned[:count]
-        return [
-            require("PIL.ImageOps", "pillow").fit(decode(one.cell).convert("RGB"), (self.size,) * 2) for one in pictures
-        ]
+        return list(islice(self.real_pictures(), count))
+
+    def real_pictures(self) -> Iterator[Any]:
+        """All pictures of the training set, likewise; a test compares samples with them."""
+        for one in self.learned:
+            yield require("PIL.ImageOps", "pillow").fit(decode(one.cell).convert("RGB"), (self.size,) * 2)
 
     def pictures(self, found: list[Captioned]) -> dict[str, Dataset[Any]]:
         """The splits "train" and, where some are set aside, "val"."""

@@ -7,12 +7,13 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from lightning_oft.model.reference import has_reference, is_reference, reference
 from lightning_oft.tasks.base import Dtype, LRInterval, Task
 from lightning_oft.tasks.diffusion import losses, pipelines
 from lightning_oft.tasks.diffusion.encoders import Encoders, trains
+from lightning_oft.tasks.diffusion.evaluation import Evaluation
 from lightning_oft.tasks.diffusion.judges import Judge
 from lightning_oft.tasks.modes import evaluating
 
@@ -31,13 +32,15 @@ class TextToImage(Task):
 
     A test batch is {"prompt": B strings, "seed": (B,) int64, "labels": {what: B class names}}. Each prompt is sampled
     with its seed; the share of samples in which a judge reads what the labels say is logged as `test/<what>_accuracy`,
-    with several test sets as `test/<set>/<what>_accuracy`.
+    with several test sets as `test/<set>/<what>_accuracy`, and so are the scores of `evaluators`: DINO, CLIP-I, CLIP-T,
+    drift, FID, KID. Which of these are not scored, and why, is said in one line.
 
     Args:
         pretrained: The pipeline to start from: a folder written by save_pretrained, or a hub id.
         prompts: Prompts to look at, each sampled with its number as seed after each validation, and before and after.
         sampling: Arguments of the pipeline's call, such as num_inference_steps, guidance_scale, height and width.
         judges: Image classifiers by what they read, such as {shape: folder}.
+        evaluators: Networks that compare samples with pictures and prompts, {dino, clip, fid: folder or hub id}, any.
         prompt_dropout: Probability that a training prompt is left empty, for classifier-free guidance.
         prior_weight: Weight of the loss of prior pictures.
         min_snr_gamma: Weigh timesteps by min(SNR, gamma), in terms of the clean latents; 5 is usual. UNets only.
@@ -55,12 +58,14 @@ class TextToImage(Task):
         dtype: Data type that the weights are loaded in; "auto" for the checkpoint's.
 
     Raises:
-        OSError: When there is no pipeline at `pretrained`, or no classifier at one of `judges`.
+        OSError: When there is no pipeline at `pretrained`, or no network at one of `judges` or `evaluators`.
         ValueError: When an argument is out of its range, or the pipeline's denoiser is not known; when a fit starts and
             something trains that no gradient reaches, such as rotations in the autoencoder; when pictures are of a size
             that the pipeline does not take, or a loss is not finite, naming the prompt.
         ModuleNotFoundError: When diffusers is not installed.
     """
+
+    shown_scores = ("accuracy", "DINO", "CLIP", "drift", "FID", "KID")
 
     def __init__(
         self,
@@ -68,6 +73,7 @@ class TextToImage(Task):
         prompts: list[str] | None = None,
         sampling: dict[str, Any] | None = None,
         judges: dict[str, str] | None = None,
+        evaluators: dict[str, str] | None = None,
         prompt_dropout: float = 0.0,
         prior_weight: float = 1.0,
         min_snr_gamma: float | None = None,
@@ -90,17 +96,16 @@ class TextToImage(Task):
             )
         if min_snr_gamma is not None and min_snr_gamma <= 0:
             raise ValueError(f"min_snr_gamma={min_snr_gamma}: must be above 0; 5 is usual")
-        self.prompts, self.sampling, self.judge_paths = prompts or [], sampling or {}, judges or {}
+        self.prompts, self.sampling = prompts or [], sampling or {}
         self.prompt_dropout, self.prior_weight = prompt_dropout, prior_weight
         self.min_snr_gamma, self.noise_offset = min_snr_gamma, noise_offset
         self.weighting, self.guidance = weighting, guidance
-        self.readings: dict[str, dict[str, MeanMetric]] = {}
-        """By test set and by what is read, the share of samples that show what was asked for."""
+        self.judges = {what: Judge(path) for what, path in (judges or {}).items()}
+        self.evaluation = Evaluation(self.judges, evaluators or {})
         self._load(pretrained, gradient_checkpointing, offload or [])
         self.encoders = Encoders(self.pipeline, self.family, cache_dir, offload or [])
 
     def _load(self, pretrained: str, gradient_checkpointing: bool, offload: Sequence[str]) -> None:
-        self.judges = {what: Judge(path) for what, path in self.judge_paths.items()}
         self.processor = None  # the pipeline is exported whole, tokenizers included
         self.pipeline, self.family = pipelines.load_pipeline(pretrained, self.load_dtype)
         self.model_attribute = pipelines.denoiser_name(self.pipeline)
@@ -209,23 +214,35 @@ class TextToImage(Task):
         """By prompt, the picture that the model makes of it now; one at a time, as large ones fill a memory."""
         return {prompt: self.sample([prompt], [number])[0] for number, prompt in enumerate(self.prompts)}
 
+    def _samples_before(self, batch: Batch, made: list[Any]) -> list[Any] | None:
+        """What the pipeline drew of a test batch before it was trained; None where nobody asks."""
+        if not self.evaluation.compares(batch["prompt"]):
+            return None
+        if is_reference(self):
+            return made
+        with reference(self):
+            return self.sample_batch(batch)
+
     @override
     def on_test_start(self) -> None:
-        self.readings = {split: {} for split in self.test_splits()}
+        data = getattr(self.trainer, "datamodule", None)
+        self.evaluation.start(self.test_splits(), data, has_reference(self), self.device)
 
     @override
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         made = self.sample_batch(batch)
-        found = list(self.readings.values())[dataloader_idx]
-        for what in (what for what in batch["labels"] if what in self.judges):
-            read = self.judges[what].read(made, self.device)
-            right = [one == asked for one, asked in zip(read, batch["labels"][what], strict=True)]
-            found.setdefault(what, MeanMetric().to(self.device)).update(torch.tensor(right, device=self.device).float())
+        split = self.test_splits()[dataloader_idx]
+        self.evaluation.update(split, batch, made, self._samples_before(batch, made), self.device)
 
     @override
     def on_test_epoch_end(self) -> None:
-        for split, found in self.readings.items():
-            self.log_dict({f"{split}/{what}_accuracy": metric.compute() for what, metric in found.items()})
+        scores = self.evaluation.scores()
+        self.log_dict(scores)
+        self.evaluation.report(scores)
+
+    @override
+    def on_test_end(self) -> None:
+        self.evaluation.stop()
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Any]:
