@@ -69,8 +69,9 @@ def check_mergeable(layers: dict[str, nn.Module], gathered: Gathered, requantize
                 broken.append(name)
             else:
                 has_turned[name] = any(bool(generator.any()) for generator in generators)
+    has_way_back = not requantize and all(writable_codec(layers[name]) is not None for name in packed)
     for names, what, remedy in (
-        (packed, "the weights of {} are quantized or packed", _NO_WAY_BACK if requantize else _BOTH_WAYS),
+        (packed, "the weights of {} are quantized or packed", _BOTH_WAYS if has_way_back else _NO_WAY_BACK),
         (absent, "the weights of {} are on the meta device, not loaded or offloaded", OFFLOADED),
         (broken, "generators of {} are NaN or infinite", "load an earlier state of the adapter"),
     ):

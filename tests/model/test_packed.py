@@ -54,8 +54,9 @@ def test_a_format_that_nobody_writes_is_not_requantized() -> None:
 
     model = nn.Sequential(Codes())
     inject(model, OFTConfig(oft_block_size=4))
-    with pytest.raises(ValueError, match="nothing here writes their format; save_merged"):
-        merge(model, requantize=True)
+    for requantize in (False, True):
+        with pytest.raises(ValueError, match=r"quantized or packed; .*: nothing here writes their format; save_merged"):
+            merge(model, requantize=requantize)
     with pytest.raises(ValueError, match="quantized or packed"), merged(model):
         pass
 
