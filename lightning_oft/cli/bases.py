@@ -1,4 +1,4 @@
-"""The base of a merge, loaded as the library that it is of loads it, and adapters put into it."""
+"""The base of a merge or a patch, loaded as the library that it is of loads it, and adapters put into it."""
 
 import json
 import sys
@@ -49,7 +49,15 @@ def load_base(base: str, **options: Any) -> nn.Module:
         return cast("nn.Module", model)
     except Exception as error:  # a damaged file raises whatever its reader does not expect
         remedy = "a module of your own is merged in Python, by load_adapter and merge"
-        raise UserError(f"merge: the base {base!r} cannot be loaded: {one_line(error)}; {remedy}") from error
+        raise UserError(f"the base {base!r} cannot be loaded: {one_line(error)}; {remedy}") from error
+
+
+def load_parts(base: str) -> nn.Module:
+    """The model at `base`; of a diffusers pipeline a module of all its models, by name."""
+    folder = pipeline_folder(base)
+    if folder is None:
+        return load_base(base)
+    return nn.ModuleDict({f.parent.name: load_base(str(f.parent)) for f in sorted(folder.glob("*/config.json"))})
 
 
 def put_adapter(model: nn.Module, state: AdapterState, path: str, any_base: bool) -> None:
@@ -62,4 +70,4 @@ def put_adapter(model: nn.Module, state: AdapterState, path: str, any_base: bool
             said = str(error).replace("set ignore_mismatched_base=True", "give --any-base")
             raise UserError(f"{path}: {said}") from None
     for warning in caught:
-        print(f"merge: {warning.message}", file=sys.stderr)
+        print(f"{path}: {warning.message}", file=sys.stderr)

@@ -8,9 +8,10 @@ from lightning_oft.formats.adapters import (
     register_format,
     save_adapter,
 )
+from lightning_oft.formats.comfyui import save_patch
 from lightning_oft.formats.errors import AdapterFileError
 from lightning_oft.formats.hub import push_adapter
 from lightning_oft.formats.merged import save_merged
 
 __all__ = ["AdapterFileError", "Format", "load_adapter", "push_adapter", "read_adapter", "read_adapters",
-           "register_format", "save_adapter", "save_merged"]  # fmt: skip
+           "register_format", "save_adapter", "save_merged", "save_patch"]  # fmt: skip

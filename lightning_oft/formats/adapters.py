@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_oft.formats import checkpoint_file
+from lightning_oft.formats import checkpoint_file, comfyui
 from lightning_oft.formats.errors import AdapterFileError
 from lightning_oft.formats.hub import local
 from lightning_oft.formats.peft import CONFIG_FILE, read_peft, write_peft
@@ -28,6 +28,9 @@ class Format:
     """The adapters at a path; the second argument is the name asked for, where one is."""
     write: Callable[[AdapterState, Path], object] | None = None
     """Writes one adapter to a path; None where the format is only read."""
+    write_changes: Callable[[nn.Module, Path, str | None], object] | None = None
+    """Writes what a model's active adapters change of it, in a format without rotations; the last argument is what names
+    in the file begin with, where the user says it."""
 
 
 FORMATS: dict[str, Format] = {}
@@ -42,6 +45,7 @@ def register_format(file_format: Format) -> None:
 
 register_format(Format("peft", Path.is_dir, lambda path, name: [read_peft(path, name)], write_peft))
 register_format(Format("checkpoint", Path.is_file, lambda path, name: _read_checkpoint(path)))
+register_format(Format("comfyui", comfyui.is_patch, comfyui.refuse_patch, write_changes=comfyui.save_patch))
 
 
 def _read_checkpoint(path: Path) -> list[AdapterState]:

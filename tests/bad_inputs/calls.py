@@ -23,7 +23,7 @@ from lightning_oft import (
     unmerge,
 )
 from lightning_oft.codecs import PlainCodec, register_codec
-from lightning_oft.formats import AdapterFileError
+from lightning_oft.formats import AdapterFileError, save_patch
 from lightning_oft.layers import LayerType, RotatedWeight
 
 
@@ -259,6 +259,10 @@ CALLS = [
     _call("unmerge: other weights since the merge",
         lambda b: unmerge(b.adapted(lambda model: (merge(model), model.body.weight.data.zero_()))), RuntimeError,
         "cannot unmerge body", "the weights were changed after the merge", "call unload(model) to keep them as the new base"),
+    _call("save_patch: a model whose names nothing says", lambda b: save_patch(b.adapted(), b.directory / "x.safetensors"), AdapterFileError,
+        "Net", "nothing says what ComfyUI calls the weights", "give its prefix"),
+    _call("save_patch: a merged model", lambda b: save_patch(b.adapted(merge), b.directory / "x.safetensors", "lora_unet_"), RuntimeError,
+        "body are merged", "cannot write a patch", "call unmerge(model) first"),
     _call("merge: inside disable_adapters", _inside(merge), RuntimeError,
         "cannot merge", "inside disable_adapters", "leave its context first"),
     _call("merge: weights that are not loaded", lambda b: merge(b.adapted(lambda model: model.to("meta"))), ValueError,

@@ -74,5 +74,7 @@ COMMANDS = [
     Mistake("export: an adapter that is there", "command", _exported("adapter"), 2, "adapter", "holds an adapter already", "--overwrite replaces it"),
     Mistake("export: a directory of something else", "command", _exported("", "--overwrite"), 2, "export", "holds something else than an adapter",
         "give another directory"),
+    Mistake("export: a patch without its base", "command", _exported("x.safetensors", "--format", "comfyui"), 2, "export",
+        "--format comfyui has no rotations, and is written from the base too", "give --base"),
     Mistake("merge: a directory that is taken", "command", _taken, 2, "merge", "is there already and not empty", "--overwrite replaces it"),
 ]  # fmt: skip

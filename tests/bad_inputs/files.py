@@ -14,7 +14,7 @@ from small import Small, loader, oft, trainer
 from torch import Tensor
 
 from lightning_oft import load_adapter, load_from_checkpoint, save_adapter
-from lightning_oft.formats import AdapterFileError
+from lightning_oft.formats import AdapterFileError, save_patch
 from lightning_oft.formats.checkpoint import CheckpointError
 
 
@@ -89,6 +89,8 @@ def _bare(bench: Bench) -> Path:
 FILES = [
     _file("a directory that is not there", lambda b: load_adapter(b.net(), b.directory / "adaptor"),
         "adaptor", "no such file or directory", "give an adapter directory or a checkpoint"),
+    _file("a full-weight patch", lambda b: load_adapter(b.net(), save_patch(b.adapted(), b.directory / "x.safetensors", "lora_unet_")),
+        "x.safetensors", "is a full-weight patch: its rotations are in the changes of the weights", "give the adapter that it was written from"),
     _file("an adapter on a hub that does not answer", _offline,
         "nobody/adapter", "not here, and the hub does not give it", "give an adapter directory, a checkpoint or a hub id", True),
     _file("the directory above two adapters", _nested,
