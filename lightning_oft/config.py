@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 class OFTConfig:
     """Configuration of an orthogonal finetuning adapter.
 
-    Field names and meanings are PEFT's, so `adapter_config.json` of either library is read by the other. `max_angle`,
+    Field names and meanings are PEFT's, so `adapter_config.json` of either library is read by the other. `side`, `max_angle`,
     `magnitude`, `series_guard`, `coft_radius` and `neumann_series` are this library's own.
 
     Raises:
@@ -27,6 +27,8 @@ class OFTConfig:
     own choice."""
     exclude_modules: str | list[str] | None = None
     """Layers to leave alone: a list of names or a regular expression."""
+    side: Literal["input", "output"] = "input"
+    """Rotate a layer's input, or its output less the bias."""
     layers_to_transform: int | list[int] | None = None
     """Adapt only these layer indices; `target_modules` is a list or null."""
     layers_pattern: str | list[str] | None = None
@@ -58,7 +60,7 @@ class OFTConfig:
     init_weights: bool = True
     """Start from the identity, not from random rotations."""
     fan_in_fan_out: bool = False
-    """Kept for PEFT's files; the storage order is found out."""
+    """Kept for PEFT's files; a layer knows its storage."""
     task_type: str | None = None
     """PEFT's task type; SEQ_CLS and TOKEN_CLS add `classifier` and `score` to `modules_to_save`, QUESTION_ANS adds
     `qa_outputs`."""
@@ -83,6 +85,8 @@ class OFTConfig:
         self._refuse(not 0 <= self.module_dropout < 1, "module_dropout", "must be in [0, 1)")
         self._refuse(not 0 < self.eps < 1e30, "eps", "must be a positive number")
         self._refuse(angle is not None and not 0 < angle < 180, "max_angle", "must be in degrees between 0 and 180")
+        both = "'output' rotates what magnitudes would scale: set magnitude=None, or rotate the input"
+        self._refuse(self.side == "output" and self.magnitude is not None, "side", both)
         too_few = "fewer than 2 terms never leave the identity; use an even number such as 6"
         self._refuse(self.use_cayley_neumann and terms < 2, "num_cayley_neumann_terms", too_few)
         too_many = "must be at most 1000; for more accuracy than 8 or 10 give, set use_cayley_neumann=false"
@@ -101,6 +105,11 @@ class OFTConfig:
     def _refuse(self, wrong: bool, name: str, why: str) -> None:
         if wrong:
             raise ValueError(f"{name}={getattr(self, name)!r}: {why}")
+
+    @property
+    def fan(self) -> str:
+        """The name of the size that blocks divide."""
+        return "fan-in" if self.side == "input" else "fan-out"
 
     @property
     def constrained(self) -> bool:

@@ -10,7 +10,7 @@ from peft import OFTConfig as PeftConfig
 
 from lightning_oft import OFTConfig
 
-OWN = {"max_angle", "magnitude", "series_guard", "coft_radius", "neumann_series"}
+OWN = {"side", "max_angle", "magnitude", "series_guard", "coft_radius", "neumann_series"}
 
 
 def test_the_default_is_blocks_of_32_on_every_linear_layer() -> None:

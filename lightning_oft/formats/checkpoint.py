@@ -222,8 +222,8 @@ def _check(modules: Modules, checkpoint: Mapping[str, Any], with_base: bool) -> 
     model's."""
     states = read_states(checkpoint)
     mine, theirs = (
-        {  # size of the blocks, and whether one is shared
-            generator_key(layer, state.name, part): (size, state.config.block_share)
+        {  # size of the blocks, whether one is shared, and what they turn
+            generator_key(layer, state.name, part): (size, state.config.block_share, state.config.side)
             for state in found
             for layer, one in state.rooted("").layers.items()
             for part, size in one.block_sizes.items()

@@ -28,7 +28,7 @@ OWN_VERSION = 1  # of what stands under our own key; a reader refuses a higher o
 PEFT_VERSION = "0.21.2"  # whose format we write
 UNHALVED_VERSION = "0.17.1"  # the last whose series did not halve its last term
 
-_UNKNOWN_TO_PEFT = ("max_angle", "magnitude", "series_guard", "coft_radius", "neumann_series")
+_UNKNOWN_TO_PEFT = ("side", "max_angle", "magnitude", "series_guard", "coft_radius", "neumann_series")
 PEFT_DEFAULTS: dict[str, Any] = {
     **{field.name: field.default for field in fields(OFTConfig) if field.name not in _UNKNOWN_TO_PEFT},
     "target_modules": None,

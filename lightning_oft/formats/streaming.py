@@ -206,7 +206,7 @@ def _folds(modules: Modules, place: Place, state: AdapterState) -> dict[str, Fol
     """What becomes of each rotated weight, by the name of its tensor."""
     folds = {}
     for name, sizes in place.layers.items():
-        layer_type = layer_type_of(modules[name])
+        layer_type = layer_type_of(modules[name], state.config.side)
         assert layer_type is not None  # a place has no other layers
         weights = layer_type.rotated_weights(modules[name])
         for part, size in sizes.items():

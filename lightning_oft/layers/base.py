@@ -63,12 +63,15 @@ def restore_class(module: nn.Module) -> None:
         module.__class__ = base
 
 
+Side = Literal["input", "output"]
+
+
 class RotatedWeight(NamedTuple):
     """One weight that a rotation turns: by its input, W' = W . blockdiag(R)^T, or output, W' = blockdiag(R)^T . W."""
 
     parameter: str  # name of the parameter, `weight` or `out_proj.weight`
     fan: int  # size of the dimension that is rotated
-    side: Literal["input", "output"] = "input"
+    side: Side = "input"
     neurons: int | None = None  # rows of the matrix, which magnitudes scale; None where the type cannot do that
 
 
@@ -87,6 +90,11 @@ class LayerType(ABC):
     input_hook: Callable[..., Any] | None = None  # a forward pre-hook with keyword arguments, as a staticmethod
     output_hook: Callable[..., Any] | None = None  # a forward hook, as a staticmethod
     scale_hook: Callable[..., Any] | None = None  # one for layers with magnitudes whose weight is used as it is
+
+    @functools.cached_property
+    def turned(self) -> "LayerType | None":
+        """The type that rotates the output of the same layers instead, and not their bias; None where there is none."""
+        return None
 
     @abstractmethod
     def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
@@ -213,12 +221,14 @@ def _type_of_class(module_class: Any) -> LayerType | None:
     return next((known[cls] for cls in getattr(module_class, "__mro__", ()) if cls in known), None)
 
 
-def layer_type_of(module: nn.Module) -> LayerType | None:
-    """The arithmetic of a module; None where it is not known."""
+def layer_type_of(module: nn.Module, side: Side = "input") -> LayerType | None:
+    """The arithmetic of a module, rotated on a side; None where it is not known, or not on this side."""
     found = _type_of_class(type(module))
     if found is not None:
-        return found if found.matches(module, True) else None
-    return next((one for _, one in _registered.values() if one.matches(module, False)), None)
+        found = found if found.matches(module, True) else None
+    else:
+        found = next((one for _, one in _registered.values() if one.matches(module, False)), None)
+    return found.turned if found is not None and side == "output" else found
 
 
 _TRUSTED = ("torch.nn.modules.", "transformers.pytorch_utils", "bitsandbytes.", "hqq.", "torchao.", "aqlm.", "awq.",
@@ -239,9 +249,9 @@ def has_own_forward(module: nn.Module) -> bool:
     return not all(issubclass(known, cls) or f"{cls.__module__}.".startswith(_TRUSTED) for cls in definers)
 
 
-def rotated_weights_of(module: nn.Module) -> dict[str, RotatedWeight]:
-    """The weights of a module that can be rotated, by part name; none where its arithmetic is not known."""
-    layer_type = layer_type_of(module)
+def rotated_weights_of(module: nn.Module, side: Side = "input") -> dict[str, RotatedWeight]:
+    """The weights of a module that can be rotated on a side, by part name; none where its arithmetic is not known."""
+    layer_type = layer_type_of(module, side)
     return layer_type.rotated_weights(module) if layer_type is not None else {}
 
 
@@ -250,10 +260,17 @@ def layer_types() -> dict[str, LayerType]:
     return {layer_type.name: layer_type for _, layer_type in _registered.values()}
 
 
-def refusal(module: nn.Module) -> str | None:
+def refusal_of_type(module: nn.Module, side: Side = "input") -> str | None:
+    """Why the type of a module refuses it, or to rotate it on a side; None where it does not."""
+    plain, layer_type = layer_type_of(module), layer_type_of(module, side)
+    if plain is not None and layer_type is None:
+        return f"side='output' is not for layers of type {plain.name}: add it to exclude_modules, or rotate the input"
+    return layer_type.refusal(module) if layer_type is not None else None
+
+
+def refusal(module: nn.Module, side: Side = "input") -> str | None:
     """Why a module of a known type cannot be adapted as it stands, with the remedy; None where it can."""
-    layer_type = layer_type_of(module)
-    if layer_type is not None and (reason := layer_type.refusal(module)) is not None:
+    if (reason := refusal_of_type(module, side)) is not None:
         return reason
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "its shape is not known yet: run one batch through the model first to materialise it"

@@ -1,5 +1,6 @@
 """Convolutions: the weight is rotated, which is exact for any kernel; rotating the input would not be."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_oft.layers.base import LayerType, RotatedWeight, SwappedClass, in_format_of, register_layer_type
+from lightning_oft.layers.own_forward import TurnedOutput
 from lightning_oft.layers.state import rotated_weight
 
 
@@ -43,6 +45,23 @@ class Conv(LayerType):
     @override
     def example(self, layer: nn.Module) -> tuple[Tensor, ...]:
         return _example(layer)
+
+    @functools.cached_property
+    @override
+    def turned(self) -> LayerType:
+        return _ConvOutput(self)
+
+
+class _TurnedConv(SwappedClass):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, rotated_weight(self, "", weight, "output"), bias)  # type: ignore
+
+
+class _ConvOutput(TurnedOutput):
+    """The weight is rotated over the output channels. Of several groups blocks may reach from one into the next: then
+    that is a rotation of the weight, as other libraries have it, and none of the output."""
+
+    mixin = _TurnedConv
 
 
 class _RotatedConvTranspose(SwappedClass):

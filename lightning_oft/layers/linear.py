@@ -1,5 +1,6 @@
 """Layers whose input or output is rotated by a hook: linear layers, transformers' Conv1D, embeddings."""
 
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from typing_extensions import override
 
 from lightning_oft import functional
 from lightning_oft.layers.base import LayerType, RotatedWeight, register_layer_type
+from lightning_oft.layers.own_forward import TurnedOutput
 from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import applied_rotations, state_of
 
@@ -78,6 +80,27 @@ def _require_state(layer: nn.Module) -> None:
         raise RuntimeError(f"{what}: call merge(model) before the layers of a model are replaced")
 
 
+def _rotate_output(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    rotations = applied_rotations(layer, "")
+    if not rotations:
+        _require_state(layer)
+    for rotation in rotations:
+        output = rotation(output, output_of=layer)
+    return output
+
+
+class _LinearOutput(TurnedOutput):
+    """The output is rotated, and the layer called as it is."""
+
+    output_hook = staticmethod(_rotate_output)
+
+    @override
+    def refusal(self, layer: nn.Module) -> str | None:
+        if not isinstance(getattr(layer, "bias", 0), Tensor | None):
+            return "nothing says what its bias is, which side='output' leaves as it is: rotate the input"
+        return super().refusal(layer)
+
+
 class LinearLike(LayerType):
     """nn.Linear and whatever computes like it: the input is rotated, and the layer called as it is."""
 
@@ -85,6 +108,11 @@ class LinearLike(LayerType):
     in_all_linear = True
     input_hook = staticmethod(_rotate_input)
     scale_hook = staticmethod(_scale_output)
+
+    @functools.cached_property
+    @override
+    def turned(self) -> LayerType:
+        return _LinearOutput(self)
 
     @override
     def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
@@ -138,21 +166,17 @@ class TransposedLinear(LinearLike):
         return matrix.t().contiguous()
 
 
-def _rotate_output(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
-    rotations = applied_rotations(layer, "")
-    if not rotations:
-        _require_state(layer)
-    for rotation in rotations:
-        output = rotation(output)
-    return output
-
-
 class Embedding(LayerType):
     """nn.Embedding: the vectors looked up are rotated, E' = E . blockdiag(R)."""
 
     name = "embedding"
     peft_key = "oft_embedding_R"
     output_hook = staticmethod(_rotate_output)
+
+    @functools.cached_property
+    @override
+    def turned(self) -> LayerType:
+        return self  # it has no other side
 
     @override
     def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:

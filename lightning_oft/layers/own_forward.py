@@ -1,4 +1,5 @@
-"""Layers that run a forward of their own on rotated weights: whatever it does with a weight, merged is as trained."""
+"""Types made of another type. Layers that run a forward of their own on rotated weights: whatever it does with a weight,
+merged is as trained. Layers whose output is rotated."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -75,9 +76,10 @@ def merges_as_called(layer: nn.Module, layer_type: LayerType, scaled: bool = Fal
         training, layer.training = layer.training, False
         try:
             rotated = layer.forward(_mirrored(x, axis) if part.side == "input" else x)
-            rotated = _mirrored(rotated, axis) if part.side == "output" else rotated
+            bias: Any = getattr(layer, "bias", None)
+            if part.side == "output":
+                rotated = _mirrored(rotated, axis) + (0 if bias is None else bias - _mirrored(bias, axis))
             if growth is not None:
-                bias: Any = layer.bias
                 rotated = rotated + growth * (rotated if bias is None else rotated - bias)
             layer._parameters[part.parameter] = nn.Parameter(matrix, requires_grad=False)
             merged = layer.forward(x)
@@ -97,20 +99,21 @@ def keep_off_fast_path(layer: nn.Module, args: Any, kwargs: Any) -> None:
     """Does nothing by being there: nn.TransformerEncoderLayer reads raw weights in eval unless a hook is below it."""
 
 
-class OwnForward(LayerType):
-    """A layer with the weight of a known type and a forward of its own, such as one that masks or standardises the
-    weight: the weight is rotated, and the forward runs on it as it will run on the merged one."""
-
-    mixin = RotatedParameters
-    input_hook = staticmethod(keep_off_fast_path)
+class Derived(LayerType):
+    """A type of the layers of another one, which are rotated in another way."""
 
     def __init__(self, like: LayerType) -> None:
         self.like = like
         self.name, self.row_dim, self.peft_key = like.name, like.row_dim, like.peft_key
+        self.in_all_linear = like.in_all_linear
 
     @override
     def rotated_weights(self, layer: nn.Module) -> dict[str, RotatedWeight]:
         return self.like.rotated_weights(layer)
+
+    @override
+    def refusal(self, layer: nn.Module) -> str | None:
+        return self.like.refusal(layer)
 
     @override
     def example(self, layer: nn.Module) -> tuple[Tensor, ...] | None:
@@ -127,3 +130,33 @@ class OwnForward(LayerType):
     @override
     def scale_of(self, layer: nn.Module, scale_o: Tensor, weight: Tensor) -> Tensor:
         return self.like.scale_of(layer, scale_o, weight)
+
+
+class OwnForward(Derived):
+    """A layer with the weight of a known type and a forward of its own, such as one that masks or standardises the
+    weight: the weight is rotated, and the forward runs on it as it will run on the merged one."""
+
+    mixin = RotatedParameters
+    input_hook = staticmethod(keep_off_fast_path)
+
+
+class TurnedOutput(Derived):
+    """Layers whose output is rotated in the place of their input, and not their bias (`side="output"`):
+    W' = blockdiag(R)^T . W. A subclass says how the forward rotates."""
+
+    def __init__(self, like: LayerType) -> None:
+        super().__init__(like)
+        self.row_dim = 1 - like.row_dim
+
+    @override
+    def rotated_weights(self, layer: Any) -> dict[str, RotatedWeight]:
+        size = getattr(layer, "out_features", None)  # a quantized weight has a shape of its own
+        return {"": RotatedWeight("weight", size or layer.weight.shape[self.like.row_dim], "output")}
+
+    @override
+    def to_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        return self.like.to_matrix(layer, weight).mT
+
+    @override
+    def from_matrix(self, layer: nn.Module, matrix: Tensor, weight: Tensor) -> Tensor:
+        return self.like.from_matrix(layer, matrix.mT.contiguous(), weight)

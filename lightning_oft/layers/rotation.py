@@ -14,7 +14,7 @@ from typing_extensions import Self, override
 from lightning_oft import functional
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.shared_map import SharedMap, can_share
-from lightning_oft.layers.tensor_parallel import Cut, gathered, rotate_spread, spread_like
+from lightning_oft.layers.tensor_parallel import Cut, gathered, local_part, rotate_spread, spread_like
 
 
 @functools.cache
@@ -137,30 +137,28 @@ class Rotation(nn.Module):
         """x . blockdiag(R), (..., n*b) -> the same, as x in dtype, device and placements. With `transpose` of a weight,
         (neurons, n*b): diag(m) x . blockdiag(R)^T.
         With `later` a tensor that is rotated when something reads it: F.linear may rotate its weight instead.
-        With `output_of` a layer, its output x, (..., neurons), scaled but for the layer's bias, and not rotated."""
-        if output_of is not None:
-            return self._scaled(x, output_of.bias)
+        With `output_of` a layer, its output x but for the layer's bias, rotated; where there are magnitudes, scaled instead."""
+        if output_of is not None and self.magnitude is not None:
+            return _scaled(x, self.magnitude, output_of.bias)
         if type(x) is not Tensor and hasattr(x, "to_local"):
 
             def rotated(local: Tensor, cut: Cut) -> Tensor:
                 r_nbb = self._matrix_in(x.dtype, cut)
                 return functional.rotate(local, r_nbb.mT if transpose else r_nbb)
 
-            turned = rotate_spread(x, self.fan_in, self.block_size, rotated)
+            turn: Any = functools.partial(rotate_spread, self.fan_in, self.block_size, rotated)
         else:
             r_nbb = self._matrix_in(x.dtype)
             if later:
                 return functional.RotatedInput.of(x, r_nbb)
-            turned = functional.rotate(x, r_nbb.transpose(1, 2) if transpose else r_nbb)  # no .mT: ONNX lacks it
+            r_nbb = r_nbb.transpose(1, 2) if transpose else r_nbb  # no .mT: ONNX lacks it
+            turn = functools.partial(functional.rotate, rotation=r_nbb)
+        turned: Tensor = turn(x)
+        if (bias := getattr(output_of, "bias", None)) is not None:  # in this order it is x to the bit where R is I
+            turned = turned + (bias.to(x.dtype) - turn(bias.to(x.dtype)))
         if transpose and self.magnitude is not None:
             turned = turned * spread_like(gathered(self.magnitude).exp().to(x.dtype), x)[:, None]
         return turned
-
-    def _scaled(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        """m (y - bias) + bias as y + (m - 1) (y - bias), which is y to the bit where m is 1."""
-        assert self.magnitude is not None  # who has none is not called for it
-        growth = spread_like(torch.expm1(gathered(self.magnitude)).to(y.dtype), y)
-        return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), growth)
 
     def _matrix_in(self, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
         is_traced, is_recorded = functional.is_traced(), torch.is_grad_enabled()
@@ -236,7 +234,7 @@ class Rotation(nn.Module):
 
     def project(self, radius: float | None = None) -> None:
         """Pull every block into the ball ||Q_i||_F <= radius, in place: by default its own, where it has one."""
-        weight, radius = _local(self.weight), self.ball if radius is None else radius
+        weight, radius = local_part(self.weight), self.ball if radius is None else radius
         if radius is not None and weight.numel():  # blocks are rows: each shard has its own
             functional.project(weight, radius)
 
@@ -259,13 +257,13 @@ class Rotation(nn.Module):
     def largest_generator(self) -> Tensor:
         """The largest ||generator_i||, which is ||Q_i||_F / sqrt(2), of the blocks that this process has: (), on their
         device."""
-        weight = _local(self.weight)
+        weight = local_part(self.weight)
         largest: Tensor = torch.linalg.vector_norm(weight, dim=-1).amax() if weight.numel() else weight.new_zeros(())
         return largest
 
     def leave_series(self) -> None:
         """Go on with the exact map, without a jump: the generators become those by which it turns as the series did."""
-        weight = _local(self.weight)
+        weight = local_part(self.weight)
         if self.terms is not None and weight.numel():
             weight.copy_(functional.exact_generator(weight, self.block_size, self.terms, self.halve_last))
         self.use_map(exact=True)
@@ -277,7 +275,7 @@ class Rotation(nn.Module):
 
     def error_bound(self) -> float:
         """Upper bound of ||R^T R - I||_2 over the blocks here; 0 for the exact Cayley map. Waits for the device."""
-        return functional.error_bound(_local(self.weight), self.block_size, self.terms, self.halve_last)
+        return functional.error_bound(local_part(self.weight), self.block_size, self.terms, self.halve_last)
 
     @override
     def extra_repr(self) -> str:
@@ -287,10 +285,10 @@ class Rotation(nn.Module):
         return f"{self.fan_in}, {self.blocks} blocks of {self.block_size}, {series}{shared}{scaled}"
 
 
-def _local(weight: Tensor) -> Tensor:
-    """What this process holds of a parameter, sharing its memory."""
-    weight = weight.detach()
-    return weight.to_local() if hasattr(weight, "to_local") else weight
+def _scaled(y: Tensor, magnitude: Tensor, bias: Tensor | None) -> Tensor:
+    """m (y - bias) + bias as y + (m - 1) (y - bias), which is y to the bit where m is 1."""
+    growth = spread_like(torch.expm1(gathered(magnitude)).to(y.dtype), y)
+    return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), growth)
 
 
 def _is_on_host(tensor: Tensor) -> bool:

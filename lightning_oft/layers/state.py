@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_oft.config import OFTConfig
-from lightning_oft.layers.base import LayerType
+from lightning_oft.layers.base import LayerType, Side
 from lightning_oft.layers.rotation import Rotation
 
 _ATTRIBUTE = "_oft"
@@ -110,7 +110,7 @@ def applied_rotations(layer: nn.Module, part: str) -> Sequence[Rotation]:
     return [rotation for rotation in found if rotation is not None]
 
 
-def rotated_weight(layer: nn.Module, part: str, weight: Tensor, side: Literal["input", "output"] = "input") -> Tensor:
+def rotated_weight(layer: nn.Module, part: str, weight: Tensor, side: Side = "input") -> Tensor:
     """The weight as a forward uses it now; through Rotation.__call__, so that FSDP gathers what it must."""
     state, rotations = state_of(layer), applied_rotations(layer, part)
     if state is None or not rotations:

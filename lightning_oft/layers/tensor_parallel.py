@@ -31,7 +31,7 @@ class Cut(NamedTuple):
         return self.of(shared.to_local(grad_placements=parts))
 
 
-def rotate_spread(x: Any, fan_in: int, block_size: int, rotate_local: Callable[[Tensor, Cut], Tensor]) -> Tensor:
+def rotate_spread(fan_in: int, block_size: int, rotate_local: Callable[[Tensor, Cut], Tensor], x: Any) -> Tensor:
     """The rotation of a DTensor, (..., n*b), spread as it was; `rotate_local` rotates what this process holds of it.
     Partial sums are added up first. Raises ValueError where the last dimension is cut inside a block."""
     from torch.distributed.tensor import DTensor, Replicate
@@ -59,6 +59,12 @@ def gathered(parameter: Any) -> Tensor:
     return whole
 
 
+def local_part(parameter: Any) -> Tensor:
+    """What this process holds of a parameter, sharing its memory."""
+    values: Tensor = parameter.detach()
+    return values.to_local() if hasattr(values, "to_local") else values
+
+
 def spread_like(values: Tensor, x: Any) -> Tensor:
     """Values that all processes have, as what meets a tensor that may be a DTensor; their gradients add up."""
     if not hasattr(x, "device_mesh"):
@@ -75,6 +81,6 @@ def divides(block_size: int, parts: int, fan_in: int) -> bool:
 
 def cut_inside(fan_in: int, parts: int, block_size: int) -> str:
     """The message for a cut that goes through a block."""
-    cut = f"tensor parallelism cuts the fan-in of {fan_in} into {parts} parts"
+    cut = f"tensor parallelism cuts {fan_in} features into {parts} parts"
     remedy = f"take an oft_block_size that divides {fan_in // parts}, or leave the layer out with exclude_modules"
     return f"{cut}, which blocks of {block_size} do not divide: {remedy}"

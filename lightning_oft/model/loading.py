@@ -19,7 +19,7 @@ from lightning_oft.model.traversal import Modules, adapted, is_inside, joined, r
 
 log = logging.getLogger(__name__)
 
-_MATHS = ("use_cayley_neumann", "num_cayley_neumann_terms", "neumann_series", "block_share")
+_MATHS = ("side", "use_cayley_neumann", "num_cayley_neumann_terms", "neumann_series", "block_share")
 
 
 def put(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_oft.codecs import is_sharded
+from lightning_oft.config import OFTConfig
 from lightning_oft.functional import block_size_of
 from lightning_oft.layers.base import layer_type_of, layer_types, refusal, rotated_weights_of
 from lightning_oft.model import traversal
@@ -53,7 +54,7 @@ def find_place(modules: Modules, state: AdapterState) -> Place:
         for part, generator in found.generators.items():
             full = joined(root, name)
             key = owners.get(full, (full, "")) if not part else (full, part)
-            _check_rotation(modules, key, name, found, generator, state.config.block_share)
+            _check_rotation(modules, key, name, found, generator, state.config)
             generators[key] = generator
             if part in found.exact_parts:
                 exact.add(key)
@@ -104,14 +105,14 @@ def _find_root(modules: Modules, owners: Mapping[str, tuple[str, str]], state: A
 
 
 def _check_rotation(
-    modules: Modules, key: tuple[str, str], name: str, found: LayerRotations, generator: Tensor, is_shared: bool
+    modules: Modules, key: tuple[str, str], name: str, found: LayerRotations, generator: Tensor, config: OFTConfig
 ) -> None:
     """Raise AdapterError where a layer cannot take a rotation."""
     where, module, part = some([name]), modules[key[0]], key[1]
-    layer_type, weights = layer_type_of(module), rotated_weights_of(module)
+    layer_type, weights = layer_type_of(module, config.side), rotated_weights_of(module, config.side)
     if layer_type is None or part not in weights:
         raise AdapterError(f"{where} is a {type(module).__name__}, which this rotation does not fit; use its own model")
-    reason = refusal(module)
+    reason = refusal(module, config.side)
     if reason is not None:
         raise AdapterError(f"{where} cannot be adapted: {reason}")
     owner = module.get_submodule(weights[part].parameter.rpartition(".")[0])
@@ -122,9 +123,9 @@ def _check_rotation(
         what = f"{where} is a {type(module).__name__}, the file holds a rotation of a layer of type {theirs.name}"
         raise AdapterError(f"{what}; use its own model")
     blocks, size, fan = generator.shape[0], block_size_of(generator.shape[1]), weights[part].fan
-    if fan % size or blocks != (1 if is_shared else fan // size):
-        turned = "with one shared block turn another one" if is_shared else f"turn {blocks * size}"
-        what = f"{where} has fan-in {fan}, the file's {blocks} blocks of {size} {turned}"
+    if fan % size or blocks != (1 if config.block_share else fan // size):
+        turned = "with one shared block turn another one" if config.block_share else f"turn {blocks * size}"
+        what = f"{where} has {config.fan} {fan}, the file's {blocks} blocks of {size} {turned}"
         raise AdapterError(f"{what}; load the adapter into the model it was trained on")
 
 

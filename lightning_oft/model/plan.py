@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_oft.codecs import packed_codec, parameter_of
 from lightning_oft.config import OFTConfig
-from lightning_oft.layers.base import LayerType, rotated_weights_of
-from lightning_oft.layers.state import state_of
+from lightning_oft.layers.base import LayerType, Side, layer_type_of, rotated_weights_of
+from lightning_oft.layers.state import LayerState, state_of
 from lightning_oft.model.probe import fitting_types
 from lightning_oft.model.targets import Target, find_targets, matches, saved_names
 from lightning_oft.model.traversal import Modules, own_tensors, require_enabled, require_unmerged, some, tensor_of
@@ -66,6 +66,13 @@ def check(modules: Modules, plan: Plan) -> None:
             what = f"adapter {name!r} is already there with another configuration ({'; '.join(changed)})"
             remedy = "unload(model) to start anew, keep its configuration to train it further"
             raise ValueError(f"{some([layer])}: {what}: {remedy}, or choose another adapter_name")
+    side = plan.config.side
+    others = [
+        layer for layer, one in states.items() if one is not None and _turns_other_side(modules[layer], one, side)
+    ]
+    if others:
+        what = f"{some(others)}: another adapter rotates its {'output' if side == 'input' else 'input'}"
+        raise ValueError(f"{what}, and a layer turns on one side: set side to that too, or leave the layer out")
     if copies := [layer for layer in plan.layers if states[layer] is None and _is_fused_copy(modules, layer)]:
         what = f"{some(copies)}: a copy of projections that were fused, which unfusing and loading again drop"
         raise ValueError(
@@ -73,7 +80,7 @@ def check(modules: Modules, plan: Plan) -> None:
         )
     _check_magnitudes(modules, plan)
     new = {layer: (modules[layer], sizes) for layer, sizes in plan.layers.items() if states[layer] is None}
-    plan.types.update(fitting_types(new, plan.config.magnitude))
+    plan.types.update(fitting_types(new, plan.config))
 
 
 def _check_magnitudes(modules: Modules, plan: Plan) -> None:
@@ -85,6 +92,11 @@ def _check_magnitudes(modules: Modules, plan: Plan) -> None:
         kinds = " or ".join(sorted({type(modules[name]).__name__ for name in unfit}))
         what = f"{some(unfit)}: magnitude={plan.config.magnitude!r}, and nothing scales the neurons of {kinds} layers"
         raise ValueError(f"{what}; leave the layers out with exclude_modules, or set magnitude=None")
+
+
+def _turns_other_side(layer: nn.Module, state: LayerState, side: Side) -> bool:
+    theirs = next(iter(state.configs.values())).side
+    return layer_type_of(layer, theirs) is not layer_type_of(layer, side)
 
 
 def _is_fused_copy(modules: Modules, name: str) -> bool:
@@ -107,22 +119,22 @@ def _block_sizes(targets: Mapping[str, Target], config: OFTConfig, adapter_name:
     adjusted: dict[str, list[str]] = {}
     wanted = config.r or config.oft_block_size or 0
     for name, (module, parts) in targets.items():
-        state, weights = state_of(module), rotated_weights_of(module)
+        state, weights = state_of(module), rotated_weights_of(module, config.side)
         found[name] = {}
         for part in parts:
             fan = weights[part].fan
             given = nearest_divisor(fan, wanted)
             size = found[name][part] = fan // given if config.r else given
             if size < 2:
-                what = f"{some([name])}: fan-in {fan} with {'r' if config.r else 'oft_block_size'}={wanted}"
+                what = f"{some([name])}: {config.fan} {fan} with {'r' if config.r else 'oft_block_size'}={wanted}"
                 remedy = f"add it to exclude_modules, or use a block size near a divisor of {fan}"
                 raise ValueError(f"{what} leaves blocks of size 1, that is no parameter at all; {remedy}")
             if given != wanted and (state is None or adapter_name not in state.configs):
-                note = f"{'r=' if config.r else 'block size '}{given} instead of {wanted} for fan-in {fan}"
+                note = f"{'r=' if config.r else 'block size '}{given} instead of {wanted} for {config.fan} {fan}"
                 adjusted.setdefault(note, []).append(name)
     if adjusted:
         lines = "; ".join(f"{note}: {some(dict.fromkeys(names))}" for note, names in adjusted.items())
-        warnings.warn(f"block sizes adjusted to divide the fan-in: {lines}", stacklevel=4)
+        warnings.warn(f"block sizes adjusted to divide the {config.fan}: {lines}", stacklevel=4)
     return found
 
 

@@ -35,11 +35,9 @@ class Unfit(Exception):
     """Why a layer cannot be adapted, and the remedy."""
 
 
-def fitting_types(
-    layers: Mapping[str, tuple[nn.Module, Mapping[str, int]]], magnitude: Magnitude = None
-) -> dict[str, LayerType]:
-    """For each layer, given with the block sizes of its parts, the type that rotates it so that merged is as trained,
-    with magnitudes where a configuration has them.
+def fitting_types(layers: Mapping[str, tuple[nn.Module, Mapping[str, int]]], wanted: OFTConfig) -> dict[str, LayerType]:
+    """For each layer, given with the block sizes of its parts, the type that rotates it so that merged is as trained, on
+    the side and with the magnitudes that a configuration has.
 
     That of its class, where the forward is that of the class or a trial on a copy shows that it computes the same; else
     OwnForward, which rotates the weight below the forward. Layers of one kind are tried once. Warns of a forward on the
@@ -53,7 +51,7 @@ def fitting_types(
         kind = _kind(layer, sizes)
         if kind not in tried:
             try:
-                tried[kind] = _fitting_type(layer, sizes, magnitude)
+                tried[kind] = _fitting_type(layer, sizes, wanted)
             except Unfit as error:
                 tried[kind] = error
         found = tried[kind]
@@ -61,7 +59,7 @@ def fitting_types(
             unfit.setdefault(str(found), []).append(name)
         elif found is None:
             untried.append(name)
-        types[name] = found if isinstance(found, LayerType) else layer_type_of(layer)  # type: ignore[assignment]
+        types[name] = found if isinstance(found, LayerType) else layer_type_of(layer, wanted.side)  # type: ignore[assignment]
     if unfit:
         raise ValueError("; ".join(f"{some(names)}: {reason}" for reason, names in unfit.items()))
     if untried:
@@ -91,8 +89,8 @@ def _own_tensors(layer: nn.Module) -> list[tuple[str, Tensor]]:
     return [(key, t) for key, t in (*layer._parameters.items(), *layer._buffers.items()) if t is not None]
 
 
-def _fitting_type(layer: nn.Module, sizes: Mapping[str, int], magnitude: Magnitude) -> LayerType | None:
-    layer_type = layer_type_of(layer)
+def _fitting_type(layer: nn.Module, sizes: Mapping[str, int], wanted: OFTConfig) -> LayerType | None:
+    layer_type, magnitude = layer_type_of(layer, wanted.side), wanted.magnitude
     assert layer_type is not None  # a plan has no other layers
     weights = layer_type.rotated_weights(layer)
     names = [weights[part].parameter for part in sizes]

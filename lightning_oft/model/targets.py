@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_oft.codecs import parameter_of
 from lightning_oft.config import OFTConfig
-from lightning_oft.layers.base import layer_type_of, layer_types, refusal, rotated_weights_of
+from lightning_oft.layers.base import layer_type_of, layer_types, refusal, refusal_of_type, rotated_weights_of
 from lightning_oft.layers.experts import Experts
 from lightning_oft.model.traversal import TIED_AGAIN, Modules, class_names, counted, joined, require_built, some
 
@@ -71,7 +71,7 @@ def find_targets(modules: Modules, config: OFTConfig, strict: bool = True) -> di
             refused[name] = f"a {type(module).__name__} cannot be adapted (only layers of type {known} can)"
         elif id(module) in modules.compiled:
             refused[name] = "it is compiled by itself: compile the module above it, or after the adapter is in"
-        elif reason := refusal(module):
+        elif reason := refusal(module, config.side):
             refused[name] = reason
         elif owner not in found or len(found[owner].parts) == 1:
             excluded = {own for child, (of, own) in owners.items() if of == owner and _excluded(config, child)}
@@ -140,7 +140,7 @@ def _report_left(modules: Modules, config: OFTConfig) -> None:
     refused: dict[str, list[str]] = {}
     routers = routers_of(modules)
     for name, module in modules.items():
-        layer_type, reason = layer_type_of(module), _reason(module)
+        layer_type, reason = layer_type_of(module), refusal_of_type(module, config.side)
         if _excluded(config, name) or name in routers:
             continue
         if reason is not None:
@@ -156,12 +156,6 @@ def _report_left(modules: Modules, config: OFTConfig) -> None:
         log.info(
             "target_modules='all-linear' leaves out %s: name them, or the ends of their names, to adapt them", what
         )
-
-
-def _reason(module: nn.Module) -> str | None:
-    """Why the type of a module refuses it."""
-    layer_type = layer_type_of(module)
-    return layer_type.refusal(module) if layer_type is not None else None
 
 
 _ROUTERS = ("gate", "router")
@@ -199,7 +193,10 @@ def _selected(modules: Modules, owners: dict[str, tuple[str, str]], config: OFTC
                 with contextlib.suppress(AttributeError, NotImplementedError):
                     heads.add(id(module.get_output_embeddings()))  # type: ignore[operator]
         found = {name: layer_type_of(m) for name, m in modules.items() if id(m) not in heads and name not in owners}
-        left = {*routers_of(modules), *(name for name, module in modules.items() if _reason(module) is not None)}
+        left = {
+            *routers_of(modules),
+            *(name for name, m in modules.items() if refusal_of_type(m, config.side) is not None),
+        }
         names = [name for name, kind in found.items() if kind is not None and kind.in_all_linear and name not in left]
     elif isinstance(wanted, str):
         if config.layers_to_transform is not None:

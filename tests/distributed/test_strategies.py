@@ -156,7 +156,7 @@ def test_generators_that_a_mixed_precision_unit_would_round_are_refused(runs: Ru
 def test_layers_cut_by_tensor_parallelism_compute_what_whole_ones_do(runs: Runs) -> None:
     for rank in runs.two:
         seen = _good(rank["layers"])
-        assert len(seen) == 6 * 6
+        assert len(seen) == 7 * 6
         assert max(seen.values()) < 1e-6, seen
 
 
@@ -171,7 +171,7 @@ def test_what_tensor_parallelism_cannot_do_is_refused_in_one_line(runs: Runs) ->
     for rank in runs.two:
         seen = _good(rank["refusals"])
         assert seen["a cut through a block"] == (
-            "blocks.0.down: tensor parallelism cuts the fan-in of 24 into 2 parts, which blocks of 8 do not divide: "
+            "blocks.0.down: tensor parallelism cuts 24 features into 2 parts, which blocks of 8 do not divide: "
             "take an oft_block_size that divides 12, or leave the layer out with exclude_modules"
         )
         assert "blocks.0.up: module_dropout=0.1 with tensor_parallel_size=2" in seen["dropped blocks"]

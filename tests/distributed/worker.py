@@ -351,6 +351,11 @@ CUTS: dict[str, Any] = {
     "columns": (lambda: nn.Linear(8, 6), ColwiseParallel(output_layouts=Replicate()), BLOCKS),
     "rows": (lambda: nn.Linear(8, 6), RowwiseParallel(input_layouts=Replicate()), BLOCKS),
     "rows, shared": (lambda: nn.Linear(8, 6), RowwiseParallel(input_layouts=Replicate()), SHARED),
+    "columns, outputs": (
+        lambda: nn.Linear(8, 8),
+        ColwiseParallel(output_layouts=Replicate()),
+        {**BLOCKS, "side": "output"},
+    ),
     "batch": (lambda: nn.Linear(8, 6), Rows(), BLOCKS),
     "embedding by rows": (lambda: nn.Embedding(10, 8), RowwiseParallel(input_layouts=Replicate()), BLOCKS),
     "embedding by columns": (lambda: nn.Embedding(10, 8), ColwiseParallel(output_layouts=Replicate()), BLOCKS),

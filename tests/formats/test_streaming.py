@@ -35,9 +35,12 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in sorted(directory.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
+@pytest.mark.filterwarnings("ignore:PEFT cannot represent the rotations")  # of outputs
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"use_cayley_neumann": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"modules_to_save": ["lm_head"]}, {"use_cayley_neumann": False, "side": "output"}]
+)
 def test_a_streamed_merge_is_that_in_memory_to_the_bit(
     tmp_path: Path, dtype: torch.dtype | None, stored: torch.dtype, options: dict[str, Any]
 ) -> None:
