@@ -32,6 +32,8 @@ def run(arguments: list[str]) -> int:
             state = replace(state.rooted(options.root), base=state.base and state.base._replace(class_name=""))
         except ValueError as error:
             raise UserError(f"export: --root {options.root}: {error}") from None
+    if options.prefix is not None:
+        state = replace(state, extra={**state.extra, "prefix": options.prefix})
     if written.write is not None:
         written.write(state, Path(options.output))
     else:
@@ -68,6 +70,6 @@ def _parser() -> OneLineParser:
     parser.add_argument("--root", metavar="PATH", help=text)
     parser.add_argument("--base", metavar="ID", help="the base model or pipeline, of a format without rotations")
     parser.add_argument("--any-base", action="store_true", help="take another base than the adapter's own")
-    text = "what the names in such a file begin with, such as `lora_te_text_model_`; known of many diffusers models"
+    text = "what the names in another tool's file begin with, such as `lora_te_text_model_`; known of many diffusers models"
     parser.add_argument("--prefix", metavar="NAME", help=text)
     return parser

@@ -1,8 +1,7 @@
 """Full-weight patches, as ComfyUI adds them to a model: what an adapter has changed, `<name>.diff` of a weight and
 `<name>.diff_b` of a bias. They hold no rotation, so any layer that merges can be in one.
 
-ComfyUI looks a weight up by the names that trainers give it: a prefix and the weight's path, with underscores where the
-prefix ends with one. Names and sums: https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/lora.py
+Names and sums: https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/lora.py
 """
 
 from collections.abc import Iterator
@@ -10,28 +9,21 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_oft.codecs import is_sharded
-from lightning_oft.formats.atomic import write_file
-from lightning_oft.formats.errors import AdapterFileError, refusing
+from lightning_oft.formats.errors import AdapterFileError
+from lightning_oft.formats.prefixes import DIFFUSERS, checked, placed, prefix_of_class
 from lightning_oft.formats.pretrained import roots_of
+from lightning_oft.formats.tensor_file import has_key, write_tensors
 from lightning_oft.model.adapter_state import copied
 from lightning_oft.model.folding import folded_weights
 from lightning_oft.model.saved_modules import BASE, saved_tensors
 from lightning_oft.model.traversal import Modules, adapted, joined, require_enabled, require_unmerged, some, walk
 
-_DIFFUSERS = "transformer."  # ComfyUI puts weights of such names together where its own model has one in their place
 _OWN = (
     "diffusion_model."  # names of ComfyUI's own model, the only ones under which it knows more than `weight` and `bias`
 )
-_PREFIXES = {
-    "UNet2DConditionModel": "lora_unet_",
-    **dict.fromkeys(("AuraFlow", "Flux", "PixArt", "QwenImage", "SD3"), _DIFFUSERS),
-}
-"""By diffusers' class, without its `Transformer2DModel`."""
 
 
 @torch.no_grad()
@@ -65,16 +57,11 @@ def save_patch(model: nn.Module, file: str | Path, prefix: str | None = None) ->
     roots = roots_of(model)
     if prefix is not None and len(roots) > 1:
         raise AdapterFileError(f"prefix={prefix!r} is of one model, not of {some(roots)}: give one of them")
+    starts = {root: checked(prefix) if prefix else prefix_of_class(type(root).__name__) for root in roots.values()}
     tensors = {
-        _key(prefix or _prefix_of(root), name): copied(change)
-        for root in roots.values()
-        for name, change in _changes(walk(root))
+        _key(start, name): copied(change) for root, start in starts.items() for name, change in _changes(walk(root))
     }
-    with refusing("the patch cannot be written", file, remedy="free space there or give another file"):
-        if Path(file).suffix != ".safetensors":
-            raise AdapterFileError("ComfyUI reads a patch from a .safetensors file: name it so")
-        write_file(Path(file), lambda part: save_file(tensors, part, {"format": "pt"}))
-    return Path(file)
+    return write_tensors(file, tensors)
 
 
 def _changes(modules: Modules) -> Iterator[tuple[str, Tensor]]:
@@ -90,27 +77,13 @@ def _changes(modules: Modules) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor.detach() - slot.waiting[BASE].to(tensor)
 
 
-def _prefix_of(root: nn.Module) -> str:
-    name = type(root).__name__
-    known = _PREFIXES.get(name.removesuffix("Transformer2DModel"))
-    if known is None:
-        what = f"nothing says what ComfyUI calls the weights of a {name}"
-        raise AdapterFileError(
-            f"{what}: give its prefix, such as 'lora_te_text_model_' or 'diffusion_model.' (--prefix)"
-        )
-    return known
-
-
 def _key(prefix: str, name: str) -> str:
     """The key of a tensor's change."""
     owner, _, kind = name.rpartition(".")
-    if prefix[-1:] not in ("_", "."):
-        raise AdapterFileError(f"prefix={prefix!r}: must end with '_' or '.', as in 'lora_unet_' or 'transformer.'")
-    place = prefix + (owner.replace(".", "_") if prefix.endswith("_") else owner)
     if kind == "weight":
-        return f"{place}.diff"
-    if kind == "bias" and prefix != _DIFFUSERS:
-        return f"{place}.diff_b"
+        return f"{placed(prefix, owner)}.diff"
+    if kind == "bias" and prefix != DIFFUSERS:
+        return f"{placed(prefix, owner)}.diff_b"
     if kind != "bias" and prefix == _OWN:
         return f"{prefix}{name}.diff"
     raise AdapterFileError(
@@ -120,11 +93,7 @@ def _key(prefix: str, name: str) -> str:
 
 def is_patch(path: Path) -> bool:
     """Whether a path is a full-weight patch."""
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return any(key.endswith((".diff", ".diff_b")) for key in opened.keys())  # noqa: SIM118 - no dictionary
-    except Exception:  # a directory, or a file of anything
-        return False
+    return has_key(path, ".diff.", ".diff_b.")
 
 
 def refuse_patch(path: Path, name: str | None) -> NoReturn:

@@ -52,6 +52,9 @@ def write_peft(
 ) -> Path:
     """Write an adapter as `save_adapter` does; `place` is where its card loads it from. Raises AdapterFileError where
     the directory cannot be written."""
+    if state.has_flat_names:
+        what = "its names have underscores where those of the model have dots, which the model alone can tell apart"
+        raise AdapterFileError(f"{what}: put it into the model with load_adapter, and save_adapter")
     state = state.in_one_map()
     tensors, limits = save(to_tensors(state), metadata={"format": "pt"}), _limits(state)
     files = {

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_oft import functional
 from lightning_oft.codecs import whole
 from lightning_oft.config import OFTConfig
-from lightning_oft.functional import exact_generator
 from lightning_oft.layers.state import rotations_of, state_of
 from lightning_oft.model import saved_modules, traversal
 from lightning_oft.model.fingerprint import base_fingerprint, changed_bases, trained_beside
@@ -62,6 +62,7 @@ class AdapterState:
     carried: dict[str, Tensor] = field(default_factory=dict)  # base values that PEFT expects in a file beside `saved`
     fingerprints: dict[str, str] = field(default_factory=dict)  # of the base weights, by layer
     base: Base | None = None  # the model at the root
+    has_flat_names: bool = False  # whether underscores stand where the model's names have dots
     has_unique_names: bool = True  # whether no other module has a name that ends like that of a layer PEFT knows
     source: str = ""  # the path it was read from, for messages
     extra: dict[str, Any] = field(default_factory=dict)  # what a file says besides, such as `peft_version`
@@ -78,13 +79,19 @@ class AdapterState:
     def in_one_map(self) -> "AdapterState":
         """The same rotations by the exact map alone, where some have left the series: a file has one map for all. The
         others get the generators by which the exact map turns as their series does."""
-        if not any(one.exact_parts for one in self.layers.values()):
+        return self.in_exact_map() if any(one.exact_parts for one in self.layers.values()) else self
+
+    def in_exact_map(self) -> "AdapterState":
+        """The same rotations by the exact map alone, whatever they were computed by."""
+        if not self.config.use_cayley_neumann:
             return self
         terms, halved = self.config.num_cayley_neumann_terms, self.config.neumann_series == "halved"
 
         def exact(part: str, generator: Tensor, one: LayerRotations) -> Tensor:
             is_exact = part in one.exact_parts
-            return generator if is_exact else exact_generator(generator, one.block_sizes[part], terms, halved)
+            return (
+                generator if is_exact else functional.exact_generator(generator, one.block_sizes[part], terms, halved)
+            )
 
         layers = {
             name: one._replace(generators={p: exact(p, g, one) for p, g in one.generators.items()}, exact_parts=())
@@ -93,6 +100,19 @@ class AdapterState:
         return replace(
             self, layers=layers, config=replace(self.config, use_cayley_neumann=False, neumann_series="halved")
         )
+
+    def is_beyond_reach(self) -> bool:
+        """Whether the adapter's own series is off orthogonality by more than float32 is."""
+        if not self.config.use_cayley_neumann:
+            return False
+        terms, halved = self.config.num_cayley_neumann_terms, self.config.neumann_series == "halved"
+        errors = (
+            functional.error_bound(generator.float(), one.block_sizes[part], terms, halved)
+            for one in self.layers.values()
+            for part, generator in one.generators.items()
+            if part not in one.exact_parts
+        )
+        return any(error > functional.SERIES_TOLERANCE for error in errors)
 
     def rooted(self, root: str) -> "AdapterState":
         """The same adapter with names that start at another module; at '' they are those of the whole model. Raises

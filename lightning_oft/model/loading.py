@@ -7,12 +7,11 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from lightning_oft import functional
 from lightning_oft.codecs import cut_like, local_part
 from lightning_oft.layers.state import rotations_of
 from lightning_oft.model import fingerprint, first_forward, injection, traversal
 from lightning_oft.model.adapter_state import AdapterState
-from lightning_oft.model.placement import AdapterError, Place, find_place
+from lightning_oft.model.placement import AdapterError, Place, find_place, with_dots
 from lightning_oft.model.plan import Plan, check
 from lightning_oft.model.saved_modules import saved_tensors
 from lightning_oft.model.traversal import Modules, adapted, is_inside, joined, rotations, some
@@ -39,6 +38,7 @@ def put(
     name = state.name if adapter_name is None else adapter_name
     modules = traversal.walk(model)
     traversal.require_unmerged(modules, "load an adapter")
+    state = with_dots(modules, state)
     place = find_place(modules, state)
     is_there = name in traversal.adapter_names(modules)
     if is_there and (difference := _difference(modules, state, place, name)):
@@ -76,27 +76,12 @@ def put(
 def use_maps(modules: Modules, adapter_name: str, state: AdapterState, exact: Collection[tuple[str, str]]) -> None:
     """Have a model's adapter compute what a state of it does: by the exact map where the state has left its series, in
     these layers and parts of the model. A series that is beyond its reach stays, since no other map computes the same."""
-    is_beyond = _is_beyond_reach(state)
+    is_beyond = state.is_beyond_reach()
     for name, layer, one in adapted(modules):
         for part, rotation in rotations_of(layer, adapter_name).items() if adapter_name in one.configs else ():
             rotation.use_map(exact=(name, part) in exact or not state.config.use_cayley_neumann)
             guard = one.configs[adapter_name].series_guard
             rotation.guard = "warn" if is_beyond and guard == "exact" else guard
-
-
-def _is_beyond_reach(state: AdapterState) -> bool:
-    """Whether an adapter's own series is off orthogonality by more than float32 is."""
-    config = state.config
-    if not config.use_cayley_neumann:
-        return False
-    terms, halved = config.num_cayley_neumann_terms, config.neumann_series == "halved"
-    errors = (
-        functional.error_bound(generator.float(), one.block_sizes[part], terms, halved)
-        for one in state.layers.values()
-        for part, generator in one.generators.items()
-        if part not in one.exact_parts
-    )
-    return any(error > functional.SERIES_TOLERANCE for error in errors)
 
 
 def _torn(modules: Modules, place: Place) -> list[str]:

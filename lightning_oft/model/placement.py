@@ -1,6 +1,7 @@
 """Where the names and shapes of an AdapterState are in a model. Everything that does not fit is refused here."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ class Place(NamedTuple):
 def find_place(modules: Modules, state: AdapterState) -> Place:
     """Find the module that the state's names start at, and check every name and shape against the model."""
     traversal.require_built(modules)
+    state = with_dots(modules, state)
     owners = owners_of(modules)  # where another layer reads a layer's weight, the rotation is a part of that one's
     root = _find_root(modules, owners, state)
     generators, exact, magnitudes = {}, set(), {}
@@ -69,6 +71,37 @@ def find_place(modules: Modules, state: AdapterState) -> Place:
         if name in names
     }
     return Place(root, layers, generators, _place_tensors(modules, state, root), exact, magnitudes)
+
+
+def with_dots(modules: Modules, state: AdapterState) -> AdapterState:
+    """A state with the model's own names, of one whose file has underscores where these have dots. They begin at the model
+    or at a transformers or diffusers model in it. Raises AdapterError where they do not fit one alone."""
+    if not state.has_flat_names:
+        return state
+    inner = [name for name, module in modules.items() if traversal.class_names(module) & traversal.LIBRARY_MODELS]
+    tables: dict[str, dict[str, list[str]]] = {}
+    for root in dict.fromkeys([*inner, ""]):
+        table = tables.setdefault(root, {})
+        for name, module in modules.items():
+            if is_inside(name, root) and layer_type_of(module, state.config.side) is not None:
+                own = name.removeprefix(root).removeprefix(".")
+                table.setdefault(own.replace(".", "_"), []).append(own)
+    found = [root for root, table in tables.items() if all(name in table for name in state.layers)]
+    if len(found) > 1:
+        what = f"its names fit {some(found)} alike"
+        raise AdapterError(f"{what}; load it into the one that you mean, load_adapter(model.{found[0]}, ...)")
+    if not found:
+        best = max(tables, key=lambda root: sum(name in tables[root] for name in state.layers))
+        lost = [name for name in state.layers if name not in tables[best]]
+        raise AdapterError(
+            f"{best or 'the model'} has no {some(lost)} to rotate; load it into the model it was trained on"
+        )
+    names = {name: tables[found[0]][name] for name in state.layers}
+    if unclear := [name for name, meant in names.items() if len(meant) > 1]:
+        raise AdapterError(f"{some(unclear)}: may be {' or '.join(names[unclear[0]])}; rename a module of the model")
+    layers = {names[name][0]: one for name, one in state.layers.items()}
+    config = replace(state.config, target_modules=list(layers))
+    return replace(state, layers=layers, config=config, root=found[0], has_flat_names=False)
 
 
 def _tensor_place(modules: Modules, name: str) -> tuple[nn.Module, str] | None:

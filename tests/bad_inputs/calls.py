@@ -264,7 +264,7 @@ CALLS = [
     _call("inject: both sides of a layer", lambda b: inject(b.adapted(), config(side="output"), "second"), ValueError,
         "body", "another adapter rotates its input, and a layer turns on one side", "or leave the layer out"),
     _call("save_patch: a model whose names nothing says", lambda b: save_patch(b.adapted(), b.directory / "x.safetensors"), AdapterFileError,
-        "Net", "nothing says what ComfyUI calls the weights", "give its prefix"),
+        "Net", "nothing says what the names", "give it, such as"),
     _call("save_patch: a merged model", lambda b: save_patch(b.adapted(merge), b.directory / "x.safetensors", "lora_unet_"), RuntimeError,
         "body are merged", "cannot write a patch", "call unmerge(model) first"),
     _call("merge: inside disable_adapters", _inside(merge), RuntimeError,

@@ -76,5 +76,7 @@ COMMANDS = [
         "give another directory"),
     Mistake("export: a patch without its base", "command", _exported("x.safetensors", "--format", "comfyui"), 2, "export",
         "--format comfyui has no rotations, and is written from the base too", "give --base"),
+    Mistake("export: oft_blocks of an adapter of inputs", "command", _exported("x.safetensors", "--format", "oft_blocks"), 2, "it rotates inputs",
+        "no rotation of outputs does the same", "train with side='output'"),
     Mistake("merge: a directory that is taken", "command", _taken, 2, "merge", "is there already and not empty", "--overwrite replaces it"),
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 from bad_inputs.table import CONFIG, TENSORS, Bench, Mistake, fields, tensors
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
 from small import Small, loader, oft, trainer
 from torch import Tensor
 
@@ -60,6 +61,16 @@ def _offline(bench: Bench) -> None:
         load_adapter(bench.net(), "nobody/adapter")
 
 
+def _blocks_file(bench: Bench, layer: str, beside: dict[str, Tensor]) -> Path:
+    blocks = {"oft_blocks": torch.zeros(2, 4, 4), **beside}
+    save_file({f"lycoris_{layer}.{kind}": one for kind, one in blocks.items()}, bench.directory / "x.safetensors")
+    return bench.directory / "x.safetensors"
+
+
+def _blocks(**beside: Tensor) -> Any:
+    return lambda bench: load_adapter(bench.net(), _blocks_file(bench, "body", beside))
+
+
 class _Runs:
     """Unpickling this would run a command."""
 
@@ -89,6 +100,10 @@ def _bare(bench: Bench) -> Path:
 FILES = [
     _file("a directory that is not there", lambda b: load_adapter(b.net(), b.directory / "adaptor"),
         "adaptor", "no such file or directory", "give an adapter directory or a checkpoint"),
+    _file("oft_blocks that stretch outputs too", _blocks(rescale=torch.full((8, 1), 2.0)),
+        "x.safetensors: body", "its rescale stretches outputs, which no rotation does", "train it without `rescaled`"),
+    _file("oft_blocks of another model", lambda b: load_adapter(b.net(), _blocks_file(b, "down", {})),
+        "x.safetensors", "the model has no down to rotate", "load it into the model it was trained on"),
     _file("a full-weight patch", lambda b: load_adapter(b.net(), save_patch(b.adapted(), b.directory / "x.safetensors", "lora_unet_")),
         "x.safetensors", "is a full-weight patch: its rotations are in the changes of the weights", "give the adapter that it was written from"),
     _file("an adapter on a hub that does not answer", _offline,

@@ -104,7 +104,7 @@ def test_refusals_name_the_remedy(tmp_path: Path) -> None:
 
     file, linear = tmp_path / "p.safetensors", adapted(nn.Linear(8, 8))
     for model, prefix, place, what in (
-        (linear, None, file, "nothing says what ComfyUI calls the weights of a Sequential: give its prefix"),
+        (linear, None, file, "nothing says what the names of a Sequential begin with in this format: give it"),
         (linear, "lora", file, "must end with '_' or '.'"),
         (linear, "lora_unet_", tmp_path / "p.bin", "name it so"),
         (adapted(nn.MultiheadAttention(8, 2)), "lora_unet_", file, "0.in_proj_weight: ComfyUI has no name for it"),
