@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_oft.formats import checkpoint_file, comfyui, oft_blocks
+from lightning_oft.formats import checkpoint_file, comfyui, oft_blocks, onetrainer
 from lightning_oft.formats.errors import AdapterFileError
 from lightning_oft.formats.hub import local
 from lightning_oft.formats.peft import CONFIG_FILE, read_peft, write_peft
@@ -47,6 +47,7 @@ register_format(Format("peft", Path.is_dir, lambda path, name: [read_peft(path, 
 register_format(Format("checkpoint", Path.is_file, lambda path, name: _read_checkpoint(path)))
 register_format(Format("comfyui", comfyui.is_patch, comfyui.refuse_patch, write_changes=comfyui.save_patch))
 register_format(Format("oft_blocks", oft_blocks.is_blocks, oft_blocks.read_blocks, oft_blocks.write_blocks))
+register_format(Format("onetrainer", onetrainer.is_onetrainer, onetrainer.read_onetrainer, onetrainer.write_onetrainer))
 
 
 def _read_checkpoint(path: Path) -> list[AdapterState]:

@@ -15,7 +15,7 @@ from lightning_oft.codecs import is_sharded
 from lightning_oft.formats.errors import AdapterFileError
 from lightning_oft.formats.prefixes import DIFFUSERS, checked, placed, prefix_of_class
 from lightning_oft.formats.pretrained import roots_of
-from lightning_oft.formats.tensor_file import has_key, write_tensors
+from lightning_oft.formats.tensor_file import keys_of, write_tensors
 from lightning_oft.model.adapter_state import copied
 from lightning_oft.model.folding import folded_weights
 from lightning_oft.model.saved_modules import BASE, saved_tensors
@@ -93,7 +93,7 @@ def _key(prefix: str, name: str) -> str:
 
 def is_patch(path: Path) -> bool:
     """Whether a path is a full-weight patch."""
-    return has_key(path, ".diff.", ".diff_b.")
+    return any(key.endswith((".diff", ".diff_b")) for key in keys_of(path))
 
 
 def refuse_patch(path: Path, name: str | None) -> NoReturn:

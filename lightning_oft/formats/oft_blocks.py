@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lightning_oft import functional
 from lightning_oft.config import OFTConfig
-from lightning_oft.formats.errors import AdapterFileError, printable
+from lightning_oft.formats.errors import AdapterFileError, printable, refusing
 from lightning_oft.formats.prefixes import KOHYA, placed, prefix_of, split_prefix
-from lightning_oft.formats.tensor_file import has_key, read_tensors, write_tensors
+from lightning_oft.formats.tensor_file import keys_of, read_tensors, write_tensors
 from lightning_oft.model.adapter_state import AdapterState, LayerRotations
 from lightning_oft.model.traversal import some
 
@@ -28,7 +28,7 @@ _TYPES = ("linear", "convolution", "")
 
 def is_blocks(path: Path) -> bool:
     """Whether a path is such a file."""
-    return has_key(path, ".oft_blocks.")
+    return any(".oft_blocks." in f"{key}." for key in keys_of(path))
 
 
 def read_blocks(file: Path, name: str | None = None) -> list[AdapterState]:
@@ -43,10 +43,8 @@ def read_blocks(file: Path, name: str | None = None) -> list[AdapterState]:
         entries.setdefault(split_prefix(file, owner), {})[kind] = tensor
     found: dict[str, dict[str, LayerRotations]] = {}
     for (prefix, layer), tensors in entries.items():
-        try:
+        with refusing("cannot be read", f"{file}: {layer}"):
             generator = _generator(tensors, is_kohyas=prefix == KOHYA)
-        except AdapterFileError as error:
-            raise AdapterFileError(f"{file}: {layer}: {error}") from None
         sizes = {"": functional.block_size_of(generator.shape[1])}
         found.setdefault(prefix, {})[layer] = LayerRotations("", False, sizes, {"": generator})
     return [
@@ -72,18 +70,19 @@ def _stranger(key: str, kind: str) -> str:
 def _generator(tensors: Mapping[str, Tensor], is_kohyas: bool) -> Tensor:
     """The upper triangles of Q, (n, b(b-1)/2) float32, as the tool that trained them holds it."""
     blocks, rescale = tensors.get("oft_blocks"), tensors.get("rescale")
-    if blocks is None or blocks.dim() != 3 or blocks.shape[1] != blocks.shape[2] or blocks.shape[1] < 2:
-        shape = None if blocks is None else tuple(blocks.shape)
+    shape = None if blocks is None else tuple(blocks.shape)
+    if blocks is None or shape is None or len(shape) != 3 or shape[1] != shape[2] or 0 in shape or shape[1] < 2:
         raise AdapterFileError(f"oft_blocks of shape {shape} are not (blocks, b, b); BOFT's butterflies are not read")
     if rescale is not None and not bool((rescale == 1).all()):
         raise AdapterFileError("its rescale stretches outputs, which no rotation does; train it without `rescaled`")
     alpha = float(tensors["alpha"]) if "alpha" in tensors else None
+    blocks = blocks.float()
     if not bool(blocks.isfinite().all()) or (alpha is not None and not 0 <= alpha < math.inf):
         raise AdapterFileError("NaN, infinite or a negative alpha; use an earlier state of the adapter")
     if alpha == 0 and is_kohyas:
         raise AdapterFileError("alpha is 0, by which sd-scripts holds it at the identity; train it with a larger one")
     n, b, _ = blocks.shape
-    q = blocks.float() - blocks.float().mT
+    q = blocks - blocks.mT
     norm, most = float(q.norm()), (alpha or math.inf) * n * b
     rows, columns = torch.triu_indices(b, b, 1)
     generator: Tensor = q[:, rows, columns] if norm <= most else q[:, rows, columns] * (most / norm)

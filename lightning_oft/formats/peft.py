@@ -52,8 +52,8 @@ def write_peft(
 ) -> Path:
     """Write an adapter as `save_adapter` does; `place` is where its card loads it from. Raises AdapterFileError where
     the directory cannot be written."""
-    if state.has_flat_names:
-        what = "its names have underscores where those of the model have dots, which the model alone can tell apart"
+    if state.has_flat_names or state.inverse_types:
+        what = "its file leaves the types of its layers, or the dots in their names, to the model"
         raise AdapterFileError(f"{what}: put it into the model with load_adapter, and save_adapter")
     state = state.in_one_map()
     tensors, limits = save(to_tensors(state), metadata={"format": "pt"}), _limits(state)

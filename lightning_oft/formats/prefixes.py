@@ -15,7 +15,7 @@ _OF_CLASS = {
 }
 """By diffusers' class, without its `Transformer2DModel`."""
 _KNOWN = (KOHYA, "lora_unet_", "lora_transformer_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_", "lycoris_",
-          DIFFUSERS, "diffusion_model.")  # fmt: skip
+          DIFFUSERS, "unet.", "prior.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "diffusion_model.")  # fmt: skip
 
 
 def prefix_of_class(name: str) -> str:

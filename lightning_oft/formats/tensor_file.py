@@ -26,10 +26,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - no dictionary
 
 
-def has_key(path: Path, *parts: str) -> bool:
-    """Whether a path is a file that has a tensor with one of these in its name."""
+def keys_of(path: Path) -> list[str]:
+    """The names of the tensors at a path; none where it is no such file."""
     try:
         with safe_open(path, framework="pt") as opened:
-            return any(part in f"{key}." for key in opened.keys() for part in parts)  # noqa: SIM118 - no dictionary
+            return list(opened.keys())
     except Exception:  # a directory, or a file of anything
-        return False
+        return []
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    """What a file says beside its tensors."""
+    with refusing("not a whole safetensors file", file), safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}

@@ -63,6 +63,7 @@ class AdapterState:
     fingerprints: dict[str, str] = field(default_factory=dict)  # of the base weights, by layer
     base: Base | None = None  # the model at the root
     has_flat_names: bool = False  # whether underscores stand where the model's names have dots
+    inverse_types: tuple[str, ...] = ()  # layer types whose generators are those of the inverse rotation here
     has_unique_names: bool = True  # whether no other module has a name that ends like that of a layer PEFT knows
     source: str = ""  # the path it was read from, for messages
     extra: dict[str, Any] = field(default_factory=dict)  # what a file says besides, such as `peft_version`

@@ -57,7 +57,8 @@ def find_place(modules: Modules, state: AdapterState) -> Place:
             full = joined(root, name)
             key = owners.get(full, (full, "")) if not part else (full, part)
             _check_rotation(modules, key, name, found, generator, state.config)
-            generators[key] = generator
+            kind = layer_type_of(modules[key[0]])
+            generators[key] = -generator if kind is not None and kind.name in state.inverse_types else generator
             if part in found.exact_parts:
                 exact.add(key)
             if part in found.magnitudes:

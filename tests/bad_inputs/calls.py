@@ -319,6 +319,8 @@ CALLS = [
 CONFIGS = [
     _config("blocks counted twice", "r=4 and oft_block_size=8", "exclude each other", "give one of them", r=4, oft_block_size=8),
     _config("blocks of one", "oft_block_size=1", "a block of size 1 cannot rotate", "use at least 2", oft_block_size=1),
+    _config("magnitudes of turned outputs", "side='output'", "rotates what magnitudes would scale", "set magnitude=None, or rotate the input",
+        side="output", magnitude="joint"),
     _config("a size in quotation marks", "oft_block_size='32'", "must be", "a whole number or null", oft_block_size="32"),
     _config("a series of one term", "num_cayley_neumann_terms=1", "fewer than 2 terms never leave the identity", "use an even number such as 6",
         num_cayley_neumann_terms=1),

@@ -6,6 +6,8 @@ from typing import Any
 
 from bad_inputs.table import Bench, Mistake
 
+from lightning_oft import save_adapter
+
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
 )
@@ -47,6 +49,13 @@ def _exported(target: str, *options: str) -> Any:
     return make
 
 
+def _six_terms(bench: Bench) -> None:
+    model = bench.adapted(lambda net: net.body.oft_R["default"].weight.data.fill_(0.1))
+    save_adapter(model, bench.directory / "adapter")
+    place = bench.directory / "x.safetensors"
+    bench.command("export", "--format", "onetrainer", "--checkpoint", bench.directory / "adapter", "--output", place)
+
+
 def _named(bench: Bench) -> None:
     arguments = ("--base", "x", "--adapter", bench.adapter(), "--output", bench.directory / "merged")
     bench.command("merge", *arguments, "--adapter-name", "style")
@@ -78,5 +87,7 @@ COMMANDS = [
         "--format comfyui has no rotations, and is written from the base too", "give --base"),
     Mistake("export: oft_blocks of an adapter of inputs", "command", _exported("x.safetensors", "--format", "oft_blocks"), 2, "it rotates inputs",
         "no rotation of outputs does the same", "train with side='output'"),
+    Mistake("export: OneTrainer's file of an adapter that turns far in six terms", "command", _six_terms, 2, "body",
+        "five terms, which is all that OneTrainer computes, are no rotation that far", "train with num_cayley_neumann_terms=5"),
     Mistake("merge: a directory that is taken", "command", _taken, 2, "merge", "is there already and not empty", "--overwrite replaces it"),
 ]  # fmt: skip

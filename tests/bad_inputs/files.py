@@ -67,6 +67,12 @@ def _blocks_file(bench: Bench, layer: str, beside: dict[str, Tensor]) -> Path:
     return bench.directory / "x.safetensors"
 
 
+def _scaled(bench: Bench) -> Path:
+    tensors = {"unet.body.oft_R.weight": torch.zeros(2, 6), "unet.body.oft_R.scaled_oft": torch.ones(())}
+    save_file(tensors, bench.directory / "x.safetensors")
+    return bench.directory / "x.safetensors"
+
+
 def _blocks(**beside: Tensor) -> Any:
     return lambda bench: load_adapter(bench.net(), _blocks_file(bench, "body", beside))
 
@@ -104,6 +110,8 @@ FILES = [
         "x.safetensors: body", "its rescale stretches outputs, which no rotation does", "train it without `rescaled`"),
     _file("oft_blocks of another model", lambda b: load_adapter(b.net(), _blocks_file(b, "down", {})),
         "x.safetensors", "the model has no down to rotate", "load it into the model it was trained on"),
+    _file("OneTrainer's scaled generators without their scale", lambda b: load_adapter(b.net(), _scaled(b)),
+        "x.safetensors: body", "is scaled, by 2 sqrt(b-1) or, from a branch", "give read_onetrainer its scale"),
     _file("a full-weight patch", lambda b: load_adapter(b.net(), save_patch(b.adapted(), b.directory / "x.safetensors", "lora_unet_")),
         "x.safetensors", "is a full-weight patch: its rotations are in the changes of the weights", "give the adapter that it was written from"),
     _file("an adapter on a hub that does not answer", _offline,

@@ -123,7 +123,7 @@ def test_the_command_line_writes_a_unet_and_reads_it_back(tmp_path: Path, capsys
     assert main(["info", str(file)]) == 0
     assert "adapters of format oft_blocks" in capsys.readouterr().out
     assert main(["export", "--checkpoint", str(file), "--output", str(tmp_path / "flat")]) == 2
-    assert "which the model alone can tell apart" in capsys.readouterr().err
+    assert "to the model: put it into the model" in capsys.readouterr().err
     assert not (tmp_path / "flat").exists()
 
 
@@ -157,6 +157,8 @@ def _changed(**tensors: Tensor | None) -> dict[str, Tensor]:
         (_changed(oft_blocks__0=torch.zeros(6, 4, 4)), "the blocks of a fused weight"),
         (_changed(oft_blocks=torch.full((6, 4, 4), math.nan)), "NaN"),
         (_changed(alpha=torch.tensor(-1.0)), "a negative alpha"),
+        (_changed(alpha=torch.ones(2)), "to_q: cannot be read"),
+        (_changed(oft_blocks=torch.zeros(0, 4, 4)), "oft_blocks of shape"),
         (_changed(lora_up=torch.zeros(2)), "no part of an OFT adapter"),
         (trained("oft_unet_", 0.0), "holds it at the identity"),
         (trained("other_", 0.0), "begins with none of"),
