@@ -61,12 +61,14 @@ def merges_as_called(layer: nn.Module, layer_type: LayerType, scaled: bool = Fal
     where `scaled`, with other scales of the neurons too. None where it cannot be tried. On the layer itself, whose weight
     is another one meanwhile: the function is bound to it."""
     ((_, part), *more) = layer_type.rotated_weights(layer).items()
-    weight, example = layer._parameters.get(part.parameter), layer_type.example(layer)
-    if weight is None or more or layer_type.mixin is not None or example is None:
+    weight = layer._parameters.get(part.parameter)
+    if weight is None or more or layer_type.mixin is not None:
         return None
     devices = [weight.device] if weight.is_cuda else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
+        if (example := layer_type.example(layer)) is None:
+            return None
         axis = nn.functional.normalize(torch.randn(part.fan, device=weight.device), dim=0).to(weight.dtype)
         turned = _mirrored(layer_type.to_matrix(layer, weight.detach()), axis)
         growth = torch.linspace(-0.5, 0.5, len(turned), device=weight.device).to(weight.dtype) if scaled else None

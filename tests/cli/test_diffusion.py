@@ -78,9 +78,17 @@ def test_recipe_trains_a_tiny_pipeline_that_samples_afterwards(
         changes["model.init_args.evaluators"] = json.dumps({"dino": str(JUDGE)})
     else:
         changes |= {"data.init_args.num_workers": 0, "data.init_args.val_fraction": 0.5, "oft.oft_block_size": 4}
-    assert main(["fit", "--config", str(recipe), *words(changes)]) == 0
+    keeping = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1"]
+    keeping += ["--trainer.callbacks.save_top_k=-1", "--trainer.callbacks.dirpath=kept"]
+    keeping += ["--trainer.callbacks.filename={step}"]
+    assert main(["fit", "--config", str(recipe), *words(changes), *keeping]) == 0
     said = capsys.readouterr().out
     assert "before and after            out/before_after.png" in said
+    resumed = words({**changes, "oft.export_dir": "again", "ckpt_path": "kept/step=1.ckpt"})
+    assert main(["fit", "--config", str(recipe), *resumed, *keeping]) == 0
+    capsys.readouterr()
+    straight, after = (load_file(f"{one}/adapter/adapter_model.safetensors") for one in ("out", "again"))
+    assert all(torch.equal(value, after[key]) for key, value in straight.items())
     if "data.init_args.test_prompts" in changes:
         titles, before, after = (line.split() for line in said.splitlines()[:3])
         assert (titles, before[0], before[2], after[0]) == (["DINO", "drift"], "before", "0.0000", "after")

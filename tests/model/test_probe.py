@@ -418,3 +418,16 @@ def test_a_forward_of_torch_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> Non
     layers = [nn.Linear(8, 8), Named(8, 8), nn.Conv2d(4, 4, 3), nn.Embedding(4, 8), nn.MultiheadAttention(8, 2)]
     model = nn.Sequential(*layers)
     assert inject(model, config(target_modules=["0", "1", "2", "3", "4"])) == ["0", "1", "2", "3", "4"]
+
+
+def test_neither_injection_nor_merge_draws_from_the_random_numbers_of_a_run() -> None:
+    class Passed(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input)
+
+    model = nn.Sequential(Passed(8, 8))
+    before = torch.get_rng_state()
+    inject(model, config(target_modules=["0"]))
+    assert torch.equal(torch.get_rng_state(), before)
+    merge(model)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -176,4 +176,5 @@ class PictureDataModule(SplitDataModule):
         processes = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         sampler = SameShape(pictures.sizes, self.batch_size, *processes, shuffle=shuffle, seed=self.seed)
         loader = ResumableLoader if shuffle else DataLoader
-        return loader(pictures, self.batch_size, sampler=sampler, collate_fn=self.collate_fn, **self.workers)
+        options = {"generator": torch.Generator().manual_seed(self.seed), "collate_fn": self.collate_fn, **self.workers}
+        return loader(pictures, self.batch_size, sampler=sampler, **options)
