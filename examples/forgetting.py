@@ -134,15 +134,17 @@ class Drawings:
     """A subject in five pictures, and the shapes that the base draws; scored by what classifiers read off samples."""
 
     oft: ClassVar[dict[str, Any]] = {"oft_block_size": 8, "use_cayley_neumann": False}
+    lora: ClassVar[dict[str, Any]] = {"r": 16, "lora_alpha": 32}
     methods: ClassVar[Methods] = {
         "full finetuning": (2e-4, None),
-        "LoRA r=16, attention": (2e-3, peft.LoraConfig(r=16, lora_alpha=32, target_modules=ATTENTION)),
-        "LoRA r=16": (1e-3, peft.LoraConfig(r=16, lora_alpha=32, target_modules=EVERYWHERE)),
-        "OFT, attention": (6e-3, OFTConfig(**oft, target_modules=ATTENTION)),
+        "LoRA r=16": (1e-3, peft.LoraConfig(**lora, target_modules=EVERYWHERE)),
         "OFT": (3e-3, OFTConfig(**oft, target_modules=EVERYWHERE)),
         "OFT held at 30°": (3e-3, OFTConfig(**oft, target_modules=EVERYWHERE, max_angle=30)),
+        "OFT, attention": (6e-3, OFTConfig(**oft, target_modules=ATTENTION)),
+        "LoRA r=16, attention": (2e-3, peft.LoraConfig(**lora, target_modules=ATTENTION)),
     }
     rates, seeds, again, steps, points = [1, 2, 4], 1, 2, 400, [400]
+    prior_weight, class_pictures = 2.0, 144
     counts: ClassVar[dict[str, int]] = {"seen": 25, "unseen": 50, "old": 50}
 
     def __init__(self, new: str = "new") -> None:
@@ -155,7 +157,7 @@ class Drawings:
         self.asked = {name: [found.splits[name][i] for i in range(count)] for name, count in self.counts.items()}
         if new != "new":  # the same prompts with other noise
             self.asked = {k: [row | {"seed": row["seed"] + 1000} for row in rows] for k, rows in self.asked.items()}
-        self.task, prompts = self.model(), data["class_prompt"][: data["class_pictures"]]
+        self.task, prompts = self.model(), data["class_prompt"][: self.class_pictures]
         pictures = self.sample([{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(prompts)])
         self.prior = [{"prompt": p, "pixel_values": x} for p, x in zip(prompts, pixels(pictures), strict=True)]
         self.before = pixels(self.sample(self.asked["old"]))
@@ -173,7 +175,7 @@ class Drawings:
             numbers = torch.randperm(len(self.prior))[:8].tolist()
             batch = default_collate([self.subject[i % len(self.subject)] for i in numbers])
             batch["prior"] = default_collate([self.prior[i] for i in numbers])
-            yield with_prior(*self.task.denoising_errors(batch), self.given["prior_weight"])
+            yield with_prior(*self.task.denoising_errors(batch), self.prior_weight)
 
     def sample(self, rows: list[Any]) -> list[Any]:
         """A picture of each row, 25 at a time."""
