@@ -139,8 +139,8 @@ class Drawings:
         "full finetuning": (2e-4, None),
         "LoRA r=16": (1e-3, peft.LoraConfig(**lora, target_modules=EVERYWHERE)),
         "OFT": (3e-3, OFTConfig(**oft, target_modules=EVERYWHERE)),
-        "OFT held at 30°": (3e-3, OFTConfig(**oft, target_modules=EVERYWHERE, max_angle=30)),
-        "OFT, attention": (6e-3, OFTConfig(**oft, target_modules=ATTENTION)),
+        "OFT held at 45°": (3e-3, OFTConfig(**oft, target_modules=EVERYWHERE, max_angle=45)),
+        "OFT, attention": (3e-3, OFTConfig(**oft, target_modules=ATTENTION)),
         "LoRA r=16, attention": (2e-3, peft.LoraConfig(**lora, target_modules=ATTENTION)),
     }
     rates, seeds, again, steps, points = [1, 2, 4], 1, 2, 400, [400]
