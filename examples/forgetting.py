@@ -11,7 +11,7 @@ text: the shipped Llama, which has read the documentation of Python, learns the 
 100 steps at three learning rates, each three times the last, and is scored three times on the way: 18 runs, 8 minutes.
 drawings: the shipped Stable Diffusion, which draws eight shapes in six scenes, learns what a "sks" is from five pictures in
 four of them. Every method trains for 400 steps at three learning rates, each twice the last, with one seed, and with two more
-at the best of the three: 30 runs, 40 minutes. Needs pip install '.[data,diffusion]' too.
+at the best of the three: 35 runs, an hour of one CPU thread. Needs pip install '.[data,diffusion]' too.
 
 Runs that docs/forgetting-*.jsonl lacks are made and appended to it; examples/forgetting_picture.py draws them. One setting
 of OFT is tried, and scored on rows that are neither trained on nor in the picture, by
@@ -140,6 +140,7 @@ class Drawings:
         "LoRA r=16": (1e-3, peft.LoraConfig(**lora, target_modules=EVERYWHERE)),
         "OFT": (3e-3, OFTConfig(**oft, target_modules=EVERYWHERE)),
         "OFT held at 45°": (3e-3, OFTConfig(**oft, target_modules=EVERYWHERE, max_angle=45)),
+        "OFT with magnitudes": (3e-3, OFTConfig(**oft, target_modules=EVERYWHERE, magnitude="joint")),
         "OFT, attention": (3e-3, OFTConfig(**oft, target_modules=ATTENTION)),
         "LoRA r=16, attention": (2e-3, peft.LoraConfig(**lora, target_modules=ATTENTION)),
     }

@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
 DOCS = Path(__file__).parents[1] / "docs"
-COLOURS = ["#8a94a3", "#d1495b", "#2f6fde", "#1b9aaa", "#3fa34d", "#e09f3e"]
+COLOURS = ["#8a94a3", "#d1495b", "#2f6fde", "#1b9aaa", "#3fa34d", "#e09f3e", "#7b4fa3"]
 MARKERS = {"full": "s", "LoRA": "^", "OFT": "o"}
 
 
@@ -129,7 +129,7 @@ def spread(values: list[Any]) -> str:
 def plane(axes: Any, methods: dict[str, list[Point]], look: Look) -> None:
     """What is learned against what is kept."""
     best = frontier(methods, look.better)
-    for (method, series), colour in zip(methods.items(), COLOURS, strict=True):
+    for (method, series), colour in zip(methods.items(), COLOURS, strict=False):
         marker = MARKERS[method.split()[0].strip(",")]
         fixed = [point.lr if look.along == "step" else point.step for point in series]
         for number, value in enumerate(dict.fromkeys(fixed)):
@@ -149,7 +149,7 @@ def plane(axes: Any, methods: dict[str, list[Point]], look: Look) -> None:
 
 def by_rate(axes: Any, methods: dict[str, list[Point]], look: Look) -> None:
     """What is kept at the end of a run."""
-    for (method, series), colour in zip(methods.items(), COLOURS, strict=True):
+    for (method, series), colour in zip(methods.items(), COLOURS, strict=False):
         marker = MARKERS[method.split()[0].strip(",")]
         ends = [point for point in series if point.step == series[-1].step]
         factors = [round(point.lr / series[0].lr) for point in ends]
