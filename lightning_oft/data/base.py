@@ -97,18 +97,24 @@ class SplitDataModule(LightningDataModule):
 class ResumableLoader(DataLoader[Any]):
     """A DataLoader that a fit which is resumed within an epoch goes on with, and does not begin again.
 
-    Lightning keeps in its checkpoints what `state_dict` gives. The order must be that of the epoch.
+    Lightning keeps in its checkpoints what `state_dict` gives. The order must be that of the epoch; a sampler that
+    has no `epoch`, as `overfit_batches` puts in, begins again.
     """
 
     _given = _skipped = 0
+    _rest_of: int | None = None  # the epoch in which batches are left out
 
-    def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch were given."""
-        return {"batches": self._given}
+    def state_dict(self) -> dict[str, int | None]:
+        """How many batches of which epoch were given."""
+        return {"batches": self._given, "epoch": self._epoch}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Leave these out, once; none where they were all."""
-        self._skipped = state_dict["batches"] % max(1, len(self))
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Leave these out, once; none where they were all that the epoch had."""
+        self._skipped, self._rest_of = state_dict["batches"] % max(1, len(self)), state_dict["epoch"]
+
+    @property
+    def _epoch(self) -> int | None:
+        return getattr(self.sampler, "epoch", None)
 
     @property
     def _index_sampler(self) -> Any:
@@ -117,6 +123,8 @@ class ResumableLoader(DataLoader[Any]):
     @override
     def __iter__(self) -> Any:
         # Only now, with the first batch, does the sampler know its epoch, which loader processes would read ahead.
+        if self._rest_of is None or self._rest_of != self._epoch:  # a limit ended that epoch before its last batch
+            self._skipped = 0
         batches = super().__iter__()
         self._given, self._skipped = self._skipped, 0
         for batch in batches:

@@ -61,10 +61,13 @@ class Order(BoringModel):
         return self.layer(torch.ones(1, 32)).sum()
 
 
-def fit(root: Path, epochs: int, loader: Any, resume: Path | None = None, **keeping: Any) -> list[int]:
-    quiet: Any = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+def fit(
+    root: Path, epochs: int, loader: Any, resume: Path | None = None, limits: Any = None, **keeping: Any
+) -> list[int]:
+    options: Any = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    options |= {"limit_val_batches": 0, **(limits or {})}
     keeper, model = ModelCheckpoint(root, **(keeping or {"filename": str(epochs)})), Order()
-    trainer = Trainer(accelerator="cpu", max_epochs=epochs, limit_val_batches=0, callbacks=[keeper], **quiet)
+    trainer = Trainer(accelerator="cpu", max_epochs=epochs, callbacks=[keeper], **options)
     trainer.fit(model, loader, ckpt_path=resume)
     return model.seen
 
@@ -87,6 +90,20 @@ def test_a_fit_that_is_resumed_within_an_epoch_sees_the_rest_of_it(tmp_path: Pat
     for step in (1, 2, 3, 4) if workers == 0 else (4,):
         seen = 5 * (step // 3) + 2 * (step % 3)
         assert order[seen:] == fit(tmp_path, 3, data.train_dataloader(), tmp_path / f"step={step}.ckpt", **keeping)
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+@pytest.mark.parametrize(
+    ("limits", "steps"), [({"limit_train_batches": 2}, (1, 2, 3, 4)), ({"overfit_batches": 2}, (2, 4))]
+)
+def test_an_epoch_that_a_limit_ends_leaves_nothing_out_of_the_next(
+    tmp_path: Path, limits: dict[str, int], steps: tuple[int, ...]
+) -> None:
+    data, keeping = loaded(count=6), {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
+    order = fit(tmp_path, 3, data.train_dataloader(), limits=limits, **keeping)
+    for step in steps:
+        found = fit(tmp_path, 3, data.train_dataloader(), tmp_path / f"step={step}.ckpt", limits, **keeping)
+        assert found == order[2 * step :]
 
 
 def test_cache_key_names_what_decides_the_examples() -> None:
