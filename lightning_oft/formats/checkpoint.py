@@ -98,7 +98,8 @@ def _adapter_tensors(states: Iterable[AdapterState]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for state in (state.rooted("") for state in states):
         for layer, one in state.layers.items():
-            found |= {generator_key(layer, state.name, part): value for part, value in one.generators.items()}
+            for tensor, values in (("weight", one.generators), ("magnitude", one.magnitudes)):
+                found |= {generator_key(layer, state.name, part, tensor): value for part, value in values.items()}
         found |= state.saved
     return found
 

@@ -99,16 +99,16 @@ KINDS = [CutPrefix, TrainedAlone, HeadAlone, Renamed, Dropped]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_holds_the_adapter_whatever_becomes_of_the_state_dict(tmp_path: Path, kind: type[Small]) -> None:
-    straight = fit(tmp_path / "straight", kind, 2)
-    half = fit(tmp_path, kind, 1)
+    straight = fit(tmp_path / "straight", kind, 2, magnitude="joint")
+    half = fit(tmp_path, kind, 1, magnitude="joint")
     place = tmp_path / "last.ckpt"
-    rotations = read_adapter(place).generators()
-    assert all(bool(generator.any()) for generator in rotations.values())
-    assert set(rotations) == {"net.0", "net.3"}
+    layers = read_adapter(place).layers
+    assert all(bool(one.generators[""].any() and one.magnitudes[""].any()) for one in layers.values())
+    assert set(layers) == {"net.0", "net.3"}
     loaded = load_from_checkpoint(kind, place)
     merge(loaded)
     assert difference(parameters(loaded), parameters(half)) == 0.0
-    assert difference(parameters(fit(tmp_path, kind, 2, str(place))), parameters(straight)) == 0.0
+    assert difference(parameters(fit(tmp_path, kind, 2, str(place), magnitude="joint")), parameters(straight)) == 0.0
 
 
 def test_a_state_dict_without_some_names_is_still_the_adapters(tmp_path: Path) -> None:
