@@ -47,8 +47,8 @@ _NO_WAY_BACK = (
 
 
 def check_mergeable(layers: dict[str, nn.Module], gathered: Gathered, requantize: bool) -> dict[str, bool]:
-    """Raise ValueError where a layer cannot be merged, with `requantize` into its own format. Returns of each whether
-    it has a rotation but the identity."""
+    """Raise ValueError where a layer cannot be merged, with `requantize` into its own format. Returns of each that
+    has active rotations whether one is not the identity."""
     packed, absent, broken, has_turned = [], [], [], {}
     for name, layer, state in adapted(layers):
         check_stored(name, layer)
@@ -67,7 +67,7 @@ def check_mergeable(layers: dict[str, nn.Module], gathered: Gathered, requantize
             check_forward(name, layer)
             if not all(map(is_finite, generators)):
                 broken.append(name)
-            else:
+            elif rotations:  # those of an adapter that is not merged say nothing
                 has_turned[name] = any(bool(generator.any()) for generator in generators)
     has_way_back = not requantize and all(writable_codec(layers[name]) is not None for name in packed)
     for names, what, remedy in (

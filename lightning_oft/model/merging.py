@@ -137,7 +137,7 @@ def _fold(
         with gathered(layer):
             state.fingerprint = fingerprint.base_fingerprint(layer, state)
             state.merged, state.base = {}, {}
-            errors[name] = max(weight.merge(keep, device, holders) for weight in folded_weights(layer, state))
+            errors[name] = max((one.merge(keep, device, holders) for one in folded_weights(layer, state)), default=0.0)
             state.layer_type.detach(layer)
             layer.__dict__["oft_R"] = layer._modules.pop("oft_R")  # out of the module tree; `layer.oft_R` answers
     return errors

@@ -163,6 +163,26 @@ def test_a_merge_may_name_its_adapters(adapters: str | list[str]) -> None:
     assert relative(model(x), expected) < 1e-5
 
 
+def test_a_layer_that_the_merged_adapters_leave_alone_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), torch.randn(2, 8)
+    inject(model, config(target_modules=["0", "1"]))
+    inject(model, config(target_modules=["1", "2"]), "second")
+    for key, generator in model.named_parameters():
+        if "oft_R" in key:
+            nn.init.normal_(generator, std=0.2)
+    for name, alone in (("default", 2), ("second", 0)):
+        set_adapter(model, name)
+        weight, adapted = model[alone].weight.detach().clone(), model(x)
+        with merged(model):
+            assert relative(model(x), adapted) < 1e-6
+        merge(model, name)
+        assert relative(model(x), adapted) < 1e-6
+        assert torch.equal(model[alone].weight, weight)
+        unmerge(model)
+        assert torch.equal(model(x), adapted)
+    assert not caplog.messages
+
+
 def test_a_merged_model_refuses_what_needs_its_base_and_an_unmerged_one_has_nothing_to_undo() -> None:
     model = _stack()
     with pytest.raises(RuntimeError, match="nothing to unmerge: no layer of the model is merged"):
