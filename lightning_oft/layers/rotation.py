@@ -141,9 +141,10 @@ class Rotation(nn.Module):
         if output_of is not None and self.magnitude is not None:
             return _scaled(x, self.magnitude, output_of.bias)
         if type(x) is not Tensor and hasattr(x, "to_local"):
+            kept = self._kept(x.device)  # once: a bias is turned as the output that it is in
 
             def rotated(local: Tensor, cut: Cut) -> Tensor:
-                r_nbb = self._matrix_in(x.dtype, cut)
+                r_nbb = self._matrix_in(x.dtype, cut, kept)
                 return functional.rotate(local, r_nbb.mT if transpose else r_nbb)
 
             turn: Any = functools.partial(rotate_spread, self.fan_in, self.block_size, rotated)
@@ -160,7 +161,12 @@ class Rotation(nn.Module):
             turned = turned * spread_like(gathered(self.magnitude).exp().to(x.dtype), x)[:, None]
         return turned
 
-    def _matrix_in(self, dtype: torch.dtype, cut: Cut | None = None) -> Tensor:
+    def _kept(self, device: torch.device) -> Tensor | None:
+        """Which blocks a training step does not leave out, drawn; None where it leaves none out."""
+        is_full = not self.training or self.dropout == 0
+        return None if is_full else torch.rand(self.blocks, 1, 1, dtype=torch.float32, device=device) >= self.dropout
+
+    def _matrix_in(self, dtype: torch.dtype, cut: Cut | None = None, kept: Tensor | None = None) -> Tensor:
         is_traced, is_recorded = functional.is_traced(), torch.is_grad_enabled()
         if not (self.training or is_recorded or is_traced):
             return self._cached(dtype) if cut is None else cut.of(self._cached(dtype))
@@ -169,10 +175,8 @@ class Rotation(nn.Module):
             r_nbb = self.shared.matrix(self, dtype)  # type: ignore[union-attr]
         else:
             r_nbb = self.matrix(cut).to(dtype)
-        if self.training and self.dropout > 0:
-            kept = torch.rand(self.blocks, 1, 1, dtype=torch.float32, device=r_nbb.device) >= self.dropout
-            kept = kept if cut is None else cut.of(kept)
-            r_nbb = torch.where(kept, r_nbb, torch.eye(self.block_size, dtype=dtype, device=r_nbb.device))
+        if (kept := self._kept(r_nbb.device) if kept is None else kept) is not None:
+            r_nbb = torch.where(kept if cut is None else cut.of(kept), r_nbb, torch.eye(self.block_size).to(r_nbb))
         return r_nbb
 
     def _cached(self, dtype: torch.dtype) -> Tensor:

@@ -298,6 +298,9 @@ def cut_layers() -> dict[str, float]:
             compare(f"{case}: {getattr(step, '__name__', 'merged')}", plain[0].weight, cut[0].weight)
         with merged(plain), merged(cut), torch.no_grad():
             compare(f"{case}: within merged", plain(inputs), cut(inputs))
+        if config.get("side") == "output":
+            rotations(cut)[0].dropout = 0.5
+            compare(f"{case}: bias under dropout", plain[0].bias.expand(6, -1), cut.train()(torch.zeros(6, 8)))
     return seen
 
 
