@@ -75,8 +75,8 @@ class ControlledTextToImage(TextToImage):
     it: a light hint encoder, `self.unet.hint`, whose output is added once, after the UNet's first convolution. OFT
     trains it whole beside the rotations, and saves it with them.
 
-    Batches are TextToImage's with "control", (B, 3, H, W) float32 in [0, 1], beside "pixel_values", and so are those of a
-    test. ControlledTextToImage(folder) also loads the `merged/` of an export, and `sample` draws with it. A plain
+    Batches are TextToImage's with "control", (B, 3, H, W) float32 in [0, 1], beside each "pixel_values", and so are
+    those of a test. ControlledTextToImage(folder) also loads the `merged/` of an export, and `sample` draws with it. A plain
     DiffusionPipeline loads the same folder without the hint encoder.
 
     Args:
@@ -109,8 +109,9 @@ class ControlledTextToImage(TextToImage):
 
     @override
     def denoising_errors(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """As TextToImage's, drawn along the batch's control images."""
-        with drawn_along(self.library_model, batch["control"]):
+        """As TextToImage's, drawn along the control images of the batch, and of its prior where it has one."""
+        parts = [batch, batch["prior"]] if "prior" in batch else [batch]
+        with drawn_along(self.library_model, torch.cat([part["control"] for part in parts])):
             return super().denoising_errors(batch, generator)
 
     @override

@@ -86,6 +86,17 @@ def test_it_starts_as_the_pipeline_and_adds_its_hint_after_the_first_convolution
     assert not task.unet.conv_in._forward_hooks
 
 
+def test_prior_pictures_are_drawn_along_their_own_controls(bases: dict[str, str]) -> None:
+    task, (first, second) = ControlledTextToImage(bases["sd"]), list(loader())
+    paint(task)
+    both = {key: torch.cat([first[key], second[key]]) for key in ("pixel_values", "control")}
+    errors = [
+        task.denoising_errors(one, torch.Generator().manual_seed(0))[0]
+        for one in ({**first, "prior": second}, {**both, "prompt": [*first["prompt"], *second["prompt"]]})
+    ]
+    torch.testing.assert_close(*errors)
+
+
 def test_a_sample_depends_on_its_own_control_and_seed_alone(bases: dict[str, str]) -> None:
     task = ControlledTextToImage(bases["sd"], sampling={**SAMPLING, "guidance_scale": 3.0})
     paint(task)
