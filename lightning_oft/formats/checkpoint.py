@@ -224,17 +224,18 @@ def _check(modules: Modules, checkpoint: Mapping[str, Any], with_base: bool) -> 
     states = read_states(checkpoint)
     mine, theirs = (
         {  # size of the blocks, whether one is shared, and what they turn
-            generator_key(layer, state.name, part): (size, state.config.block_share, state.config.side)
+            generator_key(layer, state.name, part, tensor): (size, state.config.block_share, state.config.side)
             for state in found
             for layer, one in state.rooted("").layers.items()
             for part, size in one.block_sizes.items()
+            for tensor in ("weight", *(["magnitude"] if state.config.magnitude is not None else []))
         }
         for found in ([describe(modules, name) for name in adapter_names(modules)], states)
     )
     if difference := _difference(mine, theirs):
         raise CheckpointError(
             f"the checkpoint's adapter is another one: it {difference}; use the checkpoint's own target_modules, block "
-            "size and adapter name (lightning-oft info prints them)"
+            "size, magnitude and adapter name (lightning-oft info prints them)"
         )
     layers = set(_without_stored(modules, checkpoint, (name for name, _, _ in adapted(modules))))
     for state in states if with_base else ():

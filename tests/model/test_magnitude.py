@@ -34,6 +34,7 @@ from lightning_oft import (
     unmerge,
 )
 from lightning_oft.formats import read_adapter
+from lightning_oft.formats.checkpoint_file import CheckpointError
 from lightning_oft.layers.state import every_rotation
 from lightning_oft.model.adapter_state import take
 
@@ -235,6 +236,22 @@ def test_what_a_file_does_not_have_given_beside_it_is_refused(tmp_path: Path) ->
     wrong = trainer(tmp_path, oft(magnitude=None, pretrained_adapter=str(tmp_path / "one/adapter")))
     with pytest.raises(ValueError, match="magnitude=None"):
         wrong.fit(Small(), loader(), loader(shuffle=False))
+
+
+class _Loose(Small):
+    strict_loading = False
+
+
+@pytest.mark.parametrize(("mine", "theirs", "says"), [("joint", None, "has"), (None, "joint", "lacks")])
+def test_a_checkpoint_with_magnitudes_goes_on_with_them_alone(
+    mine: str | None, theirs: str | None, says: str, tmp_path: Path
+) -> None:
+    run = trainer(tmp_path, oft(magnitude=mine, merge_on_fit_end=False))
+    run.fit(_Loose(), loader(), loader(False))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    other = trainer(tmp_path, oft(magnitude=theirs))
+    with pytest.raises(CheckpointError, match=rf"another one: it {says} net.0.oft_R.default.magnitude, net.3"):
+        other.validate(_Loose(), loader(False), ckpt_path=tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
