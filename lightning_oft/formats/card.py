@@ -63,6 +63,8 @@ def _description(state: AdapterState) -> str:
         f"[Orthogonal finetuning](https://arxiv.org/abs/2306.07280): the weights of {counted(len(state.layers), 'layer')} "
         f"are rotated by block-diagonal orthogonal matrices, which have {count:,} parameters."
     )
+    if scales := sum(one.numel() for own in state.layers.values() for one in own.magnitudes.values()):
+        text += f" {scales:,} magnitudes scale what their neurons give."
     if state.saved:
         others = sum(tensor.numel() for tensor in state.saved.values())
         text += f" {others:,} parameters more were trained whole: {_code(some(sorted(state.saved)))}."

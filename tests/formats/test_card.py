@@ -72,6 +72,12 @@ def test_a_base_is_named_where_that_says_nothing_of_the_machine(
     assert "evil" not in text
 
 
+def test_a_card_counts_magnitudes() -> None:
+    model = nn.Sequential(nn.Linear(8, 12))
+    inject(model, OFTConfig(oft_block_size=4, target_modules=["0"], magnitude="joint"))
+    assert "12 magnitudes scale what their neurons give." in model_card(take(model), [], {}, "here")
+
+
 def test_a_card_says_what_peft_cannot_do(tmp_path: Path) -> None:
     for convolution, library in ((nn.Conv2d(8, 8, 3), "lightning-oft"), (nn.Conv2d(8, 8, 1), "peft")):
         model = nn.Sequential(convolution, nn.Conv2d(8, 8, 3))
