@@ -1,5 +1,6 @@
 """bitsandbytes' 4-bit and 8-bit layers, also as Lightning's BitsandbytesPrecision derives them."""
 
+import copy
 from typing import Any
 
 import torch
@@ -47,14 +48,32 @@ class Bitsandbytes4bit(PackedCodec):
     @override
     def read(self, module: nn.Module, parameter: str) -> Tensor:
         weight: Any = module._parameters[parameter]
-        if (state := _quant_state(module)) is None:  # quantized only when it is moved to a device
+        if _quant_state(module) is None:  # quantized only when it is moved to a device
             plain: Tensor = weight.data
             return plain
         from bitsandbytes import functional
 
         self.enable_gradients(module)
-        values: Tensor = functional.dequantize_4bit(weight.data, state)
+        values: Tensor = functional.dequantize_4bit(weight.data, _quant_state(module))
         return values
+
+    @override
+    def lasting(self, module: nn.Module, parameter: str) -> tuple[str | None, Tensor]:
+        """In units of the largest of each block: where a forward in eval mode has packed the weight anew, that has rounded
+        the scales, and their float type is that of the model."""
+        weight: Any = module._parameters[parameter]
+        if _quant_state(module) is None:
+            return None, self.read(module, parameter)
+        from bitsandbytes import functional
+
+        self.enable_gradients(module)
+        state = copy.copy(_quant_state(module))
+        state.dtype = torch.float32
+        values: Tensor = functional.dequantize_4bit(weight.data, state)
+        flat = values.flatten()
+        blocks = nn.functional.pad(flat, (0, -len(flat) % state.blocksize)).view(-1, state.blocksize)
+        codes = blocks / blocks.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return f"{state.quant_type}-codes", codes.flatten()[: len(flat)].view_as(values)
 
     @override
     def write(self, module: nn.Module, parameter: str, values: Tensor) -> None:

@@ -60,6 +60,11 @@ class PackedCodec(Codec):
         values: Tensor = weight.dequantize()
         return values
 
+    def lasting(self, module: nn.Module, parameter: str) -> tuple[str | None, Tensor]:
+        """What a fingerprint is taken of, which is the same however the layer was used, and its name: here the format's,
+        and the values."""
+        return self.storage(module), self.read(module, parameter)
+
     @override
     def write(self, module: nn.Module, parameter: str, values: Tensor) -> None:
         """Quantize values as the weight was quantized. What `keep` returned is not changed by it. Raises TypeError where

@@ -16,8 +16,8 @@ from lightning_oft.model.traversal import Modules, adapted, joined, own_tensors,
 
 def fingerprint(weight: Tensor | None, storage: str | None = None) -> str | None:
     """A short digest of a weight, `float32:9f2c...`: of its shape and 1,024 entries rounded to bfloat16, so that a
-    base loaded in bfloat16 is recognised; `nf4-float32-cpu:9f2c...` of what a quantized weight stands for on a device,
-    since another one may round it otherwise. None where the entries cannot be read (meta, packed or sharded)."""
+    base loaded in bfloat16 is recognised; `int8-float32-cpu:9f2c...` of what a quantized weight stands for on a
+    device, since another one may round it otherwise. None where the entries cannot be read (meta, packed or sharded)."""
     if weight is None or type(weight.data) is not Tensor or not weight.is_floating_point():
         return None
     if weight.is_meta or weight.numel() == 0:
@@ -47,9 +47,11 @@ def weight_fingerprint(layer: nn.Module, parameter: str) -> str | None:
     """The fingerprint of one weight of a layer as it is now; of a quantized one dequantized, where that needs no forward."""
     weight, packed = parameter_of(layer, parameter), packed_codec(layer, parameter)
     if packed is not None:
-        storage = packed.storage(layer) if packed.has_own_reading else None
         is_here = weight is None or not (weight.is_meta or is_sharded(weight))
-        return fingerprint(packed.read(layer, parameter), storage) if storage is not None and is_here else None
+        if not is_here or not packed.has_own_reading or packed.storage(layer) is None:
+            return None
+        name, values = packed.lasting(layer, parameter)
+        return fingerprint(values, name)
     if weight is None and (codec := codec_of(layer, parameter)) is not None:
         weight = codec.read(layer, parameter)
     return fingerprint(weight)

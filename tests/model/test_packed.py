@@ -94,6 +94,7 @@ def test_a_weight_that_was_packed_for_inference_is_unpacked_at_injection() -> No
         model.eval()(x)
     assert model[0].weight.quant_state.packing_format_for_cpu
     inject(model, OFTConfig(oft_block_size=16))
+    assert layer_fingerprint(model[0]) == layer_fingerprint(pair("nf4")[0]), "and it is no other base"
     assert relative(model.train()(x).detach(), before) < 0.01  # scales were rounded to bfloat16
     model(x).square().sum().backward()
     assert all(bool(layer.oft_R["default"].weight.grad.any()) for layer in model)
