@@ -38,17 +38,17 @@ def error_of(kind: str) -> float:
     return ERRORS.get(kind) or ERRORS[kind.split("-")[0]]
 
 
-def quantize(kind: str, linear: nn.Linear) -> nn.Module:
-    """The layer in another format; as it is where that is "plain"."""
+def quantize(kind: str, linear: nn.Linear, device: str = "cpu") -> nn.Module:
+    """The layer in another format, on a device; as it is where that is "plain"."""
     if kind == "plain":
-        return linear
+        return linear.to(device)
     own = package(kind)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         make: Callable[[str, Any, nn.Linear], nn.Module] = {
             "bitsandbytes": _bitsandbytes, "torchao": _torchao, "optimum.quanto": _quanto, "hqq.core.quantize": _hqq,
         }[own.__name__]  # fmt: skip
-        return make(kind, own, linear)
+        return make(kind, own, linear).to(device)
 
 
 def quantized_linear(kind: str, fan_in: int = 64, fan_out: int = 96, bias: bool = True) -> tuple[nn.Module, nn.Linear]:
@@ -74,7 +74,7 @@ def _bitsandbytes(kind: str, bnb: Any, linear: nn.Linear) -> nn.Module:
             *sizes, quant_type=kind[:3], compress_statistics="double" in kind, quant_storage=storage
         )
     made.load_state_dict(linear.state_dict())
-    return made.to("cpu").requires_grad_(False)
+    return made.requires_grad_(False)  # the device to which it goes first quantizes it
 
 
 def _torchao(kind: str, ao: Any, linear: nn.Linear) -> nn.Module:
@@ -105,7 +105,7 @@ def _hqq(kind: str, hqq: Any, linear: nn.Linear) -> nn.Module:
     return hqq.HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
 
 
-def llama(kind: str, tied: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+def llama(kind: str, tied: bool = False, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """A small Llama of random weights whose projections are in a format; in training mode, so that the forward of no
     layer rounds its inputs."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -116,8 +116,8 @@ def llama(kind: str, tied: bool = False, dtype: torch.dtype = torch.float32) -> 
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied)).to(dtype)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name != "lm_head":
-            model.set_submodule(name, quantize(kind, module))
-    return model
+            model.set_submodule(name, quantize(kind, module, device))
+    return model.to(device)
 
 
 def rotate(model: nn.Module) -> None:

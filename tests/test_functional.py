@@ -12,6 +12,8 @@ from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor
 
 from lightning_oft import functional as maths
+from lightning_oft.functional.maps import positive_cayley
+from lightning_oft.functional.products import positive_times_inverse
 
 TERMS = range(2, 13)
 
@@ -65,6 +67,20 @@ def test_cayley_is_its_formula_and_orthogonal() -> None:
     torch.testing.assert_close(maths.cayley(q), (eye + q) @ torch.linalg.inv(eye - q))
     assert float(maths.orthogonality_error(maths.cayley(q)).max()) < 1e-13
     torch.testing.assert_close(torch.linalg.det(maths.cayley(q)), torch.ones(3, dtype=q.dtype))
+
+
+@pytest.mark.parametrize("norm", [0.1, 3.0, 100.0])
+def test_what_a_gpu_computes_without_waiting_is_the_same(norm: float) -> None:
+    q = _skew(b=8, norm=norm)
+    torch.testing.assert_close(positive_cayley(q), maths.cayley(q), rtol=1e-10, atol=1e-10)
+    assert float(maths.orthogonality_error(positive_cayley(q.float()).double()).max()) < 5e-7
+    outer, r_nbb = torch.randn(3, 8, 8, dtype=torch.float64), maths.cayley_neumann(_skew(b=8, norm=0.8), 6)
+    torch.testing.assert_close(positive_times_inverse(outer, r_nbb), outer @ torch.linalg.inv(r_nbb).mT)
+
+
+def test_the_map_of_a_gpu_is_differentiated_twice() -> None:
+    generator = (torch.randn(2, 3, dtype=torch.float64) * 0.5).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda g: positive_cayley(maths.skew(g, 3)), generator)
 
 
 @pytest.mark.parametrize("halve_last", [True, False])
@@ -341,6 +357,23 @@ def test_projecting_twice_changes_nothing(radius: float, scale: float, b: int, s
     once = maths.project(generator, radius).clone()
     assert torch.equal(maths.project(generator, radius), once)
     assert bool((maths.frobenius_norm(once) <= radius * (1 + 1e-7)).all())
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_several_generators_are_measured_and_projected_as_each_by_itself(
+    together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maths.geometry, "_is_told", lambda _: together)
+    monkeypatch.setattr(maths.geometry, "_TOGETHER", 40)  # so that those of one size lie in more than one tensor
+    sizes = [(3, 10), (1, 10), (2, 6), (5, 10), (0, 10)]
+    generators = [torch.randn(size) * 0.2 for size in sizes]
+    apart = [maths.project(one.clone(), 0.5) for one in generators]
+    norms = [float(maths.frobenius_norm(one).max()) if len(one) else 0.0 for one in generators]
+    assert maths.largest_norms(generators).tolist() == pytest.approx(norms, rel=1e-6)
+    maths.project_all(generators, 0.5)
+    torch.testing.assert_close(generators, apart, rtol=0, atol=0)
+    generators[1][0, 3] = torch.nan
+    assert maths.largest_norms(generators)[1] == math.inf
 
 
 def test_project_does_not_record_and_works_on_a_parameter() -> None:

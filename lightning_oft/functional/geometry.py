@@ -1,6 +1,9 @@
 """How far a rotation turns, how far it is from orthogonal, and the ball that holds it (COFT)."""
 
+import functools
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -77,9 +80,69 @@ def project(generator: Tensor, radius: float) -> Tensor:
     A block outside lands within 1e-6 of the sphere, on its inner side, so that projecting twice changes nothing and
     rounding never leaves it outside. Qiu et al. 2023, section 3.3 (COFT).
     """
-    norm = frobenius_norm(generator)
-    scale = torch.where(norm > radius, radius * (1 - 1e-6) / norm, torch.ones_like(norm))
-    return generator.mul_(scale[:, None])
+    norm = frobenius_norm(generator)[:, None]
+    return generator.mul_(torch.where(norm > radius, radius * (1 - 1e-6) / norm, 1.0))
+
+
+@torch.no_grad()
+def project_all(generators: Sequence[Tensor], radius: float) -> None:
+    """`project` of several generators, each (n_i, m_i); on a GPU by a dozen operators for all of one block size."""
+    for places in _groups(generators):
+        ones = [generators[place] for place in places]
+        if len(ones) == 1:
+            project(ones[0], radius)
+            continue
+        joint = torch.cat(ones)
+        project(joint, radius)
+        torch._foreach_copy_(ones, list(torch.split(joint, [len(one) for one in ones])))
+
+
+@torch.no_grad()
+def largest_norms(generators: Sequence[Tensor]) -> Tensor:
+    """The largest ||Q_i||_F of each generator, (n_i, m_i) -> (generators,), on the device of the first; infinite where one
+    is not finite, 0 where it has no blocks. On a GPU computed together."""
+    found = [generators[0].new_zeros(())] * len(generators)
+    for places in _groups(generators):
+        ones = [generators[place] for place in places]
+        if len(ones) == 1:
+            largest = torch.linalg.vector_norm(ones[0], dim=-1).amax()[None]
+        else:
+            norms = torch.linalg.vector_norm(torch.cat(ones), dim=-1)
+            largest = norms.take(_rows(tuple(len(one) for one in ones), norms.device)).amax(1)
+        for place, norm in zip(places, largest.to(found[0].device).unbind(), strict=True):
+            found[place] = norm
+    return (math.sqrt(2) * torch.stack(found)).nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+_TOGETHER = 2**24
+"""Entries of generators that are copied side by side at a time."""
+
+
+def _groups(generators: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Places of generators that had better lie in one tensor, as it takes longer to tell a GPU than to do it; on a CPU each
+    by itself, as copies cost more. Those without blocks are in none."""
+    alike: dict[object, list[int]] = {}
+    for place, one in enumerate(generators):
+        if one.numel():
+            alike.setdefault((one.shape[1], one.device) if _is_told(one) else place, []).append(place)
+    for places in alike.values():
+        ends = itertools.accumulate(generators[place].numel() for place in places)
+        for _, pairs in itertools.groupby(zip(places, ends, strict=True), lambda pair: pair[1] // _TOGETHER):
+            yield [place for place, _ in pairs]
+
+
+def _is_told(tensor: Tensor) -> bool:
+    """Whether operators on the tensor are queued for a device."""
+    return tensor.device.type != "cpu"
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Which rows of a joint tensor are each part's, (parts, the largest size); of a smaller one the last ones again."""
+    with torch.inference_mode(False):
+        ends = torch.tensor(list(itertools.accumulate(sizes)))[:, None]
+        within = torch.minimum(torch.arange(max(sizes)), torch.tensor(sizes)[:, None] - 1)
+        return (ends - torch.tensor(sizes)[:, None] + within).to(device)
 
 
 def orthogonality_error(rotation: Tensor) -> Tensor:

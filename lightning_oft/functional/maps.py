@@ -59,11 +59,30 @@ def cayley(q: Tensor) -> Tensor:
     """Cayley map R = (I + Q)(I - Q)^-1. Q: (n, b, b) skew -> R: (n, b, b) orthogonal. Qiu et al. 2023, eq. 5.
 
     A float32 solve alone is off orthogonality by 1e-6 at ||Q||_2 = 3 and by 1e-5 at 100; R + R (I - R^T R) / 2, one step
-    of Newton's method for the nearest orthogonal matrix, is off by 5e-7 (measured, b = 64).
+    of Newton's method for the nearest orthogonal matrix, is off by 5e-7 (measured, b = 64). On a GPU it is
+    computed as `positive_cayley` does.
     """
+    if q.is_cuda:
+        return positive_cayley(q)
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     solved: Tensor = torch.linalg.solve(eye - q, eye + q)
     return solved + solved @ (eye - solved.mT @ solved) / 2
+
+
+def positive_cayley(q: Tensor) -> Tensor:
+    """The same map as 2 (I + Q)(I - Q^2)^-1 - I, in float64: torch's batched LU waits for all that a GPU still has to do,
+    and the Cholesky factors of a positive definite matrix do not. Of the dtype of Q."""
+    wide, eye = q.double(), torch.eye(q.shape[-1], dtype=torch.float64, device=q.device)
+    turned: Tensor = 2 * (eye + wide) @ inverse_of_positive(eye - wide @ wide) - eye
+    return turned.to(q.dtype)
+
+
+def inverse_of_positive(matrix: Tensor) -> Tensor:
+    """The inverse of symmetric positive definite matrices, (n, b, b), without waiting for the device: L^-T L^-1."""
+    factor = torch.linalg.cholesky_ex(matrix)[0]
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+    inverted: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return inverted.mT @ inverted
 
 
 def cayley_neumann(q: Tensor, terms: int, halve_last: bool = True) -> Tensor:
@@ -160,6 +179,9 @@ def _six_terms_backward(grad: Tensor, q: Tensor, s: Tensor, p: Tensor) -> Tensor
 
 
 def _exact(q: Tensor, eye: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    if q.is_cuda:
+        r = cayley(q)
+        return r, (r,)
     one_plus = q + eye
     solved: Tensor = torch.linalg.solve_ex(one_plus.mT, one_plus)[0]  # I - Q = (I + Q)^T
     # The step of Newton's method, as in `cayley`; of a rotation it is none, so the backward need not know of it.

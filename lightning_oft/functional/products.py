@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from lightning_oft.functional.maps import inverse_of_positive
 from lightning_oft.functional.tracing import full_float32, is_traced, without_autocast
 
 
@@ -119,10 +120,23 @@ class _RotatedLinear(torch.autograd.Function):
             if not ctx.needs_input_grad[1]:
                 return grad_x, None, None, grad_bias
             # x^T (grad W) = x^T (grad W') R^-T, for grad W' = grad W R^T is at hand.
-            outer = _outer(x, grad_x, r_nbb)
-            wide = torch.float64 if outer.dtype == torch.float64 else torch.float32
-            grad_r = torch.linalg.solve_ex(r_nbb.to(wide), outer.mT.to(wide))[0].mT.to(outer.dtype)
+            grad_r = _times_inverse(_outer(x, grad_x, r_nbb), r_nbb)
         return grad_x, grad_r, None, grad_bias
+
+
+def _times_inverse(outer: Tensor, r_nbb: Tensor) -> Tensor:
+    """outer R^-T of any invertible R, in float32 or wider."""
+    if outer.is_cuda:
+        return positive_times_inverse(outer, r_nbb)
+    wide = torch.float64 if outer.dtype == torch.float64 else torch.float32
+    solved: Tensor = torch.linalg.solve_ex(r_nbb.to(wide), outer.mT.to(wide))[0]
+    return solved.mT.to(outer.dtype)
+
+
+def positive_times_inverse(outer: Tensor, r_nbb: Tensor) -> Tensor:
+    """outer R^-T as outer R (R^T R)^-1 in float64, which on a GPU waits for nothing; see `positive_cayley`."""
+    r = r_nbb.double()
+    return (outer.double() @ r @ inverse_of_positive(r.mT @ r)).to(outer.dtype)
 
 
 def rotated_linear(x: Tensor, rotation: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

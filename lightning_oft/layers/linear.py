@@ -15,6 +15,8 @@ from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import applied_rotations, state_of
 
 _INPUT_NAMES = ("input", "x", "hidden_states")
+_LARGE = 2**20
+"""Entries of a weight that a GPU rotates rather than its inputs."""
 _KNOWN_TO_PEFT = ("bitsandbytes", "hqq", "torchao", "aqlm", "awq", "gptqmodel", "auto_gptq", "eetq",
                   "neural_compressor")  # fmt: skip
 """Packages whose linear layers PEFT adapts without their being an nn.Linear."""
@@ -47,9 +49,12 @@ def _rotated(layer: nn.Module, rotation: Rotation, x: Tensor) -> Tensor:
 def _should_rotate_weight(layer: nn.Module, rotation: nn.Module, x: Tensor) -> bool:
     """Whether this call costs less with the weight rotated. By counting, an input of t rows costs 3 t products with a
     block in a training step, a weight of o rows 2 o and t of them; measured, they meet between o and 1.5 o rows. Only of
-    a layer that is nothing but F.linear of a whole, plain and frozen weight."""
+    a layer that is nothing but F.linear of a whole, plain and frozen weight; on a GPU where products take longer than
+    launching them, which are a dozen more."""
     weight = layer._parameters.get("weight")
     if weight is None or functional.is_traced(x, weight) or 2 * x.numel() < 3 * weight.numel():
+        return False
+    if x.is_cuda and weight.numel() < _LARGE:
         return False
     is_plain = type(layer).forward is nn.Linear.forward and type(rotation) is Rotation and not weight.requires_grad
     hooks = [hook for hook in layer._forward_hooks.values() if hook is not _scale_output]

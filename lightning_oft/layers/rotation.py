@@ -176,7 +176,7 @@ class Rotation(nn.Module):
         else:
             r_nbb = self.matrix(cut).to(dtype)
         if (kept := self._kept(r_nbb.device) if kept is None else kept) is not None:
-            r_nbb = torch.where(kept if cut is None else cut.of(kept), r_nbb, torch.eye(self.block_size).to(r_nbb))
+            r_nbb = torch.where(kept if cut is None else cut.of(kept), r_nbb, r_nbb.new_ones(self.block_size).diag())
         return r_nbb
 
     def _cached(self, dtype: torch.dtype) -> Tensor:
@@ -257,13 +257,6 @@ class Rotation(nn.Module):
             return None
         reach = functional.reach_radius(self.terms, self.halve_last)
         return reach if self.radius is None or self.radius >= reach else None
-
-    def largest_generator(self) -> Tensor:
-        """The largest ||generator_i||, which is ||Q_i||_F / sqrt(2), of the blocks that this process has: (), on their
-        device."""
-        weight = local_part(self.weight)
-        largest: Tensor = torch.linalg.vector_norm(weight, dim=-1).amax() if weight.numel() else weight.new_zeros(())
-        return largest
 
     def leave_series(self) -> None:
         """Go on with the exact map, without a jump: the generators become those by which it turns as the series did."""

@@ -2,14 +2,14 @@
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_oft.codecs import is_sharded
+from lightning_oft import functional
+from lightning_oft.codecs import is_sharded, local_part
 from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import every_rotation, rotations_of, train_rotations
 from lightning_oft.model import freezing, saved_modules, traversal
@@ -199,9 +199,7 @@ def project(model: nn.Module) -> None:
 def largest_norms(rotations: Collection[Rotation]) -> Tensor:
     """The largest ||Q_i||_F of each rotation, (rotations,), infinite where one is not finite. Every process must call
     it where rotations are sharded, and gets the same."""
-    found = [rotation.largest_generator() for rotation in rotations]
-    norms = math.sqrt(2) * torch.stack([norm.to(found[0].device) for norm in found])
-    norms = norms.nan_to_num(nan=math.inf, posinf=math.inf)
+    norms = functional.largest_norms([local_part(rotation.weight.detach()) for rotation in rotations])
     if any(is_sharded(rotation.weight) for rotation in rotations):
         torch.distributed.all_reduce(norms, torch.distributed.ReduceOp.MAX)
     return norms

@@ -17,9 +17,9 @@ from lightning_oft.layers import LayerState, RotatedWeight, Rotation, rotations_
 from lightning_oft.model.fingerprint import weight_fingerprint
 from lightning_oft.model.traversal import adapted
 
-CPU_PIECE, PIECE = 2**19, 2**24
-"""Entries of a weight that are folded at a time: what a core's cache holds, and what fills a GPU without a float32 copy
-of all of a large weight."""
+CPU_PIECE, PIECE = 2**19, 2**22
+"""Entries of a weight that are folded at a time: what a core's cache holds, and what fills a GPU without two float32
+copies of all of a large weight."""
 
 LARGE_PAGE = 2**21
 """Bytes of the pages in which Linux hands out memory on request."""

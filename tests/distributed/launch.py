@@ -70,7 +70,7 @@ _MORE += [f"guard:{name}" for name in GUARDED]
 _TASKS = [f"task:{name}" for name in TASKS]
 GROUPS: dict[str, tuple[int, list[str]]] = {
     "two": (2, [*_SAVED, *_MORE, "layers", "merged", "refusals", *_TASKS]),
-    "one": (1, [f"resume:{strategy}:{kind}" for strategy, kind in RESUMED_ALONE]),
+    "one": (1, [*(f"resume:{strategy}:{kind}" for strategy, kind in RESUMED_ALONE), "unsharded"]),
     "four": (4, ["fit:tp-fsdp2"]),
 }
 

@@ -16,10 +16,11 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 class CPUFSDP(FSDPStrategy):
     """FSDP1: Lightning refuses FSDPStrategy itself by its exact type, and FSDP wants a device named."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, unit: type[nn.Module] | None = None, **options: Any) -> None:
         from scenario import Block
 
-        super().__init__(process_group_backend="gloo", auto_wrap_policy=ModuleWrapPolicy({Block}), **options)
+        policy = ModuleWrapPolicy({unit or Block})
+        super().__init__(process_group_backend="gloo", auto_wrap_policy=policy, **options)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         return FullyShardedDataParallel(

@@ -178,6 +178,12 @@ def test_what_tensor_parallelism_cannot_do_is_refused_in_one_line(runs: Runs) ->
         assert "gradient_clip_val=0.05: torch cannot clip together" in seen["a norm of biases and rotations"]
 
 
+def test_units_of_fsdp1_that_torch_cannot_save_are_refused(runs: Runs) -> None:
+    assert (
+        "must be larger than an adapted layer: name blocks in auto_wrap_policy" in _good(runs.one["unsharded"])["said"]
+    )
+
+
 def test_tensor_parallel_within_fsdp2_trains_what_one_process_trains(
     runs: Runs, alone: dict[str, dict[str, torch.Tensor]]
 ) -> None:

@@ -3,7 +3,8 @@
 A scenario is `fit:STRATEGY`, `save:STRATEGY:KIND` (ten steps, checkpoint after five) or `resume:STRATEGY:KIND`
 (from that checkpoint to ten; `resume:STRATEGY:KIND:OTHER` from another strategy's), where KIND is `adapter` or `full`;
 `bytes:STRATEGY` counts the memory of a fit and of its
-merge, `layers` cuts single layers, `merged` enters and leaves that context, and `refusals` tries what tensor parallelism does not take.
+merge, `layers` cuts single layers, `merged` enters and leaves that context, `refusals` tries what tensor parallelism does
+not take, and `unsharded` what FSDP1 does not.
 """
 
 from __future__ import annotations
@@ -135,6 +136,8 @@ def run(scenario: str, output: Path) -> dict[str, Any]:
         return dict(enter_merged())
     if scenario == "refusals":
         return dict(refusals(output))
+    if scenario == "unsharded":
+        return {"said": unsharded(output)}
     action, name, *rest = scenario.split(":")
     if action == "bytes":
         return dict(count_bytes(name, output))
@@ -255,6 +258,15 @@ def refusals(output: Path) -> dict[str, str]:
         except ValueError as error:
             said[what] = str(error)
     return said
+
+
+def unsharded(output: Path) -> str:
+    """What is said to units of FSDP1 around single layers on one process."""
+    try:
+        trainer(CPUFSDP(nn.Linear), str(output), devices=1, callbacks=[callback()]).fit(model_for("fsdp1"), data(1, 0))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def rotations(model: nn.Module) -> list[Rotation]:

@@ -287,6 +287,18 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_a_gpu_is_told_no_more_to_hold_many_rotations_than_to_hold_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional.geometry, "_is_told", lambda _: True)
+    totals = []
+    for layers in (2, 20):
+        generators = [torch.randn(3, 6) for _ in range(layers)]
+        with Operators() as operators:
+            functional.largest_norms(generators)
+            functional.project_all(generators, 0.5)
+        totals.append(operators.counts.total())
+    assert totals[0] == totals[1] <= 20
+
+
 def _llama(tokens: int, exact: bool | None) -> tuple[LlamaForCausalLM, Tensor, int]:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

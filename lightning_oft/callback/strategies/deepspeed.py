@@ -19,14 +19,15 @@ from lightning_oft.layers.rotation import Rotation
 
 
 @torch.no_grad()
-def _change(rotation: Rotation, act: Callable[[Rotation], None]) -> None:
-    """Change a rotation, and the float32 copy that the optimizer trains too; on all processes."""
-    before = rotation.weight.clone()
-    act(rotation)
-    if not torch.equal(before, rotation.weight):
-        from deepspeed.utils import safe_set_full_fp32_param
+def _change(rotations: list[Rotation], act: Callable[[list[Rotation]], None]) -> None:
+    """Change rotations, and the float32 copies that the optimizer trains too; on all processes."""
+    from deepspeed.utils import safe_set_full_fp32_param
 
-        safe_set_full_fp32_param(rotation.weight, rotation.weight.detach().clone())
+    before = [rotation.weight.clone() for rotation in rotations]
+    act(rotations)
+    for rotation, old in zip(rotations, before, strict=True):
+        if not torch.equal(old, rotation.weight):
+            safe_set_full_fp32_param(rotation.weight, rotation.weight.detach().clone())
 
 
 class DeepSpeedAdapter(StrategyAdapter):

@@ -18,7 +18,7 @@ from lightning_oft.callback.strategies.base import StrategyAdapter, check_cut
 from lightning_oft.callback.strategies.steps import Steps
 from lightning_oft.codecs import packed_codec
 from lightning_oft.layers.rotation import Rotation
-from lightning_oft.layers.state import every_rotation
+from lightning_oft.layers.state import every_rotation, state_of
 from lightning_oft.model.merging import KeepBase, merge_layers
 from lightning_oft.model.packed import packed_names
 from lightning_oft.model.traversal import Modules, walk
@@ -72,8 +72,19 @@ class FSDP1Adapter(StrategyAdapter):
 
     @override
     def watch_steps(self, rotations: dict[str, Rotation], undo: ExitStack) -> Steps:
+        self._check_units()
         with _summon([self.trainer.strategy.model]):  # the first unit that is summoned becomes the root
             return Steps(self.trainer.optimizers, rotations, undo, gathered=_summon)
+
+    def _check_units(self) -> None:
+        """Raise ValueError for units that torch can neither save nor merge: of a frozen layer around a rotation, not
+        sharded, it leaves the weights without their parameters after a backward pass."""
+        units: list[Any] = FullyShardedDataParallel.fsdp_modules(self.trainer.strategy.model)
+        if any(unit.sharding_strategy.name == "NO_SHARD" and state_of(unit.module) is not None for unit in units):
+            raise ValueError(
+                "FSDPStrategy: units that are not sharded, as on one process, must be larger than an adapted layer: name "
+                "blocks in auto_wrap_policy, or take strategy='auto' on one process and 'ddp' on several"
+            )
 
     @override
     def merge(self, root: nn.Module, keep_base: KeepBase, only: Collection[str], requantize: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_oft import functional
 from lightning_oft.callback import checks
 from lightning_oft.codecs import is_sharded, local_part
 from lightning_oft.functional import SERIES_TOLERANCE
@@ -32,7 +32,7 @@ class Steps:
     A post hook of the raw optimizer is the only place that equals real updates under accumulation, manual
     optimization, gradient scalers that skip, and LBFGS (measured). Without optimizers, whoever knows of a step calls
     `stepped`, and who knows of one that is not real says so by `is_real`. Generators are whole within
-    `gathered(rotations)`; `change` lets a function change one rotation in place.
+    `gathered(rotations)`; `change` lets a function change rotations in place.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Steps:
         optimizers: list[Any],
         rotations: dict[str, Rotation],
         undo: contextlib.ExitStack,
-        change: Callable[[Any, Callable[[Any], None]], None] = lambda rotation, act: act(rotation),
+        change: Callable[[list[Any], Callable[[list[Any]], None]], None] = lambda rotations, act: act(rotations),
         gathered: Callable[[list[Any]], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self._rotations, self._change, self._gathered = rotations, change, gathered
@@ -94,13 +94,15 @@ class Steps:
             if left := beyond_reach(held, norms.items()):
                 # Compiled code is made anew for each layer that goes another way: once for all of them is enough.
                 left = [name for name, one in held.items() if one.reach is not None] if has_compiled_code() else left
-                for name in left:
-                    self._change(held[name], operator.methodcaller("leave_series"))
+                self._change([held[name] for name in left], _leave_series)
                 rank_zero_info(left_message(left))
+            within: dict[float, list[Rotation]] = {}
             for name, rotation in held.items():
                 radius = min(rotation.ball or torch.inf, rotation.reach or torch.inf)
                 if radius < torch.inf and (is_late or norms[name] > radius):
-                    self._change(rotation, operator.methodcaller("project", radius))
+                    within.setdefault(radius, []).append(rotation)
+            for radius, found in within.items():
+                self._change(found, functools.partial(_project, radius))
 
     def _read(self, key: int, held: dict[str, Rotation], is_late: bool) -> dict[str, float]:
         """The largest norm of each rotation; those of the step before where these are still on an accelerator."""
@@ -153,6 +155,15 @@ def _begin_reading(norms: Tensor) -> Callable[[], list[float]]:
         return numbers
 
     return read
+
+
+def _leave_series(rotations: list[Rotation]) -> None:
+    for rotation in rotations:
+        rotation.leave_series()
+
+
+def _project(radius: float, rotations: list[Rotation]) -> None:
+    functional.project_all([local_part(rotation.weight.detach()) for rotation in rotations], radius)
 
 
 def _named(names: list[str], read: Callable[[], list[float]]) -> dict[str, float]:
