@@ -160,22 +160,19 @@ def _formula(generator: Tensor, block_size: int, terms: int | None, halve_last: 
     return cayley(q_nbb) if terms is None else cayley_neumann(q_nbb, terms, halve_last)
 
 
-def _six_terms(q: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """R = P + QP with P = I + M + MS, M = Q + S, S = Q^2, three products; and what the backward needs."""
-    s = torch.bmm(q, q)
-    m = q + s
-    p = torch.baddbmm(m, m, s)
-    p.diagonal(dim1=1, dim2=2).add_(1)
-    return torch.baddbmm(p, q, p), (q, s, p)
+def _six_terms(q: Tensor, eye: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """R = Q + U + MU with M = Q + Q^2 and U = I + QM, three products; and what the backward needs."""
+    m = torch.baddbmm(q, q, q)
+    u = torch.baddbmm(eye, q, m)
+    return torch.baddbmm(q + u, m, u), (q, m, u)
 
 
-def _six_terms_backward(grad: Tensor, q: Tensor, s: Tensor, p: Tensor) -> Tensor:
-    dp = torch.baddbmm(grad, q.mT, grad)
-    dm = torch.baddbmm(dp, dp, s)  # S is symmetric
-    ds = torch.baddbmm(dm, (q + s).mT, dp)
-    dq = torch.baddbmm(dm, grad, p.mT)
-    # Of dS Q + Q dS the skew part, which alone counts, is that of Q (dS + dS^T).
-    return dq.baddbmm_(q, ds + ds.mT, alpha=-1)
+def _six_terms_backward(grad: Tensor, q: Tensor, m: Tensor, u: Tensor) -> Tensor:
+    du = torch.baddbmm(grad, m.mT, grad)
+    dm = torch.baddbmm(torch.bmm(grad, u.mT), q, du, alpha=-1)  # Q^T = -Q
+    dq = torch.baddbmm(grad + dm, du, m.mT)
+    # Of dM Q + Q dM the skew part, which alone counts, is that of Q (dM + dM^T).
+    return dq.baddbmm_(q, dm + dm.mT, alpha=-1)
 
 
 def _exact(q: Tensor, eye: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -242,7 +239,7 @@ def _computed(generators: Sequence[Tensor], b: int, is_exact: bool) -> tuple[Ten
     tables = _tables(b, joint.device, joint.dtype)
     # Q by one gather and its signs.
     q = joint.index_select(1, tables.source).mul_(tables.sign).view(-1, b, b)
-    return _exact(q, tables.eye) if is_exact else _six_terms(q)
+    return _exact(q, tables.eye) if is_exact else _six_terms(q, tables.eye)
 
 
 def _differentiable(ctx: Any, generator: Tensor, grad: Tensor | None) -> Tensor | None:

@@ -11,6 +11,11 @@ from lightning_oft.functional.maps import inverse_of_positive
 from lightning_oft.functional.tracing import full_float32, is_traced, without_autocast
 
 
+_SMALL = 2**19
+"""Numbers that are copied faster than it takes to avoid it: on a CPU torch multiplies blocks in a loop where their products
+shall lie as x does, and a Function in Python costs more than the operators that torch differentiates itself (measured)."""
+
+
 def _plain_product(x: Tensor, r_nbb: Tensor) -> Tensor:
     n, b, _ = r_nbb.shape
     if n == 1:
@@ -63,7 +68,8 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     fan_in = x.shape[-1] if x.dim() else 0
     if (fan_in != n * b) if n > 1 else (fan_in == 0 or fan_in % b != 0):
         raise ValueError(f"cannot rotate an input of shape {tuple(x.shape)}: its last dimension must be {n * b}")
-    if is_traced(x, rotation):
+    is_small = x.numel() <= _SMALL and not torch.is_autocast_enabled(x.device.type)  # a backward may be within autocast
+    if is_small or is_traced(x, rotation):
         with without_autocast(x.device):
             return _plain_product(x, rotation)
     if torch.is_grad_enabled() and (x.requires_grad or rotation.requires_grad):
@@ -104,7 +110,7 @@ class _RotatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, r_nbb: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, r_nbb, weight)
-        return F.linear(x, rotate(weight, r_nbb.mT), bias)
+        return F.linear(x, _product(weight, r_nbb.mT), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,7 +122,7 @@ class _RotatedLinear(torch.autograd.Function):
             if torch.is_grad_enabled():  # to be differentiated once more
                 through = grad @ weight
                 return rotate(through, r_nbb.mT), _outer(x, through, r_nbb), None, grad_bias
-            grad_x = grad @ rotate(weight, r_nbb.mT)
+            grad_x = grad @ _product(weight, r_nbb.mT)
             if not ctx.needs_input_grad[1]:
                 return grad_x, None, None, grad_bias
             # x^T (grad W) = x^T (grad W') R^-T, for grad W' = grad W R^T is at hand.
