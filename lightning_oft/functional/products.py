@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lightning_oft.functional.maps import inverse_of_positive
-from lightning_oft.functional.tracing import full_float32, is_traced, without_autocast
-
+from lightning_oft.functional.tracing import NOTHING, full_float32, is_traced, without_autocast
 
 _SMALL = 2**19
 """Numbers that are copied faster than it takes to avoid it: on a CPU torch multiplies blocks in a loop where their products
@@ -68,13 +67,14 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     fan_in = x.shape[-1] if x.dim() else 0
     if (fan_in != n * b) if n > 1 else (fan_in == 0 or fan_in % b != 0):
         raise ValueError(f"cannot rotate an input of shape {tuple(x.shape)}: its last dimension must be {n * b}")
-    is_small = x.numel() <= _SMALL and not torch.is_autocast_enabled(x.device.type)  # a backward may be within autocast
+    without = without_autocast(x.device)
+    is_small = x.numel() <= _SMALL and without is NOTHING  # else the backward may be within autocast
     if is_small or is_traced(x, rotation):
-        with without_autocast(x.device):
+        with without:
             return _plain_product(x, rotation)
     if torch.is_grad_enabled() and (x.requires_grad or rotation.requires_grad):
         return _Rotate.apply(x, rotation)  # type: ignore[no-any-return, no-untyped-call]
-    with without_autocast(x.device):
+    with without:
         return _product(x, rotation)
 
 

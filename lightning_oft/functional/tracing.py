@@ -8,25 +8,30 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_NOTHING: AbstractContextManager[object] = contextlib.nullcontext()
+NOTHING: AbstractContextManager[object] = contextlib.nullcontext()
+"""The context in which nothing is switched off."""
 
 
 def is_traced(*tensors: Tensor) -> bool:
     """Whether formulas must be plain operators: under torch.compile, torch.func, torch.jit.trace and forward-mode
     differentiation, and for tensors of other kinds (DTensor, a subclass). Otherwise hand-written functions may stand for them."""
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
-        or any(type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter for tensor in tensors)
-    )
+    ):
+        return True
+    for tensor in tensors:  # a generator costs as much as all of the rest
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return True
+    return False
 
 
 def constant_in_onnx() -> AbstractContextManager[object]:
     """Within, the TorchScript exporter to ONNX writes down results and not how they came about: it knows no solve."""
     state = torch._C._get_tracing_state()
-    return _untraced(state) if state is not None and torch.onnx.is_in_onnx_export() else _NOTHING
+    return _untraced(state) if state is not None and torch.onnx.is_in_onnx_export() else NOTHING
 
 
 @contextlib.contextmanager
@@ -44,9 +49,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     kind = device.type
     if kind in ("cpu", "cuda"):  # the meta device has none, and asking costs as much as knowing
         if not torch.is_autocast_enabled(kind) and not torch.compiler.is_compiling():
-            return _NOTHING
+            return NOTHING
     elif not torch.amp.is_autocast_available(kind):
-        return _NOTHING
+        return NOTHING
     return torch.autocast(kind, enabled=False)
 
 

@@ -39,6 +39,8 @@ class _Cache:
     def __init__(self, matrix: Tensor, weight: Tensor) -> None:
         self.matrix, self.dtype, self.is_inference = matrix, matrix.dtype, matrix.is_inference()
         self.address, self.size = weight.data_ptr(), weight.numel()
+        n, b, _ = matrix.shape
+        self.rows = (n, 1, b) if n > 1 else None  # of a single vector; a shared block takes it otherwise
         self.memory: Any = None
         self.copy: Any = _identity(weight)
         if _is_on_host(weight):  # numpy would do too, and keep FSDP from freeing the storage
@@ -192,17 +194,17 @@ class Rotation(nn.Module):
     def vector(self, x: Tensor) -> Tensor | None:
         """x . blockdiag(R) of a single vector by the cached R; None where there is none, or anything else to heed. This
         is `forward` for a generated token, for which a dozen calls in Python cost more than the product."""
-        if self.training or torch.is_grad_enabled() or functional.is_traced(x) or self._cache is None:
-            return None
         cache, weight = self._cache, self._parameters.get("weight")  # past nn.Module's look-up
-        n, b, _ = cache.matrix.shape
-        if n == 1 or x.numel() != self.fan_in or x.shape[-1] != self.fan_in or weight is None:
+        if cache is None or weight is None or self.training or torch.is_grad_enabled() or functional.is_traced(x):
+            return None
+        shape = x.shape
+        if shape[-1:] != (self.fan_in,) or x.numel() != self.fan_in or cache.rows is None:
             return None
         if torch.is_autocast_enabled(x.device.type) or not cache.serves(weight, x.dtype):
             return None
         if self._forward_hooks or self._forward_pre_hooks:
             return None
-        return torch.bmm(x.reshape(n, 1, b), cache.matrix).view_as(x)
+        return torch.bmm(x.reshape(cache.rows), cache.matrix).view(shape)
 
     @override
     def train(self, mode: bool = True) -> Self:

@@ -101,9 +101,8 @@ def applied_rotations(layer: nn.Module, part: str) -> Sequence[Rotation]:
     state = state_of(layer)
     if state is None or not state.enabled or state.merged is not None:
         return ()
-    adapters: Any = layer.oft_R
-    if part == "" and len(state.active) == 1:  # every token of a generation comes by here
-        entry = adapters[state.active[0]]
+    if part == "" and len(state.active) == 1:  # every token of a generation comes by here, past nn.Module's look-ups
+        entry: Any = layer._modules["oft_R"]._modules[state.active[0]]  # type: ignore[union-attr]
         if not isinstance(entry, nn.ModuleDict):
             return (entry,)
     found = (rotations_of(layer, name).get(part) for name in state.active)
