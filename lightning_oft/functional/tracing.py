@@ -22,7 +22,7 @@ def is_traced(*tensors: Tensor) -> bool:
         or forward_ad._current_level >= 0
     ):
         return True
-    for tensor in tensors:  # a generator costs as much as all of the rest
+    for tensor in tensors:  # noqa: SIM110 - a generator costs as much as all of the rest
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return True
     return False
