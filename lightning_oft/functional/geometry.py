@@ -124,7 +124,7 @@ def _groups(generators: Sequence[Tensor]) -> Iterator[list[int]]:
     alike: dict[object, list[int]] = {}
     for place, one in enumerate(generators):
         if one.numel():
-            alike.setdefault((one.shape[1], one.device) if _is_told(one) else place, []).append(place)
+            alike.setdefault((one.shape[1], one.dtype, one.device) if _is_told(one) else place, []).append(place)
     for places in alike.values():
         ends = itertools.accumulate(generators[place].numel() for place in places)
         for _, pairs in itertools.groupby(zip(places, ends, strict=True), lambda pair: pair[1] // _TOGETHER):

@@ -15,6 +15,12 @@ _SMALL = 2**19
 shall lie as x does, and a Function in Python costs more than the operators that torch differentiates itself (measured)."""
 
 
+def _is_small(x: Tensor) -> bool:
+    """Whether x had better be copied: not a single row, which lies either way as it shall, nor one that would be copied
+    and kept already before the product."""
+    return x.shape[-1] < x.numel() <= _SMALL and x.is_contiguous()
+
+
 def _plain_product(x: Tensor, r_nbb: Tensor) -> Tensor:
     n, b, _ = r_nbb.shape
     if n == 1:
@@ -68,8 +74,8 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     if (fan_in != n * b) if n > 1 else (fan_in == 0 or fan_in % b != 0):
         raise ValueError(f"cannot rotate an input of shape {tuple(x.shape)}: its last dimension must be {n * b}")
     without = without_autocast(x.device)
-    is_small = x.numel() <= _SMALL and without is NOTHING  # else the backward may be within autocast
-    if is_small or is_traced(x, rotation):
+    # Whether it is traced is asked first: a size that is compared becomes a condition of the traced code.
+    if is_traced(x, rotation) or (without is NOTHING and _is_small(x)):
         with without:
             return _plain_product(x, rotation)
     if torch.is_grad_enabled() and (x.requires_grad or rotation.requires_grad):

@@ -102,7 +102,8 @@ def applied_rotations(layer: nn.Module, part: str) -> Sequence[Rotation]:
     if state is None or not state.enabled or state.merged is not None:
         return ()
     if part == "" and len(state.active) == 1:  # every token of a generation comes by here, past nn.Module's look-ups
-        entry: Any = layer._modules["oft_R"]._modules[state.active[0]]  # type: ignore[union-attr]
+        adapters: Any = layer._modules["oft_R"]
+        entry = adapters[state.active[0]]
         if not isinstance(entry, nn.ModuleDict):
             return (entry,)
     found = (rotations_of(layer, name).get(part) for name in state.active)

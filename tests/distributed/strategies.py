@@ -16,11 +16,10 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 class CPUFSDP(FSDPStrategy):
     """FSDP1: Lightning refuses FSDPStrategy itself by its exact type, and FSDP wants a device named."""
 
-    def __init__(self, unit: type[nn.Module] | None = None, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         from scenario import Block
 
-        policy = ModuleWrapPolicy({unit or Block})
-        super().__init__(process_group_backend="gloo", auto_wrap_policy=policy, **options)
+        super().__init__(process_group_backend="gloo", auto_wrap_policy=ModuleWrapPolicy({Block}), **options)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         return FullyShardedDataParallel(

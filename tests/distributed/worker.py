@@ -261,9 +261,10 @@ def refusals(output: Path) -> dict[str, str]:
 
 
 def unsharded(output: Path) -> str:
-    """What is said to units of FSDP1 around single layers on one process."""
+    """What is said to units of FSDP1 on one process in which nothing trains beside rotations."""
     try:
-        trainer(CPUFSDP(nn.Linear), str(output), devices=1, callbacks=[callback()]).fit(model_for("fsdp1"), data(1, 0))
+        oft = callback(bias="none")
+        trainer(CPUFSDP(), str(output), devices=1, callbacks=[oft]).fit(model_for("fsdp1"), data(1, 0))
     except ValueError as error:
         return str(error)
     return ""

@@ -1,4 +1,4 @@
-"""An adapted model that is written down: by torch.jit.trace, and by the TorchScript exporter to ONNX."""
+"""An adapted model that is written down: by torch.jit.trace, torch.export and the TorchScript exporter to ONNX."""
 
 from __future__ import annotations
 
@@ -92,3 +92,14 @@ def test_forward_mode_differentiation_goes_through_a_rotation() -> None:
         dual = torch.autograd.forward_ad.make_dual(x, x)
         tangent = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
     torch.testing.assert_close(tangent, model(x))  # the layer has no bias: it is linear
+
+
+def test_an_exported_program_takes_as_many_rows_as_it_is_asked_to() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    inject(model, config(target_modules="all-linear"))
+    randomize(model)
+    rows = torch.export.Dim("rows", min=2, max=2**20)
+    exported = torch.export.export(model.eval(), (torch.randn(4, 64),), dynamic_shapes=({0: rows},)).module()
+    for count in (8, 2**14):  # rotated by native operators, and by a function of our own
+        x = torch.randn(count, 64)
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)

@@ -18,7 +18,7 @@ from lightning_oft.callback.strategies.base import StrategyAdapter, check_cut
 from lightning_oft.callback.strategies.steps import Steps
 from lightning_oft.codecs import packed_codec
 from lightning_oft.layers.rotation import Rotation
-from lightning_oft.layers.state import every_rotation, state_of
+from lightning_oft.layers.state import every_rotation
 from lightning_oft.model.merging import KeepBase, merge_layers
 from lightning_oft.model.packed import packed_names
 from lightning_oft.model.traversal import Modules, walk
@@ -77,14 +77,21 @@ class FSDP1Adapter(StrategyAdapter):
             return Steps(self.trainer.optimizers, rotations, undo, gathered=_summon)
 
     def _check_units(self) -> None:
-        """Raise ValueError for units that torch can neither save nor merge: of a frozen layer around a rotation, not
-        sharded, it leaves the weights without their parameters after a backward pass."""
+        """Raise ValueError for units that torch can neither save nor merge: not sharded, and frozen around a unit that
+        trains, they lose their parameters in a backward pass."""
         units: list[Any] = FullyShardedDataParallel.fsdp_modules(self.trainer.strategy.model)
-        if any(unit.sharding_strategy.name == "NO_SHARD" and state_of(unit.module) is not None for unit in units):
-            raise ValueError(
-                "FSDPStrategy: units that are not sharded, as on one process, must be larger than an adapted layer: name "
-                "blocks in auto_wrap_policy, or take strategy='auto' on one process and 'ddp' on several"
-            )
+        names = {module: name for name, module in walk(self.trainer.lightning_module).items()}
+        for unit in (unit for unit in units if unit.sharding_strategy.name == "NO_SHARD"):
+            inner = [one for one in units if one is not unit and one in set(unit.modules())]
+            below = {parameter for one in inner for parameter in one.parameters()}
+            own = [parameter for parameter in unit.parameters() if parameter not in below]
+            if own and not any(parameter.requires_grad for parameter in own) and any(p.requires_grad for p in below):
+                name = names.get(unit.module) or "the whole model"
+                raise ValueError(
+                    f"FSDPStrategy does not shard, as on one process, and torch then loses the weights of {name}, where "
+                    "nothing trains beside rotations: use strategy='auto' on one process and 'ddp' on several, or train "
+                    "something in each unit (bias='oft_only')"
+                )
 
     @override
     def merge(self, root: nn.Module, keep_base: KeepBase, only: Collection[str], requantize: bool = False) -> None:
