@@ -298,7 +298,7 @@ def test_a_quantized_base_trains_and_leaves(tmp_path: Path, kind: str) -> None:
         assert relative(model(tokens).logits.cpu(), expected) < 1e-6
 
 
-def test_kept_for_backward_is_what_was_counted(tmp_path: Path) -> None:
+def test_kept_for_backward_is_what_was_counted() -> None:
     """The allocator's own figure of one rotated layer, in bfloat16: its input, and no copy beside."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(4))).to(GPU, torch.bfloat16)
