@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_oft.functional.maps import rotation_of, skew
+from lightning_oft.functional.kernels import rotation_of
+from lightning_oft.functional.maps import skew
 
 SERIES_TOLERANCE = 1e-6
 """Largest ||R^T R - I||_2 of a truncated series that passes without a word: float32's own accuracy."""

@@ -7,18 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from lightning_oft.functional.kernels import MatrixSource
 from lightning_oft.functional.maps import inverse_of_positive
 from lightning_oft.functional.tracing import NOTHING, full_float32, is_traced, without_autocast
 
 _SMALL = 2**19
 """Numbers that are copied faster than it takes to avoid it: on a CPU torch multiplies blocks in a loop where their products
 shall lie as x does, and a Function in Python costs more than the operators that torch differentiates itself (measured)."""
+_WIDE = 2**16
+"""Entries of R, 2,048 inputs in blocks of 32, of a layer beside which a few operators are nothing."""
 
 
-def _is_small(x: Tensor) -> bool:
+def _is_small(x: Tensor, r_nbb: Tensor) -> bool:
     """Whether x had better be copied: not a single row, which lies either way as it shall, nor one that would be copied
-    and kept already before the product."""
-    return x.shape[-1] < x.numel() <= _SMALL and x.is_contiguous()
+    and kept already before the product, nor beside a layer that takes so long that nothing is gained."""
+    return x.shape[-1] < x.numel() <= _SMALL and r_nbb.numel() < _WIDE and x.is_contiguous()
 
 
 def _plain_product(x: Tensor, r_nbb: Tensor) -> Tensor:
@@ -44,19 +47,29 @@ def _outer(x: Tensor, grad: Tensor, r_nbb: Tensor) -> Tensor:
     return torch.bmm(x.reshape(-1, n, b).permute(1, 2, 0), grad.reshape(-1, n, b).transpose(0, 1))
 
 
+def _keep(ctx: Any, r_nbb: Tensor, *tensors: Tensor) -> None:
+    """Keep tensors for the backward, and R last where its map does not compute it again."""
+    ctx.source = MatrixSource.of(r_nbb)
+    ctx.save_for_backward(*tensors, *(() if ctx.source else (r_nbb,)))
+
+
+def _kept(ctx: Any) -> tuple[Tensor, ...]:
+    return (*ctx.saved_tensors, ctx.source.matrix()) if ctx.source else ctx.saved_tensors
+
+
 class _Rotate(torch.autograd.Function):
     """x . blockdiag(R) that keeps x and R for backward and nothing else; differentiable twice."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, r_nbb: Tensor) -> Tensor:
         # With a separate setup_context torch binds the arguments by signature, at more cost than a small product.
-        ctx.save_for_backward(x, r_nbb)
+        _keep(ctx, r_nbb, x)
         with without_autocast(x.device):
             return _product(x, r_nbb)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, r_nbb = ctx.saved_tensors
+        x, r_nbb = _kept(ctx)
         grad_x = grad_r = None
         if ctx.needs_input_grad[0]:
             grad_x = rotate(grads[0], r_nbb.mT)
@@ -75,7 +88,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
         raise ValueError(f"cannot rotate an input of shape {tuple(x.shape)}: its last dimension must be {n * b}")
     without = without_autocast(x.device)
     # Whether it is traced is asked first: a size that is compared becomes a condition of the traced code.
-    if is_traced(x, rotation) or (without is NOTHING and _is_small(x)):
+    if is_traced(x, rotation) or (without is NOTHING and _is_small(x, rotation)):
         with without:
             return _plain_product(x, rotation)
     if torch.is_grad_enabled() and (x.requires_grad or rotation.requires_grad):
@@ -115,12 +128,12 @@ class _RotatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, r_nbb: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, r_nbb, weight)
+        _keep(ctx, r_nbb, x, weight)
         return F.linear(x, _product(weight, r_nbb.mT), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, r_nbb, weight = ctx.saved_tensors
+        x, weight, r_nbb = _kept(ctx)
         grad, grad_bias = grads[0], None
         if ctx.needs_input_grad[3]:
             grad_bias = grad.flatten(0, -2).sum(0)

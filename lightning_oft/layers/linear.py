@@ -12,7 +12,7 @@ from lightning_oft import functional
 from lightning_oft.layers.base import LayerType, RotatedWeight, register_layer_type
 from lightning_oft.layers.own_forward import TurnedOutput
 from lightning_oft.layers.rotation import Rotation
-from lightning_oft.layers.state import applied_rotations, state_of
+from lightning_oft.layers.state import applied_rotations, remember, state_of
 
 _INPUT_NAMES = ("input", "x", "hidden_states")
 _LARGE = 2**20
@@ -23,6 +23,10 @@ _KNOWN_TO_PEFT = ("bitsandbytes", "hqq", "torchao", "aqlm", "awq", "gptqmodel", 
 
 
 def _rotate_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    if args and kwargs is not None and not torch.compiler.is_compiling():
+        state = state_of(layer)
+        if state is not None and (quick := state.quick) is not None and (vector := quick.vector(args[0])) is not None:
+            return (vector, *args[1:]), kwargs
     rotations = applied_rotations(layer, "")
     if not rotations or kwargs is None:
         return _require_state(layer)
@@ -39,8 +43,10 @@ def _rotate_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _rotated(layer: nn.Module, rotation: Rotation, x: Tensor) -> Tensor:
-    vector = rotation.vector(x) if type(rotation) is Rotation else None
-    if vector is not None:
+    cached = rotation.cached if type(rotation) is Rotation and not functional.is_traced(x) else None
+    if cached is not None and not rotation.training and (vector := cached.vector(x)) is not None:
+        if rotation.dropout == 0:  # else it matters in which mode the rotation is, whoever set it
+            remember(layer, cached)
         return vector
     rotated: Tensor = rotation(x, later=True) if _should_rotate_weight(layer, rotation, x) else rotation(x)
     return rotated

@@ -1,6 +1,5 @@
 """Rotation: the generators of one fan-in as a module. Shapes: n blocks of size b, fan-in i = n*b."""
 
-import ctypes
 import functools
 import math
 from collections.abc import Callable
@@ -8,60 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import Self, override
 
 from lightning_oft import functional
 from lightning_oft.config import OFTConfig
+from lightning_oft.layers.cached import Cached
 from lightning_oft.layers.shared_map import SharedMap, can_share
 from lightning_oft.layers.tensor_parallel import Cut, gathered, local_part, rotate_spread, spread_like
-
-
-@functools.cache
-def _steps() -> list[int]:
-    """[optimizer steps of this process] since the first call: fused ones change parameters without a new `_version`."""
-    steps = [0]
-
-    def count(*_: Any) -> None:
-        steps[0] += 1
-
-    register_optimizer_step_post_hook(count)
-    return steps
-
-
-class _Cache:
-    """R, and what it was made from.
-
-    On a CPU the generator's bytes are compared with a copy. Elsewhere that would wait for the device: identity, version
-    and the count of optimizer steps stand for it, and `weight.data[0] = 1` counts from the next change of mode on.
-    """
-
-    def __init__(self, matrix: Tensor, weight: Tensor) -> None:
-        self.matrix, self.dtype, self.is_inference = matrix, matrix.dtype, matrix.is_inference()
-        self.address, self.size = weight.data_ptr(), weight.numel()
-        n, b, _ = matrix.shape
-        self.rows = (n, 1, b) if n > 1 else None  # of a single vector; a shared block takes it otherwise
-        self.memory: Any = None
-        self.copy: Any = _identity(weight)
-        if _is_on_host(weight):  # numpy would do too, and keep FSDP from freeing the storage
-            self.memory = (ctypes.c_char * weight.nbytes).from_address(self.address)
-            self.copy = bytearray(self.memory)  # compares with a buffer by memcmp
-
-    def serves(self, weight: Tensor, dtype: torch.dtype) -> bool:
-        """Whether R is of this generator as it is now, and can be used in this mode."""
-        return (
-            dtype is self.dtype
-            and type(weight) is nn.Parameter
-            and weight.data_ptr() == self.address
-            and weight.numel() == self.size
-            # A tensor made in inference mode cannot be used where gradients are recorded later.
-            and (not self.is_inference or torch.is_inference_mode_enabled())
-            and bool(self.copy == (_identity(weight) if self.memory is None else self.memory))
-        )
-
-
-def _identity(weight: Tensor) -> tuple[int, ...]:
-    return (id(weight), weight.get_device(), 0 if weight.is_inference() else weight._version, *_steps())
 
 
 class Rotation(nn.Module):
@@ -106,7 +58,7 @@ class Rotation(nn.Module):
         self.magnitude = None
         if config.magnitude is not None and neurons is not None:
             self.magnitude = nn.Parameter(torch.empty(neurons, dtype=torch.float32, device=device))
-        self._cache: _Cache | None = None
+        self.cached: Cached | None = None  # R of the last forward that records no gradients
         self.shared: SharedMap | None = None  # what computes R together with those of the layers beside
         self.reset_parameters()
 
@@ -171,7 +123,7 @@ class Rotation(nn.Module):
     def _matrix_in(self, dtype: torch.dtype, cut: Cut | None = None, kept: Tensor | None = None) -> Tensor:
         is_traced, is_recorded = functional.is_traced(), torch.is_grad_enabled()
         if not (self.training or is_recorded or is_traced):
-            return self._cached(dtype) if cut is None else cut.of(self._cached(dtype))
+            return self._fixed(dtype) if cut is None else cut.of(self._fixed(dtype))
         alone = self.shared is None or cut is not None or type(self) is not Rotation  # a unit of FSDP gathers its own
         if not (alone or is_traced) and is_recorded and can_share(self):
             r_nbb = self.shared.matrix(self, dtype)  # type: ignore[union-attr]
@@ -181,39 +133,30 @@ class Rotation(nn.Module):
             r_nbb = torch.where(kept if cut is None else cut.of(kept), r_nbb, r_nbb.new_ones(self.block_size).diag())
         return r_nbb
 
-    def _cached(self, dtype: torch.dtype) -> Tensor:
+    def _fixed(self, dtype: torch.dtype) -> Tensor:
         """The last rotation if nothing changed since, else a fresh one."""
-        cache, weight = self._cache, self.weight  # once: another thread may put its own there
-        if cache is not None and cache.serves(weight, dtype):
-            return cache.matrix
+        cached, weight = self.cached, self.weight  # once: another thread may put its own there
+        if cached is not None and cached.serves(weight, dtype):
+            return cached.matrix
         matrix = self.matrix().to(dtype)
         if type(weight) is nn.Parameter and weight.is_contiguous() and not weight.is_meta:
-            self._cache = _Cache(matrix, weight)
+            self.cached = Cached(self, matrix)
         return matrix
 
-    def vector(self, x: Tensor) -> Tensor | None:
-        """x . blockdiag(R) of a single vector by the cached R; None where there is none, or anything else to heed. This
-        is `forward` for a generated token, for which a dozen calls in Python cost more than the product."""
-        cache, weight = self._cache, self._parameters.get("weight")  # past nn.Module's look-up
-        if cache is None or weight is None or self.training or torch.is_grad_enabled() or functional.is_traced(x):
-            return None
-        shape = x.shape
-        if shape[-1:] != (self.fan_in,) or x.numel() != self.fan_in or cache.rows is None:
-            return None
-        if torch.is_autocast_enabled(x.device.type) or not cache.serves(weight, x.dtype):
-            return None
-        if self._forward_hooks or self._forward_pre_hooks:
-            return None
-        return torch.bmm(x.reshape(cache.rows), cache.matrix).view(shape)
+    def forget(self) -> None:
+        """Compute R afresh when it is asked for next."""
+        if self.cached is not None:
+            self.cached.forget()
+        self.cached = None
 
     @override
     def train(self, mode: bool = True) -> Self:
-        self._cache = None
+        self.forget()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow a move to a device and never a cast: half-precision generators and moments do not train."""
-        self._cache = None
+        self.forget()
         probe = fn(torch.zeros(1, dtype=torch.float32, device=self.weight.device))
         if probe.dtype != torch.float32:
             fn = functools.partial(torch.Tensor.to, device=probe.device)
@@ -236,7 +179,7 @@ class Rotation(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None, "shared": None}
+        return {**self.__dict__, "cached": None, "shared": None}
 
     def project(self, radius: float | None = None) -> None:
         """Pull every block into the ball ||Q_i||_F <= radius, in place: by default its own, where it has one."""
@@ -270,7 +213,7 @@ class Rotation(nn.Module):
     def use_map(self, exact: bool) -> None:
         """Compute R by the exact Cayley map from now on, or by the configuration's map again; the generators stay."""
         self.terms = None if exact else self.series_terms
-        self._cache = None
+        self.forget()
 
     def error_bound(self) -> float:
         """Upper bound of ||R^T R - I||_2 over the blocks here; 0 for the exact Cayley map. Waits for the device."""
@@ -288,8 +231,3 @@ def _scaled(y: Tensor, magnitude: Tensor, bias: Tensor | None) -> Tensor:
     """m (y - bias) + bias as y + (m - 1) (y - bias), which is y to the bit where m is 1."""
     growth = spread_like(torch.expm1(gathered(magnitude)).to(y.dtype), y)
     return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), growth)
-
-
-def _is_on_host(tensor: Tensor) -> bool:
-    """Whether comparing the tensor waits for no device."""
-    return tensor.device.type == "cpu"

@@ -41,7 +41,8 @@ class SharedMap:
         """R of one member; those of the others wait. Another thread may do the same meanwhile."""
         self._leave_out_idle(rotation)
         together = [one for one in self.members.values() if one is rotation or _are_alike(one, rotation)]
-        found = functional.rotations_of([one.weight for one in together], rotation.block_size, rotation.terms, dtype)
+        generators, size = [one.weight for one in together], rotation.block_size
+        found = functional.rotations_of(generators, size, rotation.terms, dtype, whole=True)
         matrices = dict(zip(map(id, together), found, strict=True))
         mine = matrices.pop(id(rotation))
         self._waiting |= {

@@ -2,15 +2,30 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.base import LayerType, Side
+from lightning_oft.layers.cached import Cached
 from lightning_oft.layers.rotation import Rotation
 
 _ATTRIBUTE = "_oft"
+
+
+class Quick(NamedTuple):
+    """The one R that a layer applies, for the next token of a generation: asking anew what is applied would cost more
+    than the product."""
+
+    cached: Cached
+    rotation: Rotation
+    adapter_name: str
+    adapters: dict[str, Any]
+
+    def vector(self, x: Tensor) -> Tensor | None:
+        """x . blockdiag(R) of a single vector; None where that is not all there is to do."""
+        return self.cached.vector(x) if self.adapters.get(self.adapter_name) is self.rotation else None
 
 
 @dataclass
@@ -24,6 +39,16 @@ class LayerState:
     merged: dict[str, str | None] | None = None  # fingerprints of the weights as the merge left them, by parameter
     base: dict[str, Any] = field(default_factory=dict)  # weights that an unmerge returns to, by parameter
     fingerprint: str | None = None
+    quick: "Quick | None" = field(default=None, repr=False, compare=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whatever changes may change what is applied."""
+        super().__setattr__(name, value)
+        if name != "quick":
+            super().__setattr__("quick", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "quick": None}
 
 
 @dataclass
@@ -108,6 +133,13 @@ def applied_rotations(layer: nn.Module, part: str) -> Sequence[Rotation]:
             return (entry,)
     found = (rotations_of(layer, name).get(part) for name in state.active)
     return [rotation for rotation in found if rotation is not None]
+
+
+def remember(layer: nn.Module, cached: Cached) -> None:
+    """Let the next token be rotated by this R, that of the only rotation which is applied to the layer."""
+    state: Any = state_of(layer)
+    (name,), adapters = state.active, layer._modules["oft_R"]._modules  # type: ignore[union-attr]
+    state.quick = Quick(cached, adapters[name], name, adapters)  # type: ignore[arg-type]
 
 
 def rotated_weight(layer: nn.Module, part: str, weight: Tensor, side: Side = "input") -> Tensor:

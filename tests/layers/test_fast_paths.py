@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_oft import functional, inject, oft_layers
+from lightning_oft import disable_adapters, functional, inject, merge, oft_layers, set_adapter, unload
 from lightning_oft.layers import Rotation
 from lightning_oft.layers import linear as linear_layers
 
@@ -59,11 +59,11 @@ def _maps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     plain = functional.rotations_of
 
-    def counted(generators: Any, *args: Any) -> Any:
+    def counted(generators: Any, *args: Any, **options: Any) -> Any:
         sizes.append(len(generators))
-        return plain(generators, *args)
+        return plain(generators, *args, **options)
 
-    for place in (functional, functional.maps):
+    for place in (functional, functional.kernels):
         monkeypatch.setattr(place, "rotations_of", counted)
     return sizes
 
@@ -171,7 +171,9 @@ def test_gradients_of_each_sample_and_afterwards_as_before() -> None:
         torch.testing.assert_close(model(x), plain)
 
 
-def test_a_gradient_is_differentiated_once_more() -> None:
+@pytest.mark.parametrize("large", [2**18, 0], ids=["kept", "computed_again"])
+def test_a_gradient_is_differentiated_once_more(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional.kernels, "_LARGE", large)
     results = []
     for shared in (True, False):
         model, x = _model(shared), torch.ones(3, 8)
@@ -180,6 +182,109 @@ def test_a_gradient_is_differentiated_once_more() -> None:
         sum(one.square().sum() for one in first).backward()  # type: ignore[union-attr]
         results.append(_gradients(model))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+# ---- matrices that are computed again ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exact", [False, True], ids=["series", "exact"])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_what_is_computed_again_is_what_would_have_been_kept(
+    loss: Loss, exact: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, x = [], torch.randn(50, 8, dtype=dtype)
+    monkeypatch.setattr(functional.products, "_SMALL", 0)
+    for large in (2**18, 0):
+        monkeypatch.setattr(functional.kernels, "_LARGE", large)
+        model, own = _model(use_cayley_neumann=not exact), x.clone().requires_grad_()
+        loss(model.to(dtype), own).backward()
+        found.append((own.grad, _gradients(model)))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "matrices"), [(torch.float32, 1), (torch.bfloat16, 0)])
+def test_of_large_maps_no_copy_is_kept(dtype: torch.dtype, matrices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 R is kept by the products, in half precision it is computed once more for all of a map."""
+    monkeypatch.setattr(functional.kernels, "_LARGE", 0)
+    monkeypatch.setattr(functional.products, "_SMALL", 0)
+    model, x = _model().to(dtype), torch.randn(5, 8, dtype=dtype)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 3:  # an R, or what one is made of
+            kept[tensor.untyped_storage().data_ptr()] = 1
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    assert sum(kept.values()) == matrices
+    with torch.no_grad():
+        _rotations(model)["q"].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed between its forward and its backward"):
+        y.sum().backward()
+
+
+# ---- a generated token ------------------------------------------------------------------------------------------------
+
+
+def _hook(layer: Any) -> None:
+    layer.oft_R["default"].register_forward_pre_hook(lambda _, args: (3 * args[0],))
+
+
+def _another(layer: Any) -> None:
+    layer.oft_R["default"] = copy.deepcopy(layer.oft_R["default"])
+    layer.oft_R["default"].weight.data.mul_(3)
+
+
+def _exactly(layer: Any) -> None:
+    layer.oft_R["default"].use_map(exact=True)
+
+
+def _add(model: nn.Module) -> None:
+    with pytest.warns(UserWarning, match="not active"):
+        inject(model, config(target_modules=["0"]), adapter_name="other")
+    for name, parameter in model.named_parameters():
+        if "other" in name:
+            nn.init.normal_(parameter, std=0.3)
+    set_adapter(model, ["default", "other"])
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "data": lambda model: model[0].oft_R["default"].weight.data.mul_(3),
+    "numpy": lambda model: model[0].oft_R["default"].weight.detach().numpy().__imul__(3),
+    "hook": lambda model: _hook(model[0]),
+    "rotation": lambda model: _another(model[0]),
+    "map": lambda model: _exactly(model[0]),
+    "adapters": _add,
+    "unloaded": lambda model: unload(model),
+    "merged": lambda model: merge(model),
+    "half": lambda model: model.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_token_sees_every_change(change: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(1, 1, 8)
+    inject(model, config(target_modules=["0"]))
+    randomize(model)
+    model.eval()
+    with torch.no_grad():
+        first = [model(x) for _ in range(4)]
+        assert model[0]._oft.layer.quick is not None
+        with disable_adapters(model):
+            assert not torch.allclose(model(x), first[0])
+        for _ in range(4):
+            torch.testing.assert_close(model(x), first[0])
+        assert model[0]._oft.layer.quick is not None
+        CHANGES[change](model)
+        y = x.to(model[0].weight.dtype)
+        several = model(y.expand(1, 3, 8))[:, :1]  # what no token's path has a part in
+        for _ in range(4):
+            torch.testing.assert_close(model(y), several)
+    if change not in ("merged", "unloaded", "map", "half"):
+        assert not torch.allclose(several, first[0], rtol=1e-3)
 
 
 # ---- the weight instead of the input ---------------------------------------------------------------------------------

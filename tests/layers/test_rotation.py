@@ -219,7 +219,7 @@ UNSEEN = ("data", "numpy", "one_entry")
 @pytest.mark.parametrize("edit", EDITS)
 def test_no_edit_leaves_a_stale_matrix(edit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for on_host in (True, False) if edit not in UNSEEN else (True,):
-        monkeypatch.setattr("lightning_oft.layers.rotation._is_on_host", lambda _, on_host=on_host: on_host)
+        monkeypatch.setattr("lightning_oft.layers.cached._is_on_host", lambda _, on_host=on_host: on_host)
         rotation, x = _rotation().eval(), torch.randn(5, 12)
         with torch.no_grad():
             before = rotation(x)
@@ -230,12 +230,46 @@ def test_no_edit_leaves_a_stale_matrix(edit: str, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(after, _expected(rotation, x))
 
 
+@pytest.mark.parametrize("held", ["array_of_the_weight", "weight_of_an_array", "memory_of_processes"])
+def test_what_others_write_unseen_leaves_no_stale_matrix(held: str) -> None:
+    """Memory whose writers torch does not know is compared; of any other a copy would part from it."""
+    rotation, x = _rotation().eval(), torch.randn(5, 12)
+    if held == "weight_of_an_array":
+        rotation.weight = nn.Parameter(torch.from_numpy(rotation.weight.detach().numpy().copy()))
+    if held == "memory_of_processes":
+        rotation.weight.data.share_memory_()
+    array = rotation.weight.detach().numpy()
+    with torch.no_grad():
+        for _ in range(2):
+            before = rotation(x)
+            array[:] *= 2
+            assert not torch.equal(rotation(x), before)
+            torch.testing.assert_close(rotation(x), _expected(rotation, x))
+
+
+def test_the_generators_of_a_cached_matrix_are_neither_copied_nor_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    rotation, x = _rotation().eval(), torch.randn(5, 12)
+    with torch.no_grad():
+        first = rotation(x)
+        cached = rotation.cached
+        assert cached is not None
+        assert cached._memory is None
+        assert torch._C._data_address(rotation.weight) == torch._C._data_address(cached._copy)  # type: ignore[attr-defined]
+        assert torch.equal(rotation(x), first)
+        assert rotation.cached is cached
+        monkeypatch.delattr(torch, "_lazy_clone")  # another torch
+        rotation.forget()
+        assert torch.equal(rotation(x), first)
+        assert rotation.cached._memory is not None
+        assert rotation._matrix_in(torch.float32) is rotation._matrix_in(torch.float32)
+
+
 @pytest.mark.parametrize("compares", [True, False], ids=["host", "accelerator"])
 def test_optimizers_that_write_past_autograd_leave_no_stale_matrix(
     compares: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8-bit optimizers: kernels of their own that know addresses only, and `_version` stays (bitsandbytes, measured)."""
-    monkeypatch.setattr("lightning_oft.layers.rotation._is_on_host", lambda _: compares)
+    monkeypatch.setattr("lightning_oft.layers.cached._is_on_host", lambda _: compares)
 
     class ByAddress(torch.optim.Optimizer):
         def __init__(self, parameters: Any) -> None:
