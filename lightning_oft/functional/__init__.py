@@ -9,10 +9,12 @@ from lightning_oft.functional.geometry import (
     EXACT_RADIUS,
     SERIES_TOLERANCE,
     angle_radius,
+    block_size_of,
     eps_radius,
     error_bound,
     exact_generator,
     frobenius_norm,
+    generator_size,
     largest_angle,
     largest_norms,
     orthogonality_error,
@@ -23,8 +25,7 @@ from lightning_oft.functional.geometry import (
     series_error,
     series_reach,
 )
-from lightning_oft.functional.kernels import has_kernel, rotation_of, rotations_of
-from lightning_oft.functional.maps import block_size_of, cayley, cayley_neumann, generator_size, skew
+from lightning_oft.functional.maps import cayley, cayley_neumann, has_kernel, rotation_of, rotations_of, skew
 from lightning_oft.functional.products import RotatedInput, inverse, rotate, rotate_weight, rotated_linear
 from lightning_oft.functional.tracing import constant_in_onnx, full_float32, is_traced, without_autocast
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_oft.functional.kernels import rotation_of
-from lightning_oft.functional.maps import skew
+from lightning_oft.functional.maps import rotation_of, skew
 
 SERIES_TOLERANCE = 1e-6
 """Largest ||R^T R - I||_2 of a truncated series that passes without a word: float32's own accuracy."""
@@ -17,6 +16,19 @@ SERIES_TOLERANCE = 1e-6
 EXACT_RADIUS = math.sqrt(2) * 10.0
 """Radius in ||Q_i||_F of the ball in which a plain float32 solve of the exact map, such as PEFT's, is good to 1e-5:
 planes turn by up to 169 degrees. Beyond it a generator can hardly turn its rotation any further."""
+
+
+def generator_size(block_size: int) -> int:
+    """Number of free entries of one skew block, b(b-1)/2."""
+    return block_size * (block_size - 1) // 2
+
+
+def block_size_of(generator_size: int) -> int:
+    """Block size b whose generator has b(b-1)/2 entries. Raises ValueError where there is none."""
+    b = (1 + math.isqrt(1 + 8 * generator_size)) // 2
+    if b * (b - 1) // 2 != generator_size:
+        raise ValueError(f"{generator_size} is not b(b-1)/2 for any block size b")
+    return b
 
 
 def series_error(norm: float, terms: int) -> float:

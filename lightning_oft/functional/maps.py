@@ -1,22 +1,16 @@
-"""From generators to rotations by plain formulas: the exact Cayley map and its truncated series."""
+"""From generators to rotations: the exact Cayley map and its truncated series, each with a backward written by hand.
 
-import math
+Where torch.compile or torch.func look on, and for derivatives of derivatives, the plain formulas are used instead.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-
-def generator_size(block_size: int) -> int:
-    """Number of free entries of one skew block, b(b-1)/2."""
-    return block_size * (block_size - 1) // 2
-
-
-def block_size_of(generator_size: int) -> int:
-    """Block size b whose generator has b(b-1)/2 entries. Raises ValueError where there is none."""
-    b = (1 + math.isqrt(1 + 8 * generator_size)) // 2
-    if b * (b - 1) // 2 != generator_size:
-        raise ValueError(f"{generator_size} is not b(b-1)/2 for any block size b")
-    return b
+from lightning_oft.functional.tracing import full_float32, is_traced
 
 
 def skew(generator: Tensor, block_size: int) -> Tensor:
@@ -87,7 +81,219 @@ def _geometric(q: Tensor, terms: int, eye: Tensor) -> Tensor:
     return half + q @ half if terms % 2 == 0 else eye + (q + square) @ half
 
 
-def plain_rotation(generator: Tensor, block_size: int, terms: int | None, halve_last: bool) -> Tensor:
-    """R of a generator by the plain formulas, as `rotation_of`."""
+def rotation_of(generator: Tensor, block_size: int, terms: int | None, halve_last: bool = True) -> Tensor:
+    """R of a generator: by the exact Cayley map where `terms` is None, else by its series.
+
+    Args:
+        generator: (n, b(b-1)/2), floating point.
+        block_size: b.
+        terms: terms of the series.
+        halve_last: whether its last term is halved, as in PEFT since 0.18.
+
+    Returns:
+        (n, b, b) of the generator's dtype. Differentiable as often as one likes.
+    """
+    if has_kernel(terms, halve_last) and not is_traced(generator) and generator.numel() and not generator.is_meta:
+        return rotations_of([generator], block_size, terms, generator.dtype)[0]
+    with full_float32(generator.device):
+        return _formula(generator, block_size, terms, halve_last)
+
+
+def rotations_of(
+    generators: Sequence[Tensor], block_size: int, terms: int | None, dtype: torch.dtype, whole: bool = False
+) -> list[Tensor]:
+    """R of several generators of one block size by one map. Only where `has_kernel`, and nothing is traced.
+
+    Args:
+        generators: each (n_i, b(b-1)/2), of one dtype and device.
+        block_size: b.
+        terms: 6, or None for the exact map.
+        dtype: of the result.
+        whole: whether the generators can be read in the backward as they are now, so that the matrices which it needs
+            need not be kept where they are large.
+
+    Returns:
+        (n_i, b, b) of `dtype` for each. One that does not reach a loss gets no gradient. Backward may run through them
+        as often as one likes while the generators stay as they are, with or without `retain_graph`.
+    """
+    with full_float32(generators[0].device):
+        is_large = block_size**2 * sum(map(len, generators)) >= _LARGE
+        is_free = terms is None and dtype is generators[0].dtype  # R alone, which the products keep
+        keeps = is_free or not (whole and is_large)
+        return list(_Map.apply(block_size, terms is None, dtype, keeps, *generators))  # type: ignore[no-untyped-call]
+
+
+_LARGE = 2**18
+"""Entries of R from which the backward computes again what it needs: the three matrices of the series are 13 kB a token
+of a Llama layer of 4096/11008 at 1,024 tokens, and launching a few operators more is nothing beside such layers."""
+
+
+def has_kernel(terms: int | None, halve_last: bool) -> bool:
+    """Whether there is a backward written by hand for this map."""
+    return terms is None or (terms == 6 and halve_last)
+
+
+def _formula(generator: Tensor, block_size: int, terms: int | None, halve_last: bool) -> Tensor:
     q_nbb = skew(generator, block_size)
     return cayley(q_nbb) if terms is None else cayley_neumann(q_nbb, terms, halve_last)
+
+
+class _Tables(NamedTuple):
+    """Constants of one block size: which entry of the generator each entry of Q is, its sign, the upper triangle, I."""
+
+    source: Tensor
+    sign: Tensor
+    upper: Tensor
+    eye: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(b: int, device: torch.device, dtype: torch.dtype) -> _Tables:
+    with torch.inference_mode(False), torch.no_grad():
+        rows, columns = torch.triu_indices(b, b, 1)
+        source, sign = torch.zeros(b, b, dtype=torch.int64), torch.zeros(b, b, dtype=dtype)
+        source[rows, columns] = source[columns, rows] = torch.arange(len(rows))
+        sign[rows, columns], sign[columns, rows] = 1, -1
+        upper, eye = rows * b + columns, torch.eye(b, dtype=dtype)
+        return _Tables(*(table.to(device) for table in (source.view(-1), sign.view(-1), upper, eye)))
+
+
+def _six_parts(q: Tensor, eye: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, M = Q + Q^2 and U = I + QM, of which R = Q + U + MU: what its backward needs."""
+    m = torch.baddbmm(q, q, q)
+    return q, m, torch.baddbmm(eye, q, m)
+
+
+def _six_terms_backward(grad: Tensor, q: Tensor, m: Tensor, u: Tensor) -> Tensor:
+    du = torch.baddbmm(grad, m.mT, grad)
+    dm = torch.baddbmm(torch.bmm(grad, u.mT), q, du, alpha=-1)  # Q^T = -Q
+    dq = torch.baddbmm(grad + dm, du, m.mT)
+    # Of dM Q + Q dM the skew part, which alone counts, is that of Q (dM + dM^T).
+    return dq.baddbmm_(q, dm + dm.mT, alpha=-1)
+
+
+def _exact(q: Tensor, eye: Tensor) -> Tensor:
+    if q.is_cuda:
+        return cayley(q)
+    one_plus = q + eye
+    solved: Tensor = torch.linalg.solve_ex(one_plus.mT, one_plus)[0]  # I - Q = (I + Q)^T
+    # The step of Newton's method, as in `cayley`; of a rotation it is none, so the backward need not know of it.
+    return torch.baddbmm(solved, solved, torch.baddbmm(eye, solved.mT, solved, alpha=-1), alpha=0.5)
+
+
+def _exact_backward(grad: Tensor, r: Tensor, eye: Tensor) -> Tensor:
+    """No solve, since (I - Q)^-1 = (I + R)/2."""
+    half = torch.add(eye * 2**-0.5, r, alpha=2**-0.5).mT
+    return torch.bmm(torch.bmm(half, grad), half)
+
+
+class _Map(torch.autograd.Function):
+    """Generators to rotations, several at once: keeps three matrices a block of the series, one of the exact map, or
+    none and computes them again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, b: int, is_exact: bool, dtype: torch.dtype, keeps: bool, *generators: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.b, ctx.is_exact, ctx.generators, ctx.is_spent = b, is_exact, generators, False
+        ctx.versions, ctx.keeps, ctx.dtype, ctx.again = _versions(generators), keeps, dtype, None
+        parts = _parts(generators, b, is_exact)
+        ctx.save_for_backward(*(parts if keeps else ()))
+        return _matrices(ctx, parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        generators, b = ctx.generators, ctx.b
+        is_kept = ctx.keeps and not ctx.is_spent
+        if not is_kept or torch.is_grad_enabled():
+            _require_same(ctx)
+        if torch.is_grad_enabled():  # to be differentiated once more
+            return *_NO_GRADIENTS, *map(functools.partial(_differentiable, ctx), generators, grads)
+        if all(grad is None for grad in grads):
+            return *_NO_GRADIENTS, *grads
+        with full_float32(generators[0].device):
+            again, ctx.again = ctx.again, None
+            parts = ctx.saved_tensors if is_kept else again[0] if again else _parts(generators, b, ctx.is_exact)
+            ctx.is_spent = True  # rotations that are shared may meet in two backwards: the second computes them again
+            every = [
+                generator.new_zeros(len(generator), b, b) if grad is None else grad
+                for generator, grad in zip(generators, grads, strict=True)
+            ]
+            grad_r = (every[0] if len(every) == 1 else torch.cat(every)).to(generators[0].dtype)
+            tables = _tables(b, grad_r.device, grad_r.dtype)
+            dq = _exact_backward(grad_r, parts[0], tables.eye) if ctx.is_exact else _six_terms_backward(grad_r, *parts)
+            found = (dq - dq.mT).flatten(1).index_select(1, tables.upper)
+        pieces = torch.split(found, [len(generator) for generator in generators])
+        wanted = [None if grad is None else piece for grad, piece in zip(grads, pieces, strict=True)]
+        return *_NO_GRADIENTS, *wanted
+
+
+_NO_GRADIENTS = (None,) * 4  # of what is not a generator
+
+
+class MatrixSource(NamedTuple):
+    """Where one R comes from, for a backward that needs it."""
+
+    node: Any
+    place: int
+
+    @classmethod
+    def of(cls, r_nbb: Tensor) -> "MatrixSource | None":
+        """That of an R which is a copy in another precision and not worth keeping; None for any other."""
+        node: Any = r_nbb.grad_fn
+        if getattr(node, "_forward_cls", None) is not _Map or node.keeps or node.dtype == node.generators[0].dtype:
+            return None
+        return cls(node, r_nbb.output_nr)
+
+    def matrix(self) -> Tensor:
+        """R once more, computed together with those of its map; differentiable where gradients are recorded."""
+        node, again = self.node, self.node.again
+        if again is not None and not torch.is_grad_enabled():
+            return again[1][self.place]  # type: ignore[no-any-return]
+        _require_same(node)
+        generators = node.generators
+        with full_float32(generators[0].device):
+            if torch.is_grad_enabled():
+                terms = None if node.is_exact else 6
+                return _formula(generators[self.place], node.b, terms, True).to(node.dtype)
+            parts = _parts(generators, node.b, node.is_exact)
+            node.again = parts, _matrices(node, parts)  # until its own backward takes them
+        return node.again[1][self.place]  # type: ignore[no-any-return]
+
+
+def _require_same(ctx: Any) -> None:
+    if _versions(ctx.generators) != ctx.versions:
+        which = "second backward" if ctx.keeps else "backward"
+        raise RuntimeError(f"generators of a rotation were changed between its forward and its {which}")
+
+
+def _matrices(ctx: Any, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """R of each of the generators."""
+    r = parts[0] if ctx.is_exact else torch.baddbmm(parts[0] + parts[2], *parts[1:])
+    return torch.split(r.to(ctx.dtype), [len(generator) for generator in ctx.generators])
+
+
+def _versions(generators: Sequence[Tensor]) -> list[int]:
+    """What autograd counts of changes in place; a tensor of inference mode has no count."""
+    return [0 if generator.is_inference() else generator._version for generator in generators]
+
+
+def _parts(generators: Sequence[Tensor], b: int, is_exact: bool) -> tuple[Tensor, ...]:
+    """What R of all generators together is made of, and its backward needs: (R,) of the exact map, (Q, M, U) of the
+    series."""
+    joint = generators[0] if len(generators) == 1 else torch.cat(list(generators))
+    tables = _tables(b, joint.device, joint.dtype)
+    # Q by one gather and its signs.
+    q = joint.index_select(1, tables.source).mul_(tables.sign).view(-1, b, b)
+    return (_exact(q, tables.eye),) if is_exact else _six_parts(q, tables.eye)
+
+
+def _differentiable(ctx: Any, generator: Tensor, grad: Tensor | None) -> Tensor | None:
+    """The gradient of one generator by the plain formula, as something that can be differentiated."""
+    if grad is None:
+        return None
+    with torch.enable_grad(), full_float32(generator.device):
+        r_nbb = _formula(generator, ctx.b, None if ctx.is_exact else 6, True)
+        (found,) = torch.autograd.grad(r_nbb, generator, grad.to(r_nbb.dtype), create_graph=True)
+    return found

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lightning_oft.functional.kernels import MatrixSource
-from lightning_oft.functional.maps import inverse_of_positive
+from lightning_oft.functional.maps import MatrixSource, inverse_of_positive
 from lightning_oft.functional.tracing import NOTHING, full_float32, is_traced, without_autocast
 
 _SMALL = 2**19

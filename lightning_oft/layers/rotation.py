@@ -11,8 +11,7 @@ from typing_extensions import Self, override
 
 from lightning_oft import functional
 from lightning_oft.config import OFTConfig
-from lightning_oft.layers.cached import Cached
-from lightning_oft.layers.shared_map import SharedMap, can_share
+from lightning_oft.layers.reuse import Cached, SharedMap, can_share
 from lightning_oft.layers.tensor_parallel import Cut, gathered, local_part, rotate_spread, spread_like
 
 

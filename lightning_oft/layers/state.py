@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.base import LayerType, Side
-from lightning_oft.layers.cached import Cached
+from lightning_oft.layers.reuse import Cached
 from lightning_oft.layers.rotation import Rotation
 
 _ATTRIBUTE = "_oft"

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_oft.codecs import parameter_of
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers import LayerState, LayerType, Rotation, state_of
-from lightning_oft.layers.shared_map import share_maps
+from lightning_oft.layers.reuse import share_maps
 from lightning_oft.layers.state import drop_empty_record, make_record, rotations_of, train_rotations
 from lightning_oft.model import activation, fingerprint, first_forward, freezing, packed, saved_modules, traversal
 from lightning_oft.model.merging import unmerge

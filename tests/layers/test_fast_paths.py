@@ -63,7 +63,7 @@ def _maps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(len(generators))
         return plain(generators, *args, **options)
 
-    for place in (functional, functional.kernels):
+    for place in (functional, functional.maps):
         monkeypatch.setattr(place, "rotations_of", counted)
     return sizes
 
@@ -173,7 +173,7 @@ def test_gradients_of_each_sample_and_afterwards_as_before() -> None:
 
 @pytest.mark.parametrize("large", [2**18, 0], ids=["kept", "computed_again"])
 def test_a_gradient_is_differentiated_once_more(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional.kernels, "_LARGE", large)
+    monkeypatch.setattr(functional.maps, "_LARGE", large)
     results = []
     for shared in (True, False):
         model, x = _model(shared), torch.ones(3, 8)
@@ -196,7 +196,7 @@ def test_what_is_computed_again_is_what_would_have_been_kept(
     found, x = [], torch.randn(50, 8, dtype=dtype)
     monkeypatch.setattr(functional.products, "_SMALL", 0)
     for large in (2**18, 0):
-        monkeypatch.setattr(functional.kernels, "_LARGE", large)
+        monkeypatch.setattr(functional.maps, "_LARGE", large)
         model, own = _model(use_cayley_neumann=not exact), x.clone().requires_grad_()
         loss(model.to(dtype), own).backward()
         found.append((own.grad, _gradients(model)))
@@ -206,7 +206,7 @@ def test_what_is_computed_again_is_what_would_have_been_kept(
 @pytest.mark.parametrize(("dtype", "matrices"), [(torch.float32, 1), (torch.bfloat16, 0)])
 def test_of_large_maps_no_copy_is_kept(dtype: torch.dtype, matrices: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 R is kept by the products, in half precision it is computed once more for all of a map."""
-    monkeypatch.setattr(functional.kernels, "_LARGE", 0)
+    monkeypatch.setattr(functional.maps, "_LARGE", 0)
     monkeypatch.setattr(functional.products, "_SMALL", 0)
     model, x = _model().to(dtype), torch.randn(5, 8, dtype=dtype)
     kept: dict[int, int] = {}
