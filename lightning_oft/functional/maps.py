@@ -110,7 +110,8 @@ def rotations_of(
         terms: 6, or None for the exact map.
         dtype: of the result.
         whole: whether the generators can be read in the backward as they are now, so that the matrices which it needs
-            need not be kept where they are large.
+            need not be kept where they are large. As of any weight, what changes them past autograd's count in between
+            (`.data`, a fused optimizer) is not seen.
 
     Returns:
         (n_i, b, b) of `dtype` for each. One that does not reach a loss gets no gradient. Backward may run through them

@@ -25,7 +25,8 @@ _KNOWN_TO_PEFT = ("bitsandbytes", "hqq", "torchao", "aqlm", "awq", "gptqmodel", 
 def _rotate_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
     if args and kwargs is not None and not torch.compiler.is_compiling():
         state = state_of(layer)
-        if state is not None and (quick := state.quick) is not None and (vector := quick.vector(args[0])) is not None:
+        quick = state.quick if state is not None else None
+        if quick is not None and (vector := quick.vector(layer, args[0])) is not None:
             return (vector, *args[1:]), kwargs
     rotations = applied_rotations(layer, "")
     if not rotations or kwargs is None:

@@ -130,7 +130,8 @@ class Cached:
 
     def __init__(self, rotation: Any, matrix: Tensor) -> None:
         weight = rotation.weight
-        self.matrix, self._dtype, self._is_inference = matrix, matrix.dtype, matrix.is_inference()
+        self.matrix: Tensor | None = matrix
+        self._dtype, self._is_inference = matrix.dtype, matrix.is_inference()
         self._weight, self._size = weight, weight.numel()
         self._kind, self._number = weight.device.type, weight.get_device()
         self._parameters, self._hooks = rotation._parameters, (rotation._forward_hooks, rotation._forward_pre_hooks)
@@ -145,11 +146,12 @@ class Cached:
         self._address = _address(weight)
 
     def forget(self) -> None:
-        """Serve nobody any more, whoever has it."""
-        self._address = None
+        """Serve nobody any more, whoever has it, and keep no memory."""
+        self._address = self._copy = self._memory = self.matrix = None
 
     def serves(self, weight: Any, dtype: torch.dtype) -> bool:
-        """Whether R is of this generator as it is now, and can be used in this mode."""
+        """Whether R is of this generator as it is now, and can be used in this mode. Read `matrix` before: another
+        thread may let it be forgotten."""
         return (
             weight is self._weight
             and dtype is self._dtype
@@ -165,9 +167,10 @@ class Cached:
         """x . blockdiag(R) of a single vector, (..., n*b) with one row; None where R does not serve, or where there is
         anything else to heed. This is a rotation's `forward` for a generated token, for which a dozen calls in Python
         and what they read cost more than the product."""
-        hooks, pre_hooks = self._hooks
+        matrix, (hooks, pre_hooks) = self.matrix, self._hooks
         if (
-            torch.is_grad_enabled()
+            matrix is None
+            or torch.is_grad_enabled()
             or functional.is_traced(x)
             or not self.serves(self._parameters.get("weight"), x.dtype)
             or self._blocks == 1  # shared by all of x
@@ -179,7 +182,7 @@ class Cached:
             or torch.is_autocast_enabled(self._kind)
         ):
             return None
-        return torch.bmm(x.view(self._blocks, 1, self._width), self.matrix).view_as(x)
+        return torch.bmm(x.view(self._blocks, 1, self._width), matrix).view_as(x)
 
 
 def _shared_copy(weight: Tensor) -> Tensor | None:
@@ -188,7 +191,7 @@ def _shared_copy(weight: Tensor) -> Tensor | None:
     copied, owners = getattr(torch, "_lazy_clone", None), getattr(torch._C, "_storage_Use_Count", None)
     if copied is None or owners is None or _address is Tensor.data_ptr:
         return None
-    if owners(weight.untyped_storage()._cdata) > _ALONE:
+    if owners(weight.untyped_storage()._cdata) > _ALONE or weight._use_count() > 1:  # type: ignore[attr-defined]
         return None
     try:
         found: Tensor = copied(weight.detach())

@@ -135,8 +135,8 @@ class Rotation(nn.Module):
     def _fixed(self, dtype: torch.dtype) -> Tensor:
         """The last rotation if nothing changed since, else a fresh one."""
         cached, weight = self.cached, self.weight  # once: another thread may put its own there
-        if cached is not None and cached.serves(weight, dtype):
-            return cached.matrix
+        if cached is not None and (found := cached.matrix) is not None and cached.serves(weight, dtype):
+            return found
         matrix = self.matrix().to(dtype)
         if type(weight) is nn.Parameter and weight.is_contiguous() and not weight.is_meta:
             self.cached = Cached(self, matrix)

@@ -21,11 +21,13 @@ class Quick(NamedTuple):
     cached: Cached
     rotation: Rotation
     adapter_name: str
-    adapters: dict[str, Any]
+    adapters: Any
 
-    def vector(self, x: Tensor) -> Tensor | None:
-        """x . blockdiag(R) of a single vector; None where that is not all there is to do."""
-        return self.cached.vector(x) if self.adapters.get(self.adapter_name) is self.rotation else None
+    def vector(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """x . blockdiag(R) of a single vector; None where that is not all there is to do. A shallow copy of the layer has
+        the same state, and may have other rotations."""
+        is_here = self.adapters._modules.get(self.adapter_name) is self.rotation
+        return self.cached.vector(x) if is_here and layer._modules.get("oft_R") is self.adapters else None
 
 
 @dataclass
@@ -138,8 +140,8 @@ def applied_rotations(layer: nn.Module, part: str) -> Sequence[Rotation]:
 def remember(layer: nn.Module, cached: Cached) -> None:
     """Let the next token be rotated by this R, that of the only rotation which is applied to the layer."""
     state: Any = state_of(layer)
-    (name,), adapters = state.active, layer._modules["oft_R"]._modules  # type: ignore[union-attr]
-    state.quick = Quick(cached, adapters[name], name, adapters)  # type: ignore[arg-type]
+    (name,), adapters = state.active, layer._modules["oft_R"]
+    state.quick = Quick(cached, adapters[name], name, adapters)  # type: ignore[index]
 
 
 def rotated_weight(layer: nn.Module, part: str, weight: Tensor, side: Side = "input") -> Tensor:

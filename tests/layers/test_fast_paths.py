@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -237,6 +238,12 @@ def _another(layer: Any) -> None:
     layer.oft_R["default"].weight.data.mul_(3)
 
 
+def _shallow(model: Any) -> None:
+    model[0] = copy.copy(model[0])
+    model[0]._modules = {"oft_R": copy.deepcopy(model[0].oft_R)}
+    model[0].oft_R["default"].weight.data.mul_(3)
+
+
 def _exactly(layer: Any) -> None:
     layer.oft_R["default"].use_map(exact=True)
 
@@ -255,6 +262,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "numpy": lambda model: model[0].oft_R["default"].weight.detach().numpy().__imul__(3),
     "hook": lambda model: _hook(model[0]),
     "rotation": lambda model: _another(model[0]),
+    "shallow_copy": _shallow,
     "map": lambda model: _exactly(model[0]),
     "adapters": _add,
     "unloaded": lambda model: unload(model),
@@ -285,6 +293,19 @@ def test_a_token_sees_every_change(change: str) -> None:
             torch.testing.assert_close(model(y), several)
     if change not in ("merged", "unloaded", "map", "half"):
         assert not torch.allclose(several, first[0], rtol=1e-3)
+
+
+def test_training_keeps_nothing_of_a_generation() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(1, 8)
+    inject(model, config(target_modules=["0"]))
+    model.eval()
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+    layer: Any = model[0]
+    kept = weakref.ref(layer._oft.layer.quick.cached.matrix)
+    model.train()
+    assert kept() is None
 
 
 # ---- the weight instead of the input ---------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def test_no_edit_leaves_a_stale_matrix(edit: str, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(after, _expected(rotation, x))
 
 
-@pytest.mark.parametrize("held", ["array_of_the_weight", "weight_of_an_array", "memory_of_processes"])
+@pytest.mark.parametrize("held", ["array_of_the_weight", "weight_of_an_array", "memory_of_processes", "dlpack"])
 def test_what_others_write_unseen_leaves_no_stale_matrix(held: str) -> None:
     """Memory whose writers torch does not know is compared; of any other a copy would part from it."""
     rotation, x = _rotation().eval(), torch.randn(5, 12)
@@ -238,7 +238,9 @@ def test_what_others_write_unseen_leaves_no_stale_matrix(held: str) -> None:
         rotation.weight = nn.Parameter(torch.from_numpy(rotation.weight.detach().numpy().copy()))
     if held == "memory_of_processes":
         rotation.weight.data.share_memory_()
-    array = rotation.weight.detach().numpy()
+    array: Any = rotation.weight.detach().numpy()
+    if held == "dlpack":  # of the parameter itself, which it has to be frozen for
+        array = torch.from_dlpack(rotation.weight.requires_grad_(False))
     with torch.no_grad():
         for _ in range(2):
             before = rotation(x)
