@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_oft.functional import is_alone
+
 Change = Callable[[Tensor, slice, Callable[[Tensor], Tensor]], Tensor]
 """From some rows of a weight, the columns that they are cut to, and what takes of a tensor that has as many rows as the
 whole weight those that these are, to the same rows, changed."""
@@ -145,7 +147,7 @@ class PlainCodec(Codec):
         # given. Memory that torch did not allocate may be an array's, or a file's whose pages would be copied as they are
         # written; shared memory, which all of a GPU's counts as, may be open in another process.
         storage = weight.untyped_storage()
-        if not storage.resizable() or storage.is_shared() or not _is_alone(weight):
+        if not storage.resizable() or storage.is_shared() or not is_alone(weight):
             return None
         return weight.detach()
 
@@ -153,15 +155,6 @@ class PlainCodec(Codec):
     def keep(self, module: nn.Module, parameter: str, device: torch.device | str) -> Any:
         weight = _plain(module, parameter)
         return weight.data.to(device, copy=hasattr(weight, "_fsdp_flattened"))
-
-
-def _is_alone(tensor: Tensor) -> bool:
-    """Whether no other tensor has this one's storage, as none has that of a new one; False where torch cannot count them,
-    as builds of old versions for the CPU alone."""
-    count: Any = getattr(torch._C, "_storage_Use_Count", None)
-    new = torch.empty(1)
-    ours, one = (count and count(each.untyped_storage()._cdata) for each in (tensor, new))
-    return count is not None and ours == one
 
 
 register_codec(PlainCodec())

@@ -27,7 +27,7 @@ from lightning_oft.functional.geometry import (
 )
 from lightning_oft.functional.maps import cayley, cayley_neumann, has_kernel, rotation_of, rotations_of, skew
 from lightning_oft.functional.products import RotatedInput, inverse, rotate, rotate_weight, rotated_linear
-from lightning_oft.functional.tracing import constant_in_onnx, full_float32, is_traced, without_autocast
+from lightning_oft.functional.tracing import constant_in_onnx, full_float32, is_alone, is_traced, without_autocast
 
 __all__ = [
     "EXACT_RADIUS",
@@ -46,6 +46,7 @@ __all__ = [
     "generator_size",
     "has_kernel",
     "inverse",
+    "is_alone",
     "is_traced",
     "largest_angle",
     "largest_norms",

@@ -1,8 +1,10 @@
-"""Who is watching: torch.compile, torch.func, tracers and autocast each change what an operator may be."""
+"""Who is watching: torch.compile, torch.func, tracers and autocast each change what an operator may be; and who else has a
+tensor's memory."""
 
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,3 +75,12 @@ def _without_tf32(device: torch.device) -> Iterator[None]:
             yield
         finally:
             matmul.fp32_precision = before
+
+
+def is_alone(tensor: Tensor) -> bool:
+    """Whether no other tensor has this one's storage, as none has that of a new one; False where torch cannot count them,
+    as builds of old versions for the CPU alone."""
+    count: Any = getattr(torch._C, "_storage_Use_Count", None)
+    new = torch.empty(1)
+    ours, one = (count and count(each.untyped_storage()._cdata) for each in (tensor, new))
+    return count is not None and ours == one

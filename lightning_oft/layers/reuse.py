@@ -12,6 +12,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_oft import functional
 
+_address: Any = getattr(torch._C, "_data_address", Tensor.data_ptr)
+"""Where a tensor's memory is. Reading `data_ptr()` counts as writing to memory that is copied on writing."""
+
 
 class _Waiting(NamedTuple):
     """One R that was computed with others, and what must still hold when it is asked for."""
@@ -67,7 +70,7 @@ class SharedMap:
 def _key(rotation: Any, dtype: torch.dtype) -> tuple[Any, ...]:
     weight = rotation.weight
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)  # an activation checkpoint has its own
-    stamp = (dtype, rotation.terms, id(weight), weight.data_ptr(), weight._version)
+    stamp = (dtype, rotation.terms, id(weight), _address(weight), weight._version)
     return (*stamp, None if hooks is None else weakref.ref(hooks[0]))
 
 
@@ -97,10 +100,6 @@ def share_maps(rotations: Iterable[tuple[Any, Any]]) -> None:
         shared = SharedMap(members) if len(members) > 1 else None
         for member in members:
             member.shared = shared
-
-
-_address: Any = getattr(torch._C, "_data_address", Tensor.data_ptr)
-"""Where a tensor's memory is. Reading `data_ptr()` counts as writing to memory that is copied on writing."""
 
 
 @functools.cache
@@ -188,20 +187,16 @@ class Cached:
 def _shared_copy(weight: Tensor) -> Tensor | None:
     """The generators in the same memory until somebody writes to theirs; None where torch cannot, and where arrays or
     other tensors have that memory already."""
-    copied, owners = getattr(torch, "_lazy_clone", None), getattr(torch._C, "_storage_Use_Count", None)
-    if copied is None or owners is None or _address is Tensor.data_ptr:
+    copied: Any = getattr(torch, "_lazy_clone", None)
+    if copied is None or _address is Tensor.data_ptr:
         return None
-    if owners(weight.untyped_storage()._cdata) > _ALONE or weight._use_count() > 1:  # type: ignore[attr-defined]
+    if not functional.is_alone(weight) or weight._use_count() > 1:  # type: ignore[attr-defined]
         return None
     try:
         found: Tensor = copied(weight.detach())
     except RuntimeError:  # memory that is not torch's own: numpy's, a file's, shared with other processes
         return None
     return found if _address(found) == _address(weight) else None
-
-
-_ALONE = 2
-"""Owners of a storage that nobody but its parameter has: the parameter, and who asks."""
 
 
 def _identity(weight: Tensor) -> tuple[int, ...]:

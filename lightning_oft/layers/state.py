@@ -41,7 +41,7 @@ class LayerState:
     merged: dict[str, str | None] | None = None  # fingerprints of the weights as the merge left them, by parameter
     base: dict[str, Any] = field(default_factory=dict)  # weights that an unmerge returns to, by parameter
     fingerprint: str | None = None
-    quick: "Quick | None" = field(default=None, repr=False, compare=False)
+    quick: Quick | None = field(default=None, repr=False, compare=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Whatever changes may change what is applied."""
