@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import platform
+import random
 import statistics
 import time
 import weakref
@@ -56,17 +57,18 @@ class Effort:
 
 
 def interleave(cycles: dict[str, Cycle], clock: Clock, effort: Effort) -> Samples:
-    """Run all variants round by round. A round of warming up is not counted; each round starts at another variant."""
+    """Run all variants round by round. A round of warming up is not counted.
+
+    Each round has an order of its own, by chance: what runs before changes the state of caches and of memory."""
     found: Samples = {}
-    names = list(cycles)
+    names, order = list(cycles), random.Random(0)
     with threads(clock.threads), no_collector():
         started = time.perf_counter()
         for number in range(effort.most + 1):
             if number > effort.least and time.perf_counter() - started > effort.seconds:
                 break
             gc.collect()
-            first = number % len(names)
-            for name in names[first:] + names[:first]:
+            for name in order.sample(names, len(names)):
                 for phase, action in cycles[name].items():
                     before = clock.now()
                     action()

@@ -119,14 +119,12 @@ def rotations_of(
     """
     with full_float32(generators[0].device):
         is_large = block_size**2 * sum(map(len, generators)) >= _LARGE
-        is_free = terms is None and dtype is generators[0].dtype  # R alone, which the products keep
-        keeps = is_free or not (whole and is_large)
+        keeps = not (whole and is_large) or (terms is None and dtype is generators[0].dtype)  # R, as products do
         return list(_Map.apply(block_size, terms is None, dtype, keeps, *generators))  # type: ignore[no-untyped-call]
 
 
-_LARGE = 2**18
-"""Entries of R from which the backward computes again what it needs: the three matrices of the series are 13 kB a token
-of a Llama layer of 4096/11008 at 1,024 tokens, and launching a few operators more is nothing beside such layers."""
+_LARGE = 2**19
+"""Entries of R from which the backward computes again what it needs: 13 kB a token of a Llama layer of 4096/11008."""
 
 
 def has_kernel(terms: int | None, halve_last: bool) -> bool:
@@ -189,8 +187,7 @@ def _exact_backward(grad: Tensor, r: Tensor, eye: Tensor) -> Tensor:
 
 
 class _Map(torch.autograd.Function):
-    """Generators to rotations, several at once: keeps three matrices a block of the series, one of the exact map, or
-    none and computes them again."""
+    """Generators to rotations, several at once: keeps what `_parts` finds, or computes it again."""
 
     @staticmethod
     def forward(
@@ -199,35 +196,35 @@ class _Map(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.b, ctx.is_exact, ctx.generators, ctx.is_spent = b, is_exact, generators, False
         ctx.versions, ctx.keeps, ctx.dtype, ctx.again = _versions(generators), keeps, dtype, None
-        parts = _parts(generators, b, is_exact)
+        parts = _parts(ctx, range(len(generators)))
         ctx.save_for_backward(*(parts if keeps else ()))
-        return _matrices(ctx, parts)
+        return _matrices(ctx, parts, range(len(generators)))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        generators, b = ctx.generators, ctx.b
-        is_kept = ctx.keeps and not ctx.is_spent
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        generators, b, is_kept = ctx.generators, ctx.b, ctx.keeps and not ctx.is_spent
+        places = [place for place, grad in enumerate(grads) if grad is not None]
         if not is_kept or torch.is_grad_enabled():
-            _require_same(ctx)
+            _require_same(ctx, places)
         if torch.is_grad_enabled():  # to be differentiated once more
             return *_NO_GRADIENTS, *map(functools.partial(_differentiable, ctx), generators, grads)
-        if all(grad is None for grad in grads):
+        if not places:
             return *_NO_GRADIENTS, *grads
         with full_float32(generators[0].device):
-            again, ctx.again = ctx.again, None
-            parts = ctx.saved_tensors if is_kept else again[0] if again else _parts(generators, b, ctx.is_exact)
-            ctx.is_spent = True  # rotations that are shared may meet in two backwards: the second computes them again
-            every = [
-                generator.new_zeros(len(generator), b, b) if grad is None else grad
-                for generator, grad in zip(generators, grads, strict=True)
-            ]
+            if is_kept:
+                at, parts = [*range(len(grads))], ctx.saved_tensors
+            else:
+                at, parts = ctx.again[:2] if ctx.again else (places, _parts(ctx, places))
+            ctx.again, ctx.is_spent = None, True  # rotations may meet in two backwards: the second computes them again
+            rows = [len(generators[place]) for place in at]
+            pairs = zip([grads[place] for place in at], rows, strict=True)
+            every = [generators[0].new_zeros(n, b, b) if grad is None else grad for grad, n in pairs]
             grad_r = (every[0] if len(every) == 1 else torch.cat(every)).to(generators[0].dtype)
             tables = _tables(b, grad_r.device, grad_r.dtype)
             dq = _exact_backward(grad_r, parts[0], tables.eye) if ctx.is_exact else _six_terms_backward(grad_r, *parts)
             found = (dq - dq.mT).flatten(1).index_select(1, tables.upper)
-        pieces = torch.split(found, [len(generator) for generator in generators])
-        wanted = [None if grad is None else piece for grad, piece in zip(grads, pieces, strict=True)]
-        return *_NO_GRADIENTS, *wanted
+        pieces = dict(zip(at, torch.split(found, rows), strict=True))
+        return *_NO_GRADIENTS, *(None if grad is None else pieces[place] for place, grad in enumerate(grads))
 
 
 _NO_GRADIENTS = (None,) * 4  # of what is not a generator
@@ -250,29 +247,31 @@ class MatrixSource(NamedTuple):
     def matrix(self) -> Tensor:
         """R once more, computed together with those of its map; differentiable where gradients are recorded."""
         node, again = self.node, self.node.again
-        if again is not None and not torch.is_grad_enabled():
-            return again[1][self.place]  # type: ignore[no-any-return]
-        _require_same(node)
-        generators = node.generators
+        if again is not None and self.place in again[2] and not torch.is_grad_enabled():
+            return again[2][self.place]  # type: ignore[no-any-return]
+        _require_same(node, [self.place])
+        generators, terms = node.generators, None if node.is_exact else 6
         with full_float32(generators[0].device):
             if torch.is_grad_enabled():
-                terms = None if node.is_exact else 6
                 return _formula(generators[self.place], node.b, terms, True).to(node.dtype)
-            parts = _parts(generators, node.b, node.is_exact)
-            node.again = parts, _matrices(node, parts)  # until its own backward takes them
-        return node.again[1][self.place]  # type: ignore[no-any-return]
+            same = [at for at, version in enumerate(_versions(generators)) if version == node.versions[at]]
+            parts = _parts(node, same)
+            found = dict(zip(same, _matrices(node, parts, same), strict=True))
+            node.again = same, parts, found  # until its own backward takes them
+        return found[self.place]
 
 
-def _require_same(ctx: Any) -> None:
-    if _versions(ctx.generators) != ctx.versions:
+def _require_same(ctx: Any, places: Sequence[int]) -> None:
+    now = _versions(ctx.generators)
+    if any(now[place] != ctx.versions[place] for place in places):
         which = "second backward" if ctx.keeps else "backward"
         raise RuntimeError(f"generators of a rotation were changed between its forward and its {which}")
 
 
-def _matrices(ctx: Any, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """R of each of the generators."""
+def _matrices(ctx: Any, parts: tuple[Tensor, ...], places: Sequence[int]) -> tuple[Tensor, ...]:
+    """R of each of the generators at these places."""
     r = parts[0] if ctx.is_exact else torch.baddbmm(parts[0] + parts[2], *parts[1:])
-    return torch.split(r.to(ctx.dtype), [len(generator) for generator in ctx.generators])
+    return torch.split(r.to(ctx.dtype), [len(ctx.generators[place]) for place in places])
 
 
 def _versions(generators: Sequence[Tensor]) -> list[int]:
@@ -280,14 +279,14 @@ def _versions(generators: Sequence[Tensor]) -> list[int]:
     return [0 if generator.is_inference() else generator._version for generator in generators]
 
 
-def _parts(generators: Sequence[Tensor], b: int, is_exact: bool) -> tuple[Tensor, ...]:
-    """What R of all generators together is made of, and its backward needs: (R,) of the exact map, (Q, M, U) of the
-    series."""
-    joint = generators[0] if len(generators) == 1 else torch.cat(list(generators))
-    tables = _tables(b, joint.device, joint.dtype)
+def _parts(ctx: Any, places: Sequence[int]) -> tuple[Tensor, ...]:
+    """What R of the generators at these places is made of: (R,) of the exact map, (Q, M, U) of the series."""
+    generators = [ctx.generators[place] for place in places]
+    joint = generators[0] if len(generators) == 1 else torch.cat(generators)
+    tables = _tables(ctx.b, joint.device, joint.dtype)
     # Q by one gather and its signs.
-    q = joint.index_select(1, tables.source).mul_(tables.sign).view(-1, b, b)
-    return (_exact(q, tables.eye),) if is_exact else _six_parts(q, tables.eye)
+    q = joint.index_select(1, tables.source).mul_(tables.sign).view(-1, ctx.b, ctx.b)
+    return (_exact(q, tables.eye),) if ctx.is_exact else _six_parts(q, tables.eye)
 
 
 def _differentiable(ctx: Any, generator: Tensor, grad: Tensor | None) -> Tensor | None:

@@ -10,17 +10,19 @@ from torch.utils._pytree import tree_map_only
 from lightning_oft.functional.maps import MatrixSource, inverse_of_positive
 from lightning_oft.functional.tracing import NOTHING, full_float32, is_traced, without_autocast
 
-_SMALL = 2**19
-"""Numbers that are copied faster than it takes to avoid it: on a CPU torch multiplies blocks in a loop where their products
-shall lie as x does, and a Function in Python costs more than the operators that torch differentiates itself (measured)."""
-_WIDE = 2**16
-"""Entries of R, 2,048 inputs in blocks of 32, of a layer beside which a few operators are nothing."""
+_SMALL = {"cpu": 2**19, "cuda": 2**22}
+"""Numbers that are copied faster than it takes to avoid it, by kind of device: on a CPU torch multiplies blocks in a loop
+where their products shall lie as x does, and a Function in Python costs more than the operators that torch differentiates
+itself (measured, on a GPU with a step that waits for Python)."""
+_WIDE = 3 * 2**15
+"""Entries of R, 3,072 inputs in blocks of 32, of a layer beside which a few operators are nothing."""
 
 
 def _is_small(x: Tensor, r_nbb: Tensor) -> bool:
     """Whether x had better be copied: not a single row, which lies either way as it shall, nor one that would be copied
     and kept already before the product, nor beside a layer that takes so long that nothing is gained."""
-    return x.shape[-1] < x.numel() <= _SMALL and r_nbb.numel() < _WIDE and x.is_contiguous()
+    is_small = x.shape[-1] < x.numel() <= _SMALL.get(x.device.type, 0)
+    return is_small and r_nbb.numel() < _WIDE and x.is_contiguous()
 
 
 def _plain_product(x: Tensor, r_nbb: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import itertools
 import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -16,61 +17,116 @@ _address: Any = getattr(torch._C, "_data_address", Tensor.data_ptr)
 """Where a tensor's memory is. Reading `data_ptr()` counts as writing to memory that is copied on writing."""
 
 
+_TOGETHER = {"cpu": 3 * 2**17}
+"""Entries of R that are computed in one go, by kind of device: on a CPU what stays in a core's cache."""
+_TOGETHER_ELSEWHERE = 2**21
+"""Where launching costs more than computing."""
+_MANY = 100
+"""Optimizer steps after which no graph of before is waiting for its backward."""
+
+
 class _Waiting(NamedTuple):
-    """One R that was computed with others, and what must still hold when it is asked for."""
+    """One R that was computed with others, by whom, and what must still hold when it is asked for."""
 
     key: tuple[Any, ...]
     matrix: Any
+    by: "SharedMap"
+
+
+class _Moment(NamedTuple):
+    """When a rotation was called: the state of its generator, and the optimizer steps until then."""
+
+    rotation: Any
+    version: int
+    steps: int
+
+    @classmethod
+    def of(cls, rotation: Any) -> "_Moment":
+        return cls(rotation, rotation.weight._version, *_steps())
+
+    def is_past(self) -> bool:
+        """Whether the generator was trained since; fused optimizers do that uncounted."""
+        return self.rotation.weight._version != self.version or _steps()[0] >= self.steps + _MANY
 
 
 class SharedMap:
-    """R of several rotations of one block size and map, computed when the first of them is called, each used once.
+    """R of the rotations below one module that have one block size and map, computed when the first of them is called,
+    together with those of the modules after it while these are few; each used once.
 
     What waits is valid for the generator that it was made from, before any backward has gone through it, and within the
-    same activation checkpoint. A member that others have computed in vain is left out from then on.
+    same activation checkpoint. Whoever was computed in vain is left to himself, once the generators have been trained:
+    until then an activation checkpoint must find the same company once more.
     """
 
     def __init__(self, members: Iterable[Any]) -> None:
         self.members = {id(member): member for member in members}
+        self.after: SharedMap | None = None  # of the module after this one
+        self._size = sum(len(one.weight) * one.block_size**2 for one in self.members.values())
         self._waiting: dict[int, _Waiting] = {}
-        self._opener: tuple[int, int] | None = None  # whose call computed the last ones, at which version
+        self._opened: _Moment | None = None  # when a call computed the last ones, and whose
+        self._refused: _Moment | None = None  # when a member first had no use for what those before computed
 
     def matrix(self, rotation: Any, dtype: torch.dtype) -> Tensor:
         """R of one member, (n or 1, b, b) in `dtype`; differentiable. Only for one that `can_share`."""
         waiting = self._waiting.pop(id(rotation), None)
-        if waiting is None or waiting.key != _key(rotation, dtype) or waiting.matrix.grad_fn.is_spent:
-            return self._compute(rotation, dtype)
-        found: Tensor = waiting.matrix
-        return found
+        if waiting is not None:
+            if waiting.key == _key(rotation, dtype) and not waiting.matrix.grad_fn.is_spent:
+                found: Tensor = waiting.matrix
+                return found
+            if waiting.by is not self and self._refused is None:
+                self._refused = _Moment.of(rotation)
+        return self._compute(rotation, dtype)
 
     def _compute(self, rotation: Any, dtype: torch.dtype) -> Tensor:
         """R of one member; those of the others wait. Another thread may do the same meanwhile."""
         self._leave_out_idle(rotation)
-        together = [one for one in self.members.values() if one is rotation or _are_alike(one, rotation)]
-        generators, size = [one.weight for one in together], rotation.block_size
-        found = functional.rotations_of(generators, size, rotation.terms, dtype, whole=True)
-        matrices = dict(zip(map(id, together), found, strict=True))
-        mine = matrices.pop(id(rotation))
-        self._waiting |= {
-            id(one): _Waiting(_key(one, dtype), matrices[id(one)]) for one in together if one is not rotation
+        company = self._company(rotation)
+        together = {
+            id(one): (one, shared)
+            for shared in company
+            for one in list(shared.members.values())
+            if one is rotation or _are_alike(one, rotation)
         }
+        generators, size = [one.weight for one, _ in together.values()], rotation.block_size
+        found = functional.rotations_of(generators, size, rotation.terms, dtype, whole=True)
+        matrices = dict(zip(together, found, strict=True))
+        mine = matrices.pop(id(rotation))
+        for key, matrix in matrices.items():
+            one, shared = together[key]
+            shared._waiting[key] = _Waiting(_key(one, dtype), matrix, self)
         return mine
 
+    def _company(self, rotation: Any) -> "list[SharedMap]":
+        """This one and those after it with which it is computed."""
+        most = _TOGETHER.get(rotation.weight.device.type, _TOGETHER_ELSEWHERE)
+        company, size, after = [self], self._size, self.after
+        while after is not None and size + after._size < most and not (after._refused and after._refused.is_past()):
+            company.append(after)
+            size, after = size + after._size, after.after
+        return company
+
     def _leave_out_idle(self, rotation: Any) -> None:
-        """Not before the generators have changed: an activation checkpoint must find the same members once more."""
-        opener = (id(rotation), rotation.weight._version)
-        if self._opener is not None and self._opener[0] == opener[0] and self._opener != opener:
-            for idle in list(self._waiting):
-                if (member := self.members.pop(idle, None)) is not None:
-                    member.shared = None
-            self._waiting = {}
-        self._opener = opener
+        """Let go of what still waits for being called since this rotation computed it the last time."""
+        opened = self._opened
+        if opened is not None and opened.rotation is rotation:
+            if not opened.is_past():
+                return
+            for shared in self._company(rotation):
+                idle = [key for key, waiting in list(shared._waiting.items()) if waiting.by is self]
+                if shared is not self and len(idle) == len(shared.members):
+                    shared._refused = shared._refused or opened
+                    continue
+                for key in idle:
+                    if (member := shared.members.pop(key, None)) is not None:
+                        member.shared = None
+                    shared._waiting.pop(key, None)
+        self._opened = _Moment.of(rotation)
 
 
 def _key(rotation: Any, dtype: torch.dtype) -> tuple[Any, ...]:
     weight = rotation.weight
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)  # an activation checkpoint has its own
-    stamp = (dtype, rotation.terms, id(weight), _address(weight), weight._version)
+    stamp = (dtype, rotation.terms, id(weight), _address(weight), weight._version, *_steps())
     return (*stamp, None if hooks is None else weakref.ref(hooks[0]))
 
 
@@ -91,15 +147,20 @@ def can_share(rotation: Any) -> bool:
     )
 
 
-def share_maps(rotations: Iterable[tuple[Any, Any]]) -> None:
-    """Let rotations of one group and block size share their map. Takes (group, rotation) pairs; groups are hashable."""
-    groups: dict[Any, list[Any]] = {}
-    for group, rotation in rotations:
-        groups.setdefault((group, rotation.block_size, rotation.halve_last), []).append(rotation)
-    for members in groups.values():
-        shared = SharedMap(members) if len(members) > 1 else None
-        for member in members:
-            member.shared = shared
+def share_maps(rotations: Iterable[tuple[Any, Any, Any]]) -> None:
+    """Let rotations of one block size share their map. Takes (series, module, rotation): those of one module share it, and
+    those of the modules of a series, which stand in the order in which they are called."""
+    found: dict[Any, dict[Any, list[Any]]] = {}
+    for series, module, rotation in rotations:
+        modules = found.setdefault((series, rotation.block_size, rotation.halve_last), {})
+        modules.setdefault(module, []).append(rotation)
+    for modules in found.values():
+        maps = [SharedMap(members) for members in modules.values()]
+        for one, after in itertools.pairwise(maps):
+            one.after = after
+        for one in maps:
+            for member in one.members.values():
+                member.shared = one if len(maps) > 1 or len(one.members) > 1 else None
 
 
 @functools.cache

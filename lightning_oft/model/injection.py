@@ -52,7 +52,7 @@ def carry_out(modules: Modules, plan: Plan) -> list[str]:
     for module, key in plan.saved:
         saved_modules.claim(module, key, plan.adapter_name, is_active, known)
     share_maps(
-        ((name.rpartition(".")[0], adapter_name), rotation)
+        (adapter_name, name.rpartition(".")[0], rotation)
         for name, layer, state in adapted(modules)
         for adapter_name in state.configs
         for rotation in rotations_of(layer, adapter_name).values()

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_oft import disable_adapters, functional, inject, merge, oft_layers, set_adapter, unload
-from lightning_oft.layers import Rotation
+from lightning_oft.layers import Rotation, reuse
 from lightning_oft.layers import linear as linear_layers
 
 Loss = Callable[["Attention", Tensor], Tensor]
@@ -129,6 +129,108 @@ def test_one_map_is_computed_for_all_and_none_for_what_nobody_calls(monkeypatch:
     assert sizes == [4, 4, 3, 3]
 
 
+class Blocks(nn.Module):
+    """Modules in a row, each of two linear layers beside each other."""
+
+    def __init__(self, count: int = 4) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({name: nn.Linear(8, 8) for name in "ab"}) for _ in range(count))
+
+    def run(self, x: Tensor, *numbers: int) -> Tensor:
+        for number in numbers or range(len(self.blocks)):
+            block: Any = self.blocks[number]
+            x = torch.tanh(block["a"](x)) + block["b"](x)
+        return x
+
+
+def _blocks(shared: bool = True) -> Blocks:
+    torch.manual_seed(0)
+    model = Blocks()
+    inject(model, config(target_modules="all-linear"))
+    randomize(model)
+    for rotation in _rotations(model).values():
+        rotation.shared = rotation.shared if shared else None
+    return model.train()
+
+
+def _in_checkpoints(model: Blocks, x: Tensor, reentrant: bool) -> Tensor:
+    for number in range(4):
+        x = checkpoint(model.run, x, number, use_reentrant=reentrant)  # type: ignore[assignment]
+    return x.sum()
+
+
+def _each_by_itself(model: Blocks, x: Tensor) -> Tensor:
+    for number in range(4):
+        model.run(x, number).square().sum().backward()
+    return model.run(x, 3).sum()
+
+
+def _backwards_around_a_step(model: Blocks, x: Tensor) -> Tensor:
+    """As a discriminator does, the second half trains before the first half's backward."""
+    half = model.run(x, 0, 1)
+    model.run(half.detach(), 2, 3).square().sum().backward()
+    for rotation in list(_rotations(model).values())[4:]:
+        with torch.no_grad():
+            rotation.weight.sub_(0.01 * rotation.weight.grad)
+    return model.run(half, 2, 3).sum()
+
+
+ROWS: dict[str, tuple[Callable[[Blocks, Tensor], Tensor], list[int], list[int]]] = {
+    "in_order": (lambda model, x: model.run(x).sum(), [8], [8]),
+    "against_order": (lambda model, x: model.run(x, 3, 2, 1, 0).sum(), [2, 4, 6, 8], [2, 2, 2, 2]),
+    "unused": (lambda model, x: model.run(x, 0, 1).sum(), [8], [4]),
+    "checkpoints": (lambda model, x: _in_checkpoints(model, x, False), [8, 6, 4, 2, 2, 4, 6, 8], [2] * 8),
+    "reentrant": (lambda model, x: _in_checkpoints(model, x, True), [1] * 8 + [2, 4, 6, 8], [1] * 8 + [2] * 4),
+    "each_by_itself": (_each_by_itself, [8, 6, 4, 2, 2], [2] * 5),
+    "around_a_step": (_backwards_around_a_step, [8, 4], [8, 4]),
+}
+"""How a row of modules is called; of how many generators maps are computed in the first step, and once that is known."""
+
+
+@pytest.mark.parametrize("large", [2**19, 0], ids=["kept", "computed_again"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ROWS)
+def test_modules_after_each_other_train_as_each_by_itself(
+    case: str, dtype: torch.dtype, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, first, last = ROWS[case]
+    monkeypatch.setattr(functional.maps, "_LARGE", large)
+    monkeypatch.setattr(functional.products, "_SMALL", {})
+    together, apart = (_blocks(shared).to(dtype) for shared in (True, False))
+    sizes = _maps(monkeypatch)
+    for step in range(4):
+        x = torch.randn(5, 8, dtype=dtype, requires_grad=True)
+        for model in (together, apart):
+            model.zero_grad()
+            sizes.clear()
+            loss(model, x).backward()
+            if model is together:
+                assert sizes == (first if step == 0 else last if step == 3 else sizes)
+            with torch.no_grad():
+                for rotation in _rotations(model).values():
+                    if rotation.weight.grad is not None:
+                        rotation.weight.sub_(0.01 * rotation.weight.grad)
+        torch.testing.assert_close(_gradients(together), _gradients(apart), rtol=1e-5, atol=1e-6)
+
+
+def test_a_map_is_of_no_more_than_a_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reuse, "_TOGETHER", {"cpu": 5 * 2 * 4 * 4})  # two modules have 4 rotations of 2 blocks of 4
+    model, sizes = _blocks(), _maps(monkeypatch)
+    model.run(torch.randn(5, 8)).sum().backward()
+    assert sizes == [4, 4]
+
+
+def test_uncounted_steps_of_an_optimizer_part_modules_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = _blocks(), _maps(monkeypatch)
+    optimizer = torch.optim.Adam([rotation.weight for rotation in _rotations(model).values()], fused=True)
+    for _ in range(201):
+        optimizer.zero_grad()
+        sizes.clear()
+        model.run(torch.randn(5, 8), 0, 2).sum().backward()
+        optimizer.step()
+    assert sizes == [2, 2]
+
+
 def test_frozen_evaluated_and_copied_rotations_are_computed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = _model(), torch.randn(5, 8)
     expected = model(x)
@@ -195,7 +297,7 @@ def test_what_is_computed_again_is_what_would_have_been_kept(
     loss: Loss, exact: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, x = [], torch.randn(50, 8, dtype=dtype)
-    monkeypatch.setattr(functional.products, "_SMALL", 0)
+    monkeypatch.setattr(functional.products, "_SMALL", {})
     for large in (2**18, 0):
         monkeypatch.setattr(functional.maps, "_LARGE", large)
         model, own = _model(use_cayley_neumann=not exact), x.clone().requires_grad_()
@@ -208,7 +310,7 @@ def test_what_is_computed_again_is_what_would_have_been_kept(
 def test_of_large_maps_no_copy_is_kept(dtype: torch.dtype, matrices: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 R is kept by the products, in half precision it is computed once more for all of a map."""
     monkeypatch.setattr(functional.maps, "_LARGE", 0)
-    monkeypatch.setattr(functional.products, "_SMALL", 0)
+    monkeypatch.setattr(functional.products, "_SMALL", {})
     model, x = _model().to(dtype), torch.randn(5, 8, dtype=dtype)
     kept: dict[int, int] = {}
 
