@@ -119,7 +119,7 @@ def rotations_of(
     """
     with full_float32(generators[0].device):
         is_large = block_size**2 * sum(map(len, generators)) >= _LARGE
-        keeps = not (whole and is_large) or (terms is None and dtype is generators[0].dtype)  # R, as products do
+        keeps = not (whole and is_large) or (terms is None and dtype is generators[0].dtype)  # R alone, as products do
         return list(_Map.apply(block_size, terms is None, dtype, keeps, *generators))  # type: ignore[no-untyped-call]
 
 

@@ -17,10 +17,9 @@ _address: Any = getattr(torch._C, "_data_address", Tensor.data_ptr)
 """Where a tensor's memory is. Reading `data_ptr()` counts as writing to memory that is copied on writing."""
 
 
-_TOGETHER = {"cpu": 3 * 2**17}
-"""Entries of R that are computed in one go, by kind of device: on a CPU what stays in a core's cache."""
-_TOGETHER_ELSEWHERE = 2**21
-"""Where launching costs more than computing."""
+_TOGETHER = {"cpu": 3 * 2**17, "cuda": 2**21}
+"""Entries of R up to which modules are computed in one go, by kind of device (measured): on a CPU the matrices leave the
+caches beyond; on a GPU, where launching costs more than computing, they would take tens of MB."""
 _MANY = 100
 """Optimizer steps after which no graph of before is waiting for its backward."""
 
@@ -98,7 +97,7 @@ class SharedMap:
 
     def _company(self, rotation: Any) -> "list[SharedMap]":
         """This one and those after it with which it is computed."""
-        most = _TOGETHER.get(rotation.weight.device.type, _TOGETHER_ELSEWHERE)
+        most = _TOGETHER.get(rotation.weight.device.type, 0)
         company, size, after = [self], self._size, self.after
         while after is not None and size + after._size < most and not (after._refused and after._refused.is_past()):
             company.append(after)
