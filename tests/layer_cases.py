@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GptOssConfig, MixtralConfig
@@ -12,7 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
-from lightning_oft import OFTConfig, oft_layers
+from lightning_oft import OFTConfig, functional, oft_layers
 from lightning_oft.layers import Rotation
 
 
@@ -118,6 +119,30 @@ def randomize(model: nn.Module, std: float = 0.1, adapter_name: str = "default",
             if isinstance(module, Rotation):
                 noise = torch.randn(module.weight.shape, generator=generator)
                 module.weight.data.copy_(noise * std)
+
+
+def rotations(model: nn.Module) -> dict[str, Rotation]:
+    """The rotation of each layer, by its name."""
+    return {name: layer.oft_R["default"] for name, layer in oft_layers(model).items()}  # type: ignore[index, misc]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    """The gradient of each layer's generators, by its name."""
+    return {name: rotation.weight.grad for name, rotation in rotations(model).items()}
+
+
+def computed_maps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many generators each map was computed for, from now on."""
+    sizes: list[int] = []
+    plain = functional.rotations_of
+
+    def counted(generators: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(len(generators))
+        return plain(generators, *args, **options)
+
+    for place in (functional, functional.maps):
+        monkeypatch.setattr(place, "rotations_of", counted)
+    return sizes
 
 
 def relative(a: Tensor, b: Tensor) -> float:

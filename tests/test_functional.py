@@ -12,7 +12,7 @@ from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor
 
 from lightning_oft import functional as maths
-from lightning_oft.functional.maps import positive_cayley
+from lightning_oft.functional.geometry import positive_cayley
 from lightning_oft.functional.products import positive_times_inverse
 
 TERMS = range(2, 13)

@@ -10,6 +10,8 @@ from lightning_oft.functional.geometry import (
     SERIES_TOLERANCE,
     angle_radius,
     block_size_of,
+    cayley,
+    cayley_neumann,
     eps_radius,
     error_bound,
     exact_generator,
@@ -24,10 +26,18 @@ from lightning_oft.functional.geometry import (
     rotation_angle,
     series_error,
     series_reach,
+    skew,
 )
-from lightning_oft.functional.maps import cayley, cayley_neumann, has_kernel, rotation_of, rotations_of, skew
+from lightning_oft.functional.maps import has_kernel, rotation_of, rotations_of
 from lightning_oft.functional.products import RotatedInput, inverse, rotate, rotate_weight, rotated_linear
-from lightning_oft.functional.tracing import constant_in_onnx, full_float32, is_alone, is_traced, without_autocast
+from lightning_oft.functional.tracing import (
+    constant_in_onnx,
+    full_float32,
+    is_alone,
+    is_recorded,
+    is_traced,
+    without_autocast,
+)
 
 __all__ = [
     "EXACT_RADIUS",
@@ -47,6 +57,7 @@ __all__ = [
     "has_kernel",
     "inverse",
     "is_alone",
+    "is_recorded",
     "is_traced",
     "largest_angle",
     "largest_norms",

@@ -1,4 +1,5 @@
-"""How far a rotation turns, how far it is from orthogonal, and the ball that holds it (COFT)."""
+"""From generators to rotations as plain formulas, how far one turns, how far it is from orthogonal, and the ball that
+holds it (COFT). All but what works in place is differentiable by torch, as often as one likes."""
 
 import functools
 import itertools
@@ -8,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_oft.functional.maps import rotation_of, skew
+from lightning_oft.functional.tracing import full_float32
 
 SERIES_TOLERANCE = 1e-6
 """Largest ||R^T R - I||_2 of a truncated series that passes without a word: float32's own accuracy."""
@@ -16,6 +17,80 @@ SERIES_TOLERANCE = 1e-6
 EXACT_RADIUS = math.sqrt(2) * 10.0
 """Radius in ||Q_i||_F of the ball in which a plain float32 solve of the exact map, such as PEFT's, is good to 1e-5:
 planes turn by up to 169 degrees. Beyond it a generator can hardly turn its rotation any further."""
+
+
+def skew(generator: Tensor, block_size: int) -> Tensor:
+    """Skew matrices Q = U - U^T with U the strict upper triangle. (n, b(b-1)/2) -> (n, b, b), no factor 1/2."""
+    rows, columns = torch.triu_indices(block_size, block_size, 1, device=generator.device)
+    upper = generator.new_zeros(generator.shape[0], block_size, block_size)
+    upper = torch.index_put(upper, (torch.arange(len(upper), device=upper.device)[:, None], rows, columns), generator)
+    return upper - upper.mT
+
+
+def cayley(q: Tensor) -> Tensor:
+    """Cayley map R = (I + Q)(I - Q)^-1. Q: (n, b, b) skew -> R: (n, b, b) orthogonal. Qiu et al. 2023, eq. 5.
+
+    A float32 solve alone is off orthogonality by 1e-6 at ||Q||_2 = 3 and by 1e-5 at 100; R + R (I - R^T R) / 2, one step
+    of Newton's method for the nearest orthogonal matrix, is off by 5e-7 (measured, b = 64). On a GPU it is
+    computed as `positive_cayley` does.
+    """
+    if q.is_cuda:
+        return positive_cayley(q)
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    solved: Tensor = torch.linalg.solve(eye - q, eye + q)
+    return solved + solved @ (eye - solved.mT @ solved) / 2
+
+
+def positive_cayley(q: Tensor) -> Tensor:
+    """The same map as 2 (I + Q)(I - Q^2)^-1 - I, in float64: torch's batched LU waits for all that a GPU still has to do,
+    and the Cholesky factors of a positive definite matrix do not. Of the dtype of Q."""
+    wide, eye = q.double(), torch.eye(q.shape[-1], dtype=torch.float64, device=q.device)
+    turned: Tensor = 2 * (eye + wide) @ inverse_of_positive(eye - wide @ wide) - eye
+    return turned.to(q.dtype)
+
+
+def inverse_of_positive(matrix: Tensor) -> Tensor:
+    """The inverse of symmetric positive definite matrices, (n, b, b), without waiting for the device: L^-T L^-1."""
+    factor = torch.linalg.cholesky_ex(matrix)[0]
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+    inverted: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return inverted.mT @ inverted
+
+
+def cayley_neumann(q: Tensor, terms: int, halve_last: bool = True) -> Tensor:
+    """Truncated Cayley map, R_k = I + 2Q + ... + 2Q^(k-2) + Q^(k-1) = cayley(Q)(I - Q^(k-1)), k = `terms`.
+
+    Q: (n, b, b) -> R: (n, b, b). ||R^T R - I|| = t^(2(k-1)) for even k and about 2 t^(k-1) for odd k, t = ||Q||_2:
+    prefer even k; the series diverges at t >= 1. The numbers are PEFT's for every k: k <= 1 is the identity, k = 2 is
+    I + 2Q, k = 3 is computed as k = 4. `halve_last=False` is the series of PEFT before 0.18, whose last term is
+    2Q^(k-1). Qiu et al. 2025 (OFTv2), section 4.
+    """
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    if terms <= 1:
+        return eye.expand_as(q)
+    if not halve_last:
+        return 2 * _geometric(q, terms, eye) - eye
+    if terms == 2:
+        return eye + 2 * q
+    partial = _geometric(q, max(terms, 4) - 1, eye)
+    return partial + q @ partial
+
+
+def _geometric(q: Tensor, terms: int, eye: Tensor) -> Tensor:
+    """I + Q + ... + Q^(terms-1) by doubling, in about 2 log2(terms) products. (n, b, b) -> (n, b, b)."""
+    if terms <= 2:
+        return eye.expand_as(q) if terms == 1 else eye + q
+    square = q @ q
+    if terms == 3:
+        return eye + q + square
+    half = _geometric(square, terms // 2, eye)
+    return half + q @ half if terms % 2 == 0 else eye + (q + square) @ half
+
+
+def formula(generator: Tensor, block_size: int, terms: int | None, halve_last: bool) -> Tensor:
+    """R of a generator, (n, b(b-1)/2) -> (n, b, b): exact where `terms` is None."""
+    q_nbb = skew(generator, block_size)
+    return cayley(q_nbb) if terms is None else cayley_neumann(q_nbb, terms, halve_last)
 
 
 def generator_size(block_size: int) -> int:
@@ -177,7 +252,8 @@ def error_bound(generator: Tensor, block_size: int, terms: int | None, halve_las
     if terms is None or generator.numel() == 0:
         return 0.0
     if not halve_last:
-        return float(orthogonality_error(rotation_of(generator, block_size, terms, halve_last)).max())
+        with full_float32(generator.device):
+            return float(orthogonality_error(formula(generator, block_size, terms, halve_last)).max())
     norm = float(frobenius_norm(generator).max()) / 2**0.5
     if series_error(norm, terms) > SERIES_TOLERANCE:  # the exact norm costs more
         norm = float(torch.linalg.matrix_norm(skew(generator, block_size), 2).max())
@@ -198,7 +274,7 @@ def exact_generator(generator: Tensor, block_size: int, terms: int, halve_last: 
     norm = torch.linalg.matrix_norm(q, 2)
     inside = (series_reach(terms, halve_last=halve_last) / norm).clamp(max=1).nan_to_num(1.0)[:, None, None]
     generator_in, eye = generator.double() * inside[:, 0], torch.eye(block_size, dtype=q.dtype, device=q.device)
-    r_nbb = rotation_of(generator_in, block_size, terms, halve_last)
+    r_nbb = formula(generator_in, block_size, terms, halve_last)
     whole = torch.linalg.solve(r_nbb + eye, r_nbb - eye)
     moved = (whole - whole.mT) / 2 - q * inside
     rows, columns = torch.triu_indices(block_size, block_size, 1, device=q.device)

@@ -1,4 +1,4 @@
-"""From generators to rotations: the exact Cayley map and its truncated series, each with a backward written by hand.
+"""From generators to rotations, several at once: each map with a backward written by hand.
 
 Where torch.compile or torch.func look on, and for derivatives of derivatives, the plain formulas are used instead.
 """
@@ -10,75 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_oft.functional.tracing import full_float32, is_traced
-
-
-def skew(generator: Tensor, block_size: int) -> Tensor:
-    """Skew matrices Q = U - U^T with U the strict upper triangle. (n, b(b-1)/2) -> (n, b, b), no factor 1/2."""
-    rows, columns = torch.triu_indices(block_size, block_size, 1, device=generator.device)
-    upper = generator.new_zeros(generator.shape[0], block_size, block_size)
-    upper = torch.index_put(upper, (torch.arange(len(upper), device=upper.device)[:, None], rows, columns), generator)
-    return upper - upper.mT
-
-
-def cayley(q: Tensor) -> Tensor:
-    """Cayley map R = (I + Q)(I - Q)^-1. Q: (n, b, b) skew -> R: (n, b, b) orthogonal. Qiu et al. 2023, eq. 5.
-
-    A float32 solve alone is off orthogonality by 1e-6 at ||Q||_2 = 3 and by 1e-5 at 100; R + R (I - R^T R) / 2, one step
-    of Newton's method for the nearest orthogonal matrix, is off by 5e-7 (measured, b = 64). On a GPU it is
-    computed as `positive_cayley` does.
-    """
-    if q.is_cuda:
-        return positive_cayley(q)
-    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    solved: Tensor = torch.linalg.solve(eye - q, eye + q)
-    return solved + solved @ (eye - solved.mT @ solved) / 2
-
-
-def positive_cayley(q: Tensor) -> Tensor:
-    """The same map as 2 (I + Q)(I - Q^2)^-1 - I, in float64: torch's batched LU waits for all that a GPU still has to do,
-    and the Cholesky factors of a positive definite matrix do not. Of the dtype of Q."""
-    wide, eye = q.double(), torch.eye(q.shape[-1], dtype=torch.float64, device=q.device)
-    turned: Tensor = 2 * (eye + wide) @ inverse_of_positive(eye - wide @ wide) - eye
-    return turned.to(q.dtype)
-
-
-def inverse_of_positive(matrix: Tensor) -> Tensor:
-    """The inverse of symmetric positive definite matrices, (n, b, b), without waiting for the device: L^-T L^-1."""
-    factor = torch.linalg.cholesky_ex(matrix)[0]
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-    inverted: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
-    return inverted.mT @ inverted
-
-
-def cayley_neumann(q: Tensor, terms: int, halve_last: bool = True) -> Tensor:
-    """Truncated Cayley map, R_k = I + 2Q + ... + 2Q^(k-2) + Q^(k-1) = cayley(Q)(I - Q^(k-1)), k = `terms`.
-
-    Q: (n, b, b) -> R: (n, b, b). ||R^T R - I|| = t^(2(k-1)) for even k and about 2 t^(k-1) for odd k, t = ||Q||_2:
-    prefer even k; the series diverges at t >= 1. The numbers are PEFT's for every k: k <= 1 is the identity, k = 2 is
-    I + 2Q, k = 3 is computed as k = 4. `halve_last=False` is the series of PEFT before 0.18, whose last term is
-    2Q^(k-1). Qiu et al. 2025 (OFTv2), section 4.
-    """
-    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    if terms <= 1:
-        return eye.expand_as(q)
-    if not halve_last:
-        return 2 * _geometric(q, terms, eye) - eye
-    if terms == 2:
-        return eye + 2 * q
-    partial = _geometric(q, max(terms, 4) - 1, eye)
-    return partial + q @ partial
-
-
-def _geometric(q: Tensor, terms: int, eye: Tensor) -> Tensor:
-    """I + Q + ... + Q^(terms-1) by doubling, in about 2 log2(terms) products. (n, b, b) -> (n, b, b)."""
-    if terms <= 2:
-        return eye.expand_as(q) if terms == 1 else eye + q
-    square = q @ q
-    if terms == 3:
-        return eye + q + square
-    half = _geometric(square, terms // 2, eye)
-    return half + q @ half if terms % 2 == 0 else eye + (q + square) @ half
+from lightning_oft.functional.geometry import cayley, formula
+from lightning_oft.functional.tracing import NOTHING, full_float32, is_checkpointed, is_traced
 
 
 def rotation_of(generator: Tensor, block_size: int, terms: int | None, halve_last: bool = True) -> Tensor:
@@ -96,7 +29,7 @@ def rotation_of(generator: Tensor, block_size: int, terms: int | None, halve_las
     if has_kernel(terms, halve_last) and not is_traced(generator) and generator.numel() and not generator.is_meta:
         return rotations_of([generator], block_size, terms, generator.dtype)[0]
     with full_float32(generator.device):
-        return _formula(generator, block_size, terms, halve_last)
+        return formula(generator, block_size, terms, halve_last)
 
 
 def rotations_of(
@@ -110,16 +43,18 @@ def rotations_of(
         terms: 6, or None for the exact map.
         dtype: of the result.
         whole: whether the generators can be read in the backward as they are now, so that the matrices which it needs
-            need not be kept where they are large. As of any weight, what changes them past autograd's count in between
-            (`.data`, a fused optimizer) is not seen.
+            need not be kept where they are large, or an activation checkpoint would ask for as many once more. As of
+            any weight, what changes them past autograd's count in between (`.data`, a fused optimizer) is not seen.
 
     Returns:
         (n_i, b, b) of `dtype` for each. One that does not reach a loss gets no gradient. Backward may run through them
         as often as one likes while the generators stay as they are, with or without `retain_graph`.
     """
-    with full_float32(generators[0].device):
+    unrecorded = torch.no_grad() if torch.is_inference_mode_enabled() else NOTHING  # whatever was enabled within
+    with full_float32(generators[0].device), unrecorded:
         is_large = block_size**2 * sum(map(len, generators)) >= _LARGE
-        keeps = not (whole and is_large) or (terms is None and dtype is generators[0].dtype)  # R alone, as products do
+        is_small = not is_large or (terms is None and dtype is generators[0].dtype)  # R alone, as products do
+        keeps = not whole or (is_small and not is_checkpointed())
         return list(_Map.apply(block_size, terms is None, dtype, keeps, *generators))  # type: ignore[no-untyped-call]
 
 
@@ -130,11 +65,6 @@ _LARGE = 2**19
 def has_kernel(terms: int | None, halve_last: bool) -> bool:
     """Whether there is a backward written by hand for this map."""
     return terms is None or (terms == 6 and halve_last)
-
-
-def _formula(generator: Tensor, block_size: int, terms: int | None, halve_last: bool) -> Tensor:
-    q_nbb = skew(generator, block_size)
-    return cayley(q_nbb) if terms is None else cayley_neumann(q_nbb, terms, halve_last)
 
 
 class _Tables(NamedTuple):
@@ -194,28 +124,26 @@ class _Map(torch.autograd.Function):
         ctx: Any, b: int, is_exact: bool, dtype: torch.dtype, keeps: bool, *generators: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.b, ctx.is_exact, ctx.generators, ctx.is_spent = b, is_exact, generators, False
-        ctx.versions, ctx.keeps, ctx.dtype, ctx.again = _versions(generators), keeps, dtype, None
+        ctx.b, ctx.is_exact, ctx.generators, ctx.keeps, ctx.dtype = b, is_exact, generators, keeps, dtype
+        ctx.is_spent, ctx.kept, ctx.left, ctx.again = False, None, {*range(len(generators))}, None
+        # A checkpoint computes with generators as they are then, as with any other weight.
+        ctx.versions = None if is_checkpointed() else _versions(generators)
         parts = _parts(ctx, range(len(generators)))
         ctx.save_for_backward(*(parts if keeps else ()))
         return _matrices(ctx, parts, range(len(generators)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        generators, b, is_kept = ctx.generators, ctx.b, ctx.keeps and not ctx.is_spent
+        generators, b = ctx.generators, ctx.b
         places = [place for place, grad in enumerate(grads) if grad is not None]
-        if not is_kept or torch.is_grad_enabled():
-            _require_same(ctx, places)
+        kept = _kept_parts(ctx, places)
         if torch.is_grad_enabled():  # to be differentiated once more
+            _require_same(ctx, places)
             return *_NO_GRADIENTS, *map(functools.partial(_differentiable, ctx), generators, grads)
         if not places:
             return *_NO_GRADIENTS, *grads
         with full_float32(generators[0].device):
-            if is_kept:
-                at, parts = [*range(len(grads))], ctx.saved_tensors
-            else:
-                at, parts = ctx.again[:2] if ctx.again else (places, _parts(ctx, places))
-            ctx.again, ctx.is_spent = None, True  # rotations may meet in two backwards: the second computes them again
+            at, parts = ([*range(len(grads))], kept) if kept is not None else _parts_again(ctx, places)
             rows = [len(generators[place]) for place in at]
             pairs = zip([grads[place] for place in at], rows, strict=True)
             every = [generators[0].new_zeros(n, b, b) if grad is None else grad for grad, n in pairs]
@@ -225,6 +153,24 @@ class _Map(torch.autograd.Function):
             found = (dq - dq.mT).flatten(1).index_select(1, tables.upper)
         pieces = dict(zip(at, torch.split(found, rows), strict=True))
         return *_NO_GRADIENTS, *(None if grad is None else pieces[place] for place, grad in enumerate(grads))
+
+
+def _kept_parts(ctx: Any, places: Sequence[int]) -> Any:
+    """What was kept, for the rotations at these places; None where nothing was, or all have been through a backward.
+    Rotations may meet in several, and autograd lets go of what it saved in the first."""
+    parts = ctx.kept if ctx.is_spent or not ctx.keeps else ctx.saved_tensors
+    ctx.is_spent = True
+    ctx.left.difference_update(places)
+    ctx.kept = parts if ctx.left else None
+    return parts
+
+
+def _parts_again(ctx: Any, places: Sequence[int]) -> tuple[Any, Any]:
+    """The places of the rotations whose parts are computed again, and these."""
+    _require_same(ctx, places)
+    found = ctx.again[:2] if ctx.again else (places, _parts(ctx, places))
+    ctx.again = None
+    return found
 
 
 _NO_GRADIENTS = (None,) * 4  # of what is not a generator
@@ -253,8 +199,9 @@ class MatrixSource(NamedTuple):
         generators, terms = node.generators, None if node.is_exact else 6
         with full_float32(generators[0].device):
             if torch.is_grad_enabled():
-                return _formula(generators[self.place], node.b, terms, True).to(node.dtype)
-            same = [at for at, version in enumerate(_versions(generators)) if version == node.versions[at]]
+                return formula(generators[self.place], node.b, terms, True).to(node.dtype)
+            before = node.versions or _versions(generators)
+            same = [at for at, version in enumerate(_versions(generators)) if version == before[at]]
             parts = _parts(node, same)
             found = dict(zip(same, _matrices(node, parts, same), strict=True))
             node.again = same, parts, found  # until its own backward takes them
@@ -262,8 +209,8 @@ class MatrixSource(NamedTuple):
 
 
 def _require_same(ctx: Any, places: Sequence[int]) -> None:
-    now = _versions(ctx.generators)
-    if any(now[place] != ctx.versions[place] for place in places):
+    now, before = _versions(ctx.generators), ctx.versions
+    if before is not None and any(now[place] != before[place] for place in places):
         which = "second backward" if ctx.keeps else "backward"
         raise RuntimeError(f"generators of a rotation were changed between its forward and its {which}")
 
@@ -294,6 +241,6 @@ def _differentiable(ctx: Any, generator: Tensor, grad: Tensor | None) -> Tensor 
     if grad is None:
         return None
     with torch.enable_grad(), full_float32(generator.device):
-        r_nbb = _formula(generator, ctx.b, None if ctx.is_exact else 6, True)
+        r_nbb = formula(generator, ctx.b, None if ctx.is_exact else 6, True)
         (found,) = torch.autograd.grad(r_nbb, generator, grad.to(r_nbb.dtype), create_graph=True)
     return found

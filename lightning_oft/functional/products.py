@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lightning_oft.functional.maps import MatrixSource, inverse_of_positive
-from lightning_oft.functional.tracing import NOTHING, full_float32, is_traced, without_autocast
+from lightning_oft.functional.geometry import inverse_of_positive
+from lightning_oft.functional.maps import MatrixSource
+from lightning_oft.functional.tracing import NOTHING, full_float32, is_recorded, is_traced, without_autocast
 
 _SMALL = {"cpu": 2**19, "cuda": 2**22}
 """Numbers that are copied faster than it takes to avoid it, by kind of device: on a CPU torch multiplies blocks in a loop
@@ -92,7 +93,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     if is_traced(x, rotation) or (without is NOTHING and _is_small(x, rotation)):
         with without:
             return _plain_product(x, rotation)
-    if torch.is_grad_enabled() and (x.requires_grad or rotation.requires_grad):
+    if is_recorded() and (x.requires_grad or rotation.requires_grad):
         return _Rotate.apply(x, rotation)  # type: ignore[no-any-return, no-untyped-call]
     with without:
         return _product(x, rotation)
@@ -178,6 +179,8 @@ def rotated_linear(x: Tensor, rotation: Tensor, weight: Tensor, bias: Tensor | N
         (..., o). All of one floating dtype. Differentiable in x, R and the bias, as often as one likes.
     """
     with without_autocast(x.device):
+        if not is_recorded():
+            return F.linear(x, _product(weight, rotation.mT), bias)
         return _RotatedLinear.apply(x, rotation, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -30,6 +30,19 @@ def is_traced(*tensors: Tensor) -> bool:
     return False
 
 
+def is_recorded() -> bool:
+    """Whether autograd takes note of operators; in inference mode it never does, whatever was enabled within. In compiled
+    code, which cannot ask for that mode, whether gradients are enabled."""
+    return torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
+
+
+def is_checkpointed() -> bool:
+    """Whether an activation checkpoint (not a reentrant one, which records nothing) takes note of what is kept for the
+    backward: when it computes that again, it asks for as many tensors, of the same shapes."""
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "checkpoint" in (getattr(hooks[0], "__module__", None) or "")
+
+
 def constant_in_onnx() -> AbstractContextManager[object]:
     """Within, the TorchScript exporter to ONNX writes down results and not how they came about: it knows no solve."""
     state = torch._C._get_tracing_state()

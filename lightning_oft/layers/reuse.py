@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import itertools
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -30,6 +31,12 @@ class _Waiting(NamedTuple):
     key: tuple[Any, ...]
     matrix: Any
     by: "SharedMap"
+    copy: Tensor | None  # of the generator, in the same memory until somebody writes there; None where nobody can tell
+
+    def serves(self, rotation: Any, dtype: torch.dtype) -> bool:
+        weight = rotation.weight
+        is_same = self.copy is None or _address(self.copy) == _address(weight)
+        return is_same and self.key == _key(rotation, dtype) and not self.matrix.grad_fn.is_spent
 
 
 class _Moment(NamedTuple):
@@ -52,9 +59,9 @@ class SharedMap:
     """R of the rotations below one module that have one block size and map, computed when the first of them is called,
     together with those of the modules after it while these are few; each used once.
 
-    What waits is valid for the generator that it was made from, before any backward has gone through it, and within the
-    same activation checkpoint. Whoever was computed in vain is left to himself, once the generators have been trained:
-    until then an activation checkpoint must find the same company once more.
+    What waits is valid for the generator that it was made from, before any backward has gone through it, in the same
+    thread and the same activation checkpoint. Whoever was computed in vain is left to himself, once the generators have
+    been trained.
     """
 
     def __init__(self, members: Iterable[Any]) -> None:
@@ -69,7 +76,7 @@ class SharedMap:
         """R of one member, (n or 1, b, b) in `dtype`; differentiable. Only for one that `can_share`."""
         waiting = self._waiting.pop(id(rotation), None)
         if waiting is not None:
-            if waiting.key == _key(rotation, dtype) and not waiting.matrix.grad_fn.is_spent:
+            if waiting.serves(rotation, dtype):
                 found: Tensor = waiting.matrix
                 return found
             if waiting.by is not self and self._refused is None:
@@ -92,7 +99,8 @@ class SharedMap:
         mine = matrices.pop(id(rotation))
         for key, matrix in matrices.items():
             one, shared = together[key]
-            shared._waiting[key] = _Waiting(_key(one, dtype), matrix, self)
+            copy = _shared_copy(one.weight, owners=2) if _is_on_host(one.weight) else None  # the graph is one
+            shared._waiting[key] = _Waiting(_key(one, dtype), matrix, self, copy)
         return mine
 
     def _company(self, rotation: Any) -> "list[SharedMap]":
@@ -125,8 +133,16 @@ class SharedMap:
 def _key(rotation: Any, dtype: torch.dtype) -> tuple[Any, ...]:
     weight = rotation.weight
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)  # an activation checkpoint has its own
-    stamp = (dtype, rotation.terms, id(weight), _address(weight), weight._version, *_steps())
-    return (*stamp, None if hooks is None else weakref.ref(hooks[0]))
+    stamp = (dtype, rotation.terms, id(weight), _address(weight), weight._version, *_steps(), threading.get_ident())
+    return (*stamp, None if hooks is None else _loosely(hooks[0]))
+
+
+def _loosely(hook: Any) -> Any:
+    """What equals itself alone, without keeping alive what a hook knows where Python can do that."""
+    try:
+        return weakref.ref(hook)
+    except TypeError:
+        return hook
 
 
 def _are_alike(one: Any, other: Any) -> bool:
@@ -135,13 +151,16 @@ def _are_alike(one: Any, other: Any) -> bool:
 
 
 def can_share(rotation: Any) -> bool:
-    """Whether R may be computed with others' now: the generator is whole, plain and trained, its map has a kernel."""
+    """Whether R may be computed with others' now: the generator is whole, plain and trained, its map has a kernel; and
+    nobody is called when its gradient is there, who would be in each backward of the others too."""
     weight = rotation.weight
     is_plain = type(weight) is nn.Parameter and weight.dtype == torch.float32 and not weight.is_meta
     return (
         is_plain
         and weight.requires_grad
         and not weight.is_inference()
+        and not weight._backward_hooks
+        and not weight._post_accumulate_grad_hooks
         and functional.has_kernel(rotation.terms, rotation.halve_last)
     )
 
@@ -159,7 +178,7 @@ def share_maps(rotations: Iterable[tuple[Any, Any, Any]]) -> None:
             one.after = after
         for one in maps:
             for member in one.members.values():
-                member.shared = one if len(maps) > 1 or len(one.members) > 1 else None
+                member.shared = one
 
 
 @functools.cache
@@ -244,16 +263,21 @@ class Cached:
         return torch.bmm(x.view(self._blocks, 1, self._width), matrix).view_as(x)
 
 
-def _shared_copy(weight: Tensor) -> Tensor | None:
+_COPYING = threading.Lock()
+"""Held while memory is made to be copied on writing, which torch takes for a change of the tensor."""
+
+
+def _shared_copy(weight: Tensor, owners: int = 1) -> Tensor | None:
     """The generators in the same memory until somebody writes to theirs; None where torch cannot, and where arrays or
-    other tensors have that memory already."""
+    other tensors have that memory already, which is told from who else has the tensor."""
     copied: Any = getattr(torch, "_lazy_clone", None)
     if copied is None or _address is Tensor.data_ptr:
         return None
-    if not functional.is_alone(weight) or weight._use_count() > 1:  # type: ignore[attr-defined]
+    if not functional.is_alone(weight) or weight._use_count() > owners:  # type: ignore[attr-defined]
         return None
     try:
-        found: Tensor = copied(weight.detach())
+        with _COPYING:
+            found: Tensor = copied(weight.detach())
     except RuntimeError:  # memory that is not torch's own: numpy's, a file's, shared with other processes
         return None
     return found if _address(found) == _address(weight) else None

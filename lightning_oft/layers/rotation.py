@@ -120,12 +120,13 @@ class Rotation(nn.Module):
         return None if is_full else torch.rand(self.blocks, 1, 1, dtype=torch.float32, device=device) >= self.dropout
 
     def _matrix_in(self, dtype: torch.dtype, cut: Cut | None = None, kept: Tensor | None = None) -> Tensor:
-        is_traced, is_recorded = functional.is_traced(), torch.is_grad_enabled()
+        is_traced, is_recorded = functional.is_traced(), functional.is_recorded()
         if not (self.training or is_recorded or is_traced):
             return self._fixed(dtype) if cut is None else cut.of(self._fixed(dtype))
-        alone = self.shared is None or cut is not None or type(self) is not Rotation  # a unit of FSDP gathers its own
-        if not (alone or is_traced) and is_recorded and can_share(self):
-            r_nbb = self.shared.matrix(self, dtype)  # type: ignore[union-attr]
+        is_whole = cut is None and type(self) is Rotation  # a unit of FSDP gathers its own
+        if is_whole and not is_traced and is_recorded and can_share(self):
+            self.shared = self.shared or SharedMap([self])
+            r_nbb = self.shared.matrix(self, dtype)
         else:
             r_nbb = self.matrix(cut).to(dtype)
         if (kept := self._kept(r_nbb.device) if kept is None else kept) is not None:

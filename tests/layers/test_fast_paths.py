@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_cases import config, randomize
+from layer_cases import computed_maps, config, gradients, randomize, rotations
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_oft import disable_adapters, functional, inject, merge, oft_layers, set_adapter, unload
-from lightning_oft.layers import Rotation, reuse
+from lightning_oft import disable_adapters, functional, inject, merge, set_adapter, unload
 from lightning_oft.layers import linear as linear_layers
 
 Loss = Callable[["Attention", Tensor], Tensor]
@@ -42,31 +41,9 @@ def _model(shared: bool = True, **options: Any) -> Attention:
     model = Attention()
     inject(model, config(target_modules="all-linear", **options))
     randomize(model)
-    for rotation in _rotations(model).values():
+    for rotation in rotations(model).values():
         rotation.shared = rotation.shared if shared else None
     return model.train()
-
-
-def _rotations(model: nn.Module) -> dict[str, Rotation]:
-    return {name: layer.oft_R["default"] for name, layer in oft_layers(model).items()}  # type: ignore[index, misc]
-
-
-def _gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    return {name: rotation.weight.grad for name, rotation in _rotations(model).items()}
-
-
-def _maps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many generators each map was computed for, from now on."""
-    sizes: list[int] = []
-    plain = functional.rotations_of
-
-    def counted(generators: Any, *args: Any, **options: Any) -> Any:
-        sizes.append(len(generators))
-        return plain(generators, *args, **options)
-
-    for place in (functional, functional.maps):
-        monkeypatch.setattr(place, "rotations_of", counted)
-    return sizes
 
 
 def _two_batches(model: Attention, x: Tensor) -> Tensor:
@@ -111,14 +88,14 @@ def test_layers_side_by_side_train_as_each_by_itself(loss: Loss, exact: bool) ->
             model.zero_grad()
             loss(model, x).backward()
             with torch.no_grad():
-                for rotation in _rotations(model).values():
+                for rotation in rotations(model).values():
                     if step < 2 and rotation.weight.grad is not None:
                         rotation.weight.data -= 0.01 * rotation.weight.grad
-        torch.testing.assert_close(_gradients(together), _gradients(apart), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradients(together), gradients(apart), rtol=1e-5, atol=1e-6)
 
 
 def test_one_map_is_computed_for_all_and_none_for_what_nobody_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x, sizes = _model(), torch.randn(5, 8), _maps(monkeypatch)
+    model, x, sizes = _model(), torch.randn(5, 8), computed_maps(monkeypatch)
     model(x).sum().backward()
     assert sizes == [4]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -129,114 +106,12 @@ def test_one_map_is_computed_for_all_and_none_for_what_nobody_calls(monkeypatch:
     assert sizes == [4, 4, 3, 3]
 
 
-class Blocks(nn.Module):
-    """Modules in a row, each of two linear layers beside each other."""
-
-    def __init__(self, count: int = 4) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleDict({name: nn.Linear(8, 8) for name in "ab"}) for _ in range(count))
-
-    def run(self, x: Tensor, *numbers: int) -> Tensor:
-        for number in numbers or range(len(self.blocks)):
-            block: Any = self.blocks[number]
-            x = torch.tanh(block["a"](x)) + block["b"](x)
-        return x
-
-
-def _blocks(shared: bool = True) -> Blocks:
-    torch.manual_seed(0)
-    model = Blocks()
-    inject(model, config(target_modules="all-linear"))
-    randomize(model)
-    for rotation in _rotations(model).values():
-        rotation.shared = rotation.shared if shared else None
-    return model.train()
-
-
-def _in_checkpoints(model: Blocks, x: Tensor, reentrant: bool) -> Tensor:
-    for number in range(4):
-        x = checkpoint(model.run, x, number, use_reentrant=reentrant)  # type: ignore[assignment]
-    return x.sum()
-
-
-def _each_by_itself(model: Blocks, x: Tensor) -> Tensor:
-    for number in range(4):
-        model.run(x, number).square().sum().backward()
-    return model.run(x, 3).sum()
-
-
-def _backwards_around_a_step(model: Blocks, x: Tensor) -> Tensor:
-    """As a discriminator does, the second half trains before the first half's backward."""
-    half = model.run(x, 0, 1)
-    model.run(half.detach(), 2, 3).square().sum().backward()
-    for rotation in list(_rotations(model).values())[4:]:
-        with torch.no_grad():
-            rotation.weight.sub_(0.01 * rotation.weight.grad)
-    return model.run(half, 2, 3).sum()
-
-
-ROWS: dict[str, tuple[Callable[[Blocks, Tensor], Tensor], list[int], list[int]]] = {
-    "in_order": (lambda model, x: model.run(x).sum(), [8], [8]),
-    "against_order": (lambda model, x: model.run(x, 3, 2, 1, 0).sum(), [2, 4, 6, 8], [2, 2, 2, 2]),
-    "unused": (lambda model, x: model.run(x, 0, 1).sum(), [8], [4]),
-    "checkpoints": (lambda model, x: _in_checkpoints(model, x, False), [8, 6, 4, 2, 2, 4, 6, 8], [2] * 8),
-    "reentrant": (lambda model, x: _in_checkpoints(model, x, True), [1] * 8 + [2, 4, 6, 8], [1] * 8 + [2] * 4),
-    "each_by_itself": (_each_by_itself, [8, 6, 4, 2, 2], [2] * 5),
-    "around_a_step": (_backwards_around_a_step, [8, 4], [8, 4]),
-}
-"""How a row of modules is called; of how many generators maps are computed in the first step, and once that is known."""
-
-
-@pytest.mark.parametrize("large", [2**19, 0], ids=["kept", "computed_again"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ROWS)
-def test_modules_after_each_other_train_as_each_by_itself(
-    case: str, dtype: torch.dtype, large: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loss, first, last = ROWS[case]
-    monkeypatch.setattr(functional.maps, "_LARGE", large)
-    monkeypatch.setattr(functional.products, "_SMALL", {})
-    together, apart = (_blocks(shared).to(dtype) for shared in (True, False))
-    sizes = _maps(monkeypatch)
-    for step in range(4):
-        x = torch.randn(5, 8, dtype=dtype, requires_grad=True)
-        for model in (together, apart):
-            model.zero_grad()
-            sizes.clear()
-            loss(model, x).backward()
-            if model is together and step in (0, 3):
-                assert sizes == (first if step == 0 else last)
-            with torch.no_grad():
-                for rotation in _rotations(model).values():
-                    if rotation.weight.grad is not None:
-                        rotation.weight.sub_(0.01 * rotation.weight.grad)
-        torch.testing.assert_close(_gradients(together), _gradients(apart), rtol=1e-5, atol=1e-6)
-
-
-def test_a_map_is_of_no_more_than_a_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reuse, "_TOGETHER", {"cpu": 5 * 2 * 4 * 4})  # two modules have 4 rotations of 2 blocks of 4
-    model, sizes = _blocks(), _maps(monkeypatch)
-    model.run(torch.randn(5, 8)).sum().backward()
-    assert sizes == [4, 4]
-
-
-def test_uncounted_steps_of_an_optimizer_part_modules_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sizes = _blocks(), _maps(monkeypatch)
-    optimizer = torch.optim.Adam([rotation.weight for rotation in _rotations(model).values()], fused=True)
-    for _ in range(201):
-        optimizer.zero_grad()
-        sizes.clear()
-        model.run(torch.randn(5, 8), 0, 2).sum().backward()
-        optimizer.step()
-    assert sizes == [2, 2]
-
-
 def test_frozen_evaluated_and_copied_rotations_are_computed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = _model(), torch.randn(5, 8)
     expected = model(x)
     twin = copy.deepcopy(model)
-    assert all(rotation.shared is None for rotation in _rotations(twin).values())
-    sizes = _maps(monkeypatch)
+    assert all(rotation.shared is None for rotation in rotations(twin).values())
+    sizes = computed_maps(monkeypatch)
     torch.testing.assert_close(twin(x), expected)
     assert sizes == [1, 1, 1, 1]
     sizes.clear()
@@ -246,7 +121,7 @@ def test_frozen_evaluated_and_copied_rotations_are_computed_by_themselves(monkey
     assert sizes == [1, 1, 1, 1]
     inject(twin, config(target_modules="all-linear"))  # which changes nothing else
     sizes.clear()
-    _rotations(twin)["v"].requires_grad_(False)
+    rotations(twin)["v"].requires_grad_(False)
     torch.testing.assert_close(twin(x), expected)
     assert sorted(sizes) == [1, 3]
 
@@ -265,7 +140,7 @@ def test_gradients_of_each_sample_and_afterwards_as_before() -> None:
     for index in range(3):
         model.zero_grad()
         model(x[index : index + 1]).square().sum().backward()
-        for name, gradient in _gradients(model).items():
+        for name, gradient in gradients(model).items():
             torch.testing.assert_close(found[f"{name}.oft_R.default.weight"][index], gradient, rtol=1e-4, atol=1e-6)
     model.eval()
     with torch.no_grad():
@@ -280,10 +155,10 @@ def test_a_gradient_is_differentiated_once_more(large: int, monkeypatch: pytest.
     results = []
     for shared in (True, False):
         model, x = _model(shared), torch.ones(3, 8)
-        weights = [rotation.weight for rotation in _rotations(model).values()]
+        weights = [rotation.weight for rotation in rotations(model).values()]
         first = torch.autograd.grad(model(x).square().sum(), weights, create_graph=True)
         sum(one.square().sum() for one in first).backward()  # type: ignore[union-attr]
-        results.append(_gradients(model))
+        results.append(gradients(model))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 
@@ -302,7 +177,7 @@ def test_what_is_computed_again_is_what_would_have_been_kept(
         monkeypatch.setattr(functional.maps, "_LARGE", large)
         model, own = _model(use_cayley_neumann=not exact), x.clone().requires_grad_()
         loss(model.to(dtype), own).backward()
-        found.append((own.grad, _gradients(model)))
+        found.append((own.grad, gradients(model)))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
@@ -323,7 +198,7 @@ def test_of_large_maps_no_copy_is_kept(dtype: torch.dtype, matrices: int, monkey
         y = model(x)
     assert sum(kept.values()) == matrices
     with torch.no_grad():
-        _rotations(model)["q"].weight.mul_(2)
+        rotations(model)["q"].weight.mul_(2)
     with pytest.raises(RuntimeError, match="changed between its forward and its backward"):
         y.sum().backward()
 
@@ -553,7 +428,7 @@ def _operators(model: nn.Module, x: Tensor, with_gradient: bool) -> int:
 
 def test_a_frozen_rotation_costs_no_gradient_of_its_own() -> None:
     model, x = _linear()
-    _rotations(model)["0"].requires_grad_(False)
+    rotations(model)["0"].requires_grad_(False)
     counted = Operators()
     with counted:
         model(x).sum().backward()

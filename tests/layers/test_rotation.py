@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from layer_cases import config, randomize
+from layer_cases import computed_maps, config, randomize
 from torch import Tensor, nn
 
 from lightning_oft import functional as maths
@@ -310,15 +310,7 @@ def test_bitsandbytes_leaves_no_stale_matrix() -> None:
 def test_the_matrix_is_computed_once_where_nothing_changes_and_afresh_where_gradients_flow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rotation, x = _rotation().eval(), torch.randn(5, 12)
-    calls: list[int] = []
-    matrix = Rotation.matrix
-
-    def counted(self: Rotation, *cut: Any) -> Tensor:
-        calls.append(1)
-        return matrix(self, *cut)
-
-    monkeypatch.setattr(Rotation, "matrix", counted)
+    rotation, x, calls = _rotation().eval(), torch.randn(5, 12), computed_maps(monkeypatch)
     with torch.no_grad():
         for _ in range(3):
             rotation(x)
