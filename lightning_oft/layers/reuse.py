@@ -275,6 +275,10 @@ def _shared_copy(weight: Tensor, owners: int = 1) -> Tensor | None:
         return None
     if not functional.is_alone(weight) or weight._use_count() > owners:  # type: ignore[attr-defined]
         return None
+    if (
+        not weight.untyped_storage().resizable()
+    ):  # read from a file: torch crashes when it shall take memory for the copy
+        return None
     try:
         with _COPYING:
             found: Tensor = copied(weight.detach())

@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -270,6 +271,19 @@ def test_a_token_sees_every_change(change: str) -> None:
             torch.testing.assert_close(model(y), several)
     if change not in ("merged", "unloaded", "map", "half"):
         assert not torch.allclose(several, first[0], rtol=1e-3)
+
+
+def test_a_model_read_from_a_file_sees_changes_of_its_memory(tmp_path: Path) -> None:
+    """Torch cannot copy such memory on writing, and crashes."""
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)
+    inject(model, config(target_modules=["0"]))
+    randomize(model)
+    torch.save(model.eval(), tmp_path / "model.pt")
+    model = torch.load(tmp_path / "model.pt", weights_only=False)
+    with torch.no_grad():
+        before = model(x)
+        rotations(model)["0"].weight.data.mul_(3)
+        assert not torch.allclose(model(x), before)
 
 
 def test_training_keeps_nothing_of_a_generation() -> None:
