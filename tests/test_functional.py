@@ -380,6 +380,8 @@ def test_project_does_not_record_and_works_on_a_parameter() -> None:
     parameter = torch.nn.Parameter(torch.ones(2, 6))
     assert maths.project(parameter, 0.5).grad_fn is None
     assert float(maths.frobenius_norm(parameter).detach().max()) <= 0.5
+    counted = parameter._version
+    assert maths.project(parameter, 0.5)._version == counted  # nothing to do, and no backward that waits is disturbed
 
 
 def test_rotation_angle_of_a_known_turn() -> None:
