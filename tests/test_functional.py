@@ -268,6 +268,18 @@ def test_rotate_keeps_x_and_r_for_backward_and_nothing_else() -> None:
     assert sorted(tensor.data_ptr() for tensor in kept) == sorted([x.data_ptr(), r.data_ptr()])
 
 
+@pytest.mark.parametrize(("rows", "products"), [(500, 1), (1100, 3), (4100, 4)])
+def test_of_a_large_input_the_gradient_of_r_is_a_sum_of_few_pieces(rows: int, products: int) -> None:
+    x, grad = torch.randn(rows, 2200), torch.randn(rows, 2200)
+    r_nbb = torch.eye(100).repeat(22, 1, 1).requires_grad_()
+    with torch.profiler.profile() as profile:
+        maths.rotate(x, r_nbb).backward(grad)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::bmm"] - 1 + counts.get("aten::baddbmm", 0) == products
+    expected = torch.einsum("tnb,tnc->nbc", x.view(rows, 22, 100).double(), grad.view(rows, 22, 100).double())
+    torch.testing.assert_close(r_nbb.grad, expected.float(), rtol=1e-4, atol=1e-3)
+
+
 def test_rotate_is_untouched_by_autocast_also_backward() -> None:
     x, r = torch.randn(6, 12, requires_grad=True), torch.randn(3, 4, 4, requires_grad=True)
     plain = maths.rotate(x, r)

@@ -29,13 +29,22 @@ from lightning_oft.functional.geometry import (
     skew,
 )
 from lightning_oft.functional.maps import has_kernel, rotation_of, rotations_of
-from lightning_oft.functional.products import RotatedInput, inverse, rotate, rotate_weight, rotated_linear
+from lightning_oft.functional.products import (
+    RotatedInput,
+    inverse,
+    rotate,
+    rotate_weight,
+    rotated_linear,
+    weight_is_cheaper,
+)
 from lightning_oft.functional.tracing import (
+    Snapshot,
     constant_in_onnx,
     full_float32,
     is_alone,
     is_recorded,
     is_traced,
+    optimizer_steps,
     without_autocast,
 )
 
@@ -43,6 +52,7 @@ __all__ = [
     "EXACT_RADIUS",
     "SERIES_TOLERANCE",
     "RotatedInput",
+    "Snapshot",
     "angle_radius",
     "block_size_of",
     "cayley",
@@ -61,6 +71,7 @@ __all__ = [
     "is_traced",
     "largest_angle",
     "largest_norms",
+    "optimizer_steps",
     "orthogonality_error",
     "project",
     "project_all",
@@ -74,5 +85,6 @@ __all__ = [
     "series_error",
     "series_reach",
     "skew",
+    "weight_is_cheaper",
     "without_autocast",
 ]

@@ -168,9 +168,13 @@ def _kept_parts(ctx: Any, places: Sequence[int]) -> Any:
 def _parts_again(ctx: Any, places: Sequence[int]) -> tuple[Any, Any]:
     """The places of the rotations whose parts are computed again, and these."""
     _require_same(ctx, places)
-    found = ctx.again[:2] if ctx.again else (places, _parts(ctx, places))
-    ctx.again = None
-    return found
+    again, ctx.again = _again(ctx), None
+    return again[:2] if again is not None else (places, _parts(ctx, places))
+
+
+def _again(ctx: Any) -> Any:
+    """What a product has computed again, if the generators are still those."""
+    return ctx.again if ctx.again is not None and ctx.again[3] == _versions(ctx.generators) else None
 
 
 _NO_GRADIENTS = (None,) * 4  # of what is not a generator
@@ -192,19 +196,20 @@ class MatrixSource(NamedTuple):
 
     def matrix(self) -> Tensor:
         """R once more, computed together with those of its map; differentiable where gradients are recorded."""
-        node, again = self.node, self.node.again
-        if again is not None and self.place in again[2] and not torch.is_grad_enabled():
-            return again[2][self.place]  # type: ignore[no-any-return]
+        node = self.node
         _require_same(node, [self.place])
+        again = None if torch.is_grad_enabled() else _again(node)
+        if again is not None and self.place in again[2]:
+            return again[2][self.place]  # type: ignore[no-any-return]
         generators, terms = node.generators, None if node.is_exact else 6
         with full_float32(generators[0].device):
             if torch.is_grad_enabled():
                 return formula(generators[self.place], node.b, terms, True).to(node.dtype)
-            before = node.versions or _versions(generators)
-            same = [at for at, version in enumerate(_versions(generators)) if version == before[at]]
+            now = _versions(generators)
+            same = [at for at, version in enumerate(now) if version == (node.versions or now)[at]]
             parts = _parts(node, same)
             found = dict(zip(same, _matrices(node, parts, same), strict=True))
-            node.again = same, parts, found  # until its own backward takes them
+            node.again = same, parts, found, now  # until its own backward takes them
         return found[self.place]
 
 

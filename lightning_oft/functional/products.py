@@ -17,13 +17,32 @@ where their products shall lie as x does, and a Function in Python costs more th
 itself (measured, on a GPU with a step that waits for Python)."""
 _WIDE = 3 * 2**15
 """Entries of R, 3,072 inputs in blocks of 32, of a layer beside which a few operators are nothing."""
+_INVERSE = 8
+"""What R^-T takes on a CPU, in products of a block with as many rows as it has: 256 rows of blocks of 32 (measured)."""
+_HEAVY = 2**20
+"""Entries of a weight that takes a GPU longer than being told of a dozen operators."""
+_PIECE = 512
+"""Rows of an input of more than 2^20 numbers that a CPU had better take at a time for the gradient of R, in four pieces at
+most: a quarter less time at widths of 2,048 and more (measured)."""
 
 
-def _is_small(x: Tensor, r_nbb: Tensor) -> bool:
+def _is_small(x: Tensor, entries: int) -> bool:
     """Whether x had better be copied: not a single row, which lies either way as it shall, nor one that would be copied
-    and kept already before the product, nor beside a layer that takes so long that nothing is gained."""
+    and kept already before the product, nor beside a layer, of so many entries of R, that takes so long that nothing is
+    gained."""
     is_small = x.shape[-1] < x.numel() <= _SMALL.get(x.device.type, 0)
-    return is_small and r_nbb.numel() < _WIDE and x.is_contiguous()
+    return is_small and entries < _WIDE and x.is_contiguous()
+
+
+def weight_is_cheaper(x: Tensor, weight: Tensor, block_size: int) -> bool:
+    """Whether a training step costs less with the weight rotated than with its input. By counting, an input of t rows
+    costs 3 t products with a block, a weight of o rows 2 o and t of them, and R^-T; so they meet at t = o + what R^-T
+    takes. On a GPU, measured, at 1.5 o, where products take longer than launching them. x: (..., i), W: (o, i)."""
+    fan_out, fan_in = weight.shape
+    rows = x.numel() // fan_in
+    if x.is_cuda:
+        return 2 * rows >= 3 * fan_out and weight.numel() >= _HEAVY
+    return rows >= fan_out + _INVERSE * block_size and not _is_small(x, fan_in * block_size)
 
 
 def _plain_product(x: Tensor, r_nbb: Tensor) -> Tensor:
@@ -46,7 +65,16 @@ def _product(x: Tensor, r_nbb: Tensor) -> Tensor:
 def _outer(x: Tensor, grad: Tensor, r_nbb: Tensor) -> Tensor:
     """Gradient of the blocks, x^T grad of each: (..., n*b) twice -> (n or 1, b, b)."""
     n, b, _ = r_nbb.shape
-    return torch.bmm(x.reshape(-1, n, b).permute(1, 2, 0), grad.reshape(-1, n, b).transpose(0, 1))
+    x_tnb, grad_tnb = x.reshape(-1, n, b), grad.reshape(-1, n, b)
+    if n > 1 and x.numel() > 2**20 and x.device.type == "cpu" and x.dtype.itemsize >= 4:  # each sum in full precision
+        rows = max(_PIECE, -(-len(x_tnb) // 4))
+    else:
+        rows = max(len(x_tnb), 1)
+    found: Any = None
+    for x_rnb, grad_rnb in zip(torch.split(x_tnb, rows), torch.split(grad_tnb, rows), strict=True):
+        factors = x_rnb.permute(1, 2, 0), grad_rnb.transpose(0, 1)
+        found = torch.bmm(*factors) if found is None else torch.baddbmm(found, *factors)
+    return found  # type: ignore[no-any-return]
 
 
 def _keep(ctx: Any, r_nbb: Tensor, *tensors: Tensor) -> None:
@@ -90,7 +118,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
         raise ValueError(f"cannot rotate an input of shape {tuple(x.shape)}: its last dimension must be {n * b}")
     without = without_autocast(x.device)
     # Whether it is traced is asked first: a size that is compared becomes a condition of the traced code.
-    if is_traced(x, rotation) or (without is NOTHING and _is_small(x, rotation)):
+    if is_traced(x, rotation) or (without is NOTHING and _is_small(x, rotation.numel())):
         with without:
             return _plain_product(x, rotation)
     if is_recorded() and (x.requires_grad or rotation.requires_grad):

@@ -1,7 +1,10 @@
 """Who is watching: torch.compile, torch.func, tracers and autocast each change what an operator may be; and who else has a
-tensor's memory."""
+tensor's memory and writes to it."""
 
 import contextlib
+import ctypes
+import functools
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 NOTHING: AbstractContextManager[object] = contextlib.nullcontext()
 """The context in which nothing is switched off."""
@@ -36,11 +40,14 @@ def is_recorded() -> bool:
     return torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
 
 
+_CHECKPOINTS = ("torch.utils.checkpoint", "deepspeed.runtime.activation_checkpointing.checkpointing")
+
+
 def is_checkpointed() -> bool:
     """Whether an activation checkpoint (not a reentrant one, which records nothing) takes note of what is kept for the
     backward: when it computes that again, it asks for as many tensors, of the same shapes."""
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and "checkpoint" in (getattr(hooks[0], "__module__", None) or "")
+    return hooks is not None and getattr(hooks[0], "__module__", None) in _CHECKPOINTS
 
 
 def constant_in_onnx() -> AbstractContextManager[object]:
@@ -93,7 +100,89 @@ def _without_tf32(device: torch.device) -> Iterator[None]:
 def is_alone(tensor: Tensor) -> bool:
     """Whether no other tensor has this one's storage, as none has that of a new one; False where torch cannot count them,
     as builds of old versions for the CPU alone."""
+    owners = _owners_of_new()
+    return owners is not None and torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == owners
+
+
+@functools.cache
+def _owners_of_new() -> int | None:
     count: Any = getattr(torch._C, "_storage_Use_Count", None)
     new = torch.empty(1)
-    ours, one = (count and count(each.untyped_storage()._cdata) for each in (tensor, new))
-    return count is not None and ours == one
+    return count and count(new.untyped_storage()._cdata)  # type: ignore[no-any-return]
+
+
+_address: Any = getattr(torch._C, "_data_address", Tensor.data_ptr)
+"""Where a tensor's memory is. Reading `data_ptr()` counts as writing to memory that is copied on writing."""
+
+
+@functools.cache
+def optimizer_steps() -> list[int]:
+    """[optimizer steps of this process] since the first call: fused ones change parameters without a new `_version`."""
+    steps = [0]
+
+    def count(*_: Any) -> None:
+        steps[0] += 1
+
+    register_optimizer_step_post_hook(count)
+    return steps
+
+
+class Snapshot:
+    """What generators are, to be asked later whether they still are.
+
+    On a CPU they share their memory with a copy of them, and part from it when anything writes there, by autograd, past
+    it or through numpy: they are what they were where they still share it. Memory that torch does not share so, or that
+    others write to unseen, is compared byte by byte. Elsewhere that would wait for the device: identity, version and the
+    count of optimizer steps stand for it, and `weight.data[0] = 1` counts from the next change of mode on.
+    """
+
+    __slots__ = ("_address", "_copy", "_memory")
+
+    def __init__(self, weight: Tensor, owners: int = 1) -> None:
+        """`owners` are those who are known to have the tensor and write nothing."""
+        self._memory: Any = None
+        self._copy: Any = _identity(weight)
+        if _is_on_host(weight):
+            self._copy = _shared_copy(weight, owners)
+            if self._copy is None:  # numpy would do too, and keep FSDP from freeing the storage
+                self._memory = (ctypes.c_char * weight.nbytes).from_address(weight.data_ptr())
+                self._copy = bytearray(self._memory)  # compares with a buffer by memcmp
+        self._address = _address(weight)
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether these are the generators as they were."""
+        is_same = type(self._copy) is Tensor or self._copy == (self._memory or _identity(weight))
+        return is_same and _address(weight) == self._address  # type: ignore[no-any-return]
+
+
+_COPYING = threading.Lock()
+"""Held while memory is made to be copied on writing, which torch takes for a change of the tensor."""
+
+
+def _shared_copy(weight: Tensor, owners: int) -> Tensor | None:
+    """The generators in the same memory until somebody writes to theirs; None where torch cannot, and where arrays or
+    other tensors have that memory already, which is told from who else has the tensor."""
+    copied: Any = getattr(torch, "_lazy_clone", None)
+    if copied is None or _address is Tensor.data_ptr:
+        return None
+    if not is_alone(weight) or weight._use_count() > owners:  # type: ignore[attr-defined]
+        return None
+    if (
+        not weight.untyped_storage().resizable()
+    ):  # read from a file: torch crashes when it shall take memory for the copy
+        return None
+    try:
+        with _COPYING:
+            found: Tensor = copied(weight.detach())
+    except RuntimeError:  # memory that is not torch's own: numpy's, a file's, shared with other processes
+        return None
+    return found if _address(found) == _address(weight) else None
+
+
+def _identity(weight: Tensor) -> tuple[int, ...]:
+    return (id(weight), weight.get_device(), 0 if weight.is_inference() else weight._version, *optimizer_steps())
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    """Whether comparing the tensor waits for no device."""
+    return tensor.device.type == "cpu"

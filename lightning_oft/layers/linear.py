@@ -15,8 +15,6 @@ from lightning_oft.layers.rotation import Rotation
 from lightning_oft.layers.state import applied_rotations, remember, state_of
 
 _INPUT_NAMES = ("input", "x", "hidden_states")
-_LARGE = 2**20
-"""Entries of a weight that a GPU rotates rather than its inputs."""
 _KNOWN_TO_PEFT = ("bitsandbytes", "hqq", "torchao", "aqlm", "awq", "gptqmodel", "auto_gptq", "eetq",
                   "neural_compressor")  # fmt: skip
 """Packages whose linear layers PEFT adapts without their being an nn.Linear."""
@@ -54,14 +52,10 @@ def _rotated(layer: nn.Module, rotation: Rotation, x: Tensor) -> Tensor:
 
 
 def _should_rotate_weight(layer: nn.Module, rotation: nn.Module, x: Tensor) -> bool:
-    """Whether this call costs less with the weight rotated. By counting, an input of t rows costs 3 t products with a
-    block in a training step, a weight of o rows 2 o and t of them; measured, they meet between o and 1.5 o rows. Only of
-    a layer that is nothing but F.linear of a whole, plain and frozen weight; on a GPU where products take longer than
-    launching them, which are a dozen more."""
+    """Whether this call costs less with the weight rotated. Only of a layer that is nothing but F.linear of a whole, plain
+    and frozen weight."""
     weight = layer._parameters.get("weight")
-    if weight is None or functional.is_traced(x, weight) or 2 * x.numel() < 3 * weight.numel():
-        return False
-    if x.is_cuda and weight.numel() < _LARGE:
+    if weight is None or functional.is_traced(x, weight) or x.numel() <= weight.numel():
         return False
     is_plain = type(layer).forward is nn.Linear.forward and type(rotation) is Rotation and not weight.requires_grad
     hooks = [hook for hook in layer._forward_hooks.values() if hook is not _scale_output]
@@ -71,6 +65,7 @@ def _should_rotate_weight(layer: nn.Module, rotation: nn.Module, x: Tensor) -> b
     return (
         is_plain
         and is_alone
+        and functional.weight_is_cheaper(x, weight, rotation.block_size)  # type: ignore[arg-type]
         and x.dtype == weight.dtype
         and not torch.is_autocast_enabled(x.device.type)
         and not _has_any_global_hook()  # type: ignore[no-untyped-call]

@@ -1,7 +1,5 @@
 """R that need not be computed: made together with those of the layers beside, or kept from the last forward."""
 
-import ctypes
-import functools
 import itertools
 import threading
 import weakref
@@ -10,13 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_oft import functional
-
-_address: Any = getattr(torch._C, "_data_address", Tensor.data_ptr)
-"""Where a tensor's memory is. Reading `data_ptr()` counts as writing to memory that is copied on writing."""
-
 
 _TOGETHER = {"cpu": 3 * 2**17, "cuda": 2**21}
 """Entries of R up to which modules are computed in one go, by kind of device (measured): on a CPU the matrices leave the
@@ -31,12 +24,11 @@ class _Waiting(NamedTuple):
     key: tuple[Any, ...]
     matrix: Any
     by: "SharedMap"
-    copy: Tensor | None  # of the generator, in the same memory until somebody writes there; None where nobody can tell
+    generator: functional.Snapshot
 
     def serves(self, rotation: Any, dtype: torch.dtype) -> bool:
-        weight = rotation.weight
-        is_same = self.copy is None or _address(self.copy) == _address(weight)
-        return is_same and self.key == _key(rotation, dtype) and not self.matrix.grad_fn.is_spent
+        is_same = self.key == _key(rotation, dtype) and self.generator.is_of(rotation.weight)
+        return is_same and not self.matrix.grad_fn.is_spent
 
 
 class _Moment(NamedTuple):
@@ -48,11 +40,11 @@ class _Moment(NamedTuple):
 
     @classmethod
     def of(cls, rotation: Any) -> "_Moment":
-        return cls(rotation, rotation.weight._version, *_steps())
+        return cls(rotation, rotation.weight._version, *functional.optimizer_steps())
 
     def is_past(self) -> bool:
         """Whether the generator was trained since; fused optimizers do that uncounted."""
-        return self.rotation.weight._version != self.version or _steps()[0] >= self.steps + _MANY
+        return self.rotation.weight._version != self.version or functional.optimizer_steps()[0] >= self.steps + _MANY
 
 
 class SharedMap:
@@ -73,7 +65,7 @@ class SharedMap:
         self._refused: _Moment | None = None  # when a member first had no use for what those before computed
 
     def matrix(self, rotation: Any, dtype: torch.dtype) -> Tensor:
-        """R of one member, (n or 1, b, b) in `dtype`; differentiable. Only for one that `can_share`."""
+        """R of one member, (n or 1, b, b) in `dtype`; differentiable. Only for one that can be shared."""
         waiting = self._waiting.pop(id(rotation), None)
         if waiting is not None:
             if waiting.serves(rotation, dtype):
@@ -99,8 +91,8 @@ class SharedMap:
         mine = matrices.pop(id(rotation))
         for key, matrix in matrices.items():
             one, shared = together[key]
-            copy = _shared_copy(one.weight, owners=2) if _is_on_host(one.weight) else None  # the graph is one
-            shared._waiting[key] = _Waiting(_key(one, dtype), matrix, self, copy)
+            snapshot = functional.Snapshot(one.weight, owners=2)  # the graph is one
+            shared._waiting[key] = _Waiting(_key(one, dtype), matrix, self, snapshot)
         return mine
 
     def _company(self, rotation: Any) -> "list[SharedMap]":
@@ -133,7 +125,7 @@ class SharedMap:
 def _key(rotation: Any, dtype: torch.dtype) -> tuple[Any, ...]:
     weight = rotation.weight
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)  # an activation checkpoint has its own
-    stamp = (dtype, rotation.terms, id(weight), _address(weight), weight._version, *_steps(), threading.get_ident())
+    stamp = (dtype, rotation.terms, id(weight), weight._version, *functional.optimizer_steps(), threading.get_ident())
     return (*stamp, None if hooks is None else _loosely(hooks[0]))
 
 
@@ -147,22 +139,35 @@ def _loosely(hook: Any) -> Any:
 
 def _are_alike(one: Any, other: Any) -> bool:
     same = one.training == other.training and one.terms == other.terms and one.weight.device == other.weight.device
-    return same and can_share(one)
+    return same and _can_share(one)
 
 
-def can_share(rotation: Any) -> bool:
-    """Whether R may be computed with others' now: the generator is whole, plain and trained, its map has a kernel; and
-    nobody is called when its gradient is there, who would be in each backward of the others too."""
+def is_plain(rotation: Any) -> bool:
+    """Whether the generator is whole, plain and trained, so that a backward can read it, and its map has a kernel."""
     weight = rotation.weight
-    is_plain = type(weight) is nn.Parameter and weight.dtype == torch.float32 and not weight.is_meta
     return (
-        is_plain
+        type(weight) is nn.Parameter
+        and weight.dtype == torch.float32
+        and not weight.is_meta
         and weight.requires_grad
         and not weight.is_inference()
-        and not weight._backward_hooks
-        and not weight._post_accumulate_grad_hooks
         and functional.has_kernel(rotation.terms, rotation.halve_last)
     )
+
+
+def _can_share(rotation: Any) -> bool:
+    """Whether R may be computed with others' now: nobody is called when its gradient is there, who would be called in each
+    backward of the others too."""
+    weight = rotation.weight
+    return is_plain(rotation) and not weight._backward_hooks and not weight._post_accumulate_grad_hooks
+
+
+def recorded_matrix(rotation: Any, dtype: torch.dtype) -> Tensor:
+    """R of a rotation that `is_plain`, (n or 1, b, b) in `dtype`, where gradients are recorded; differentiable."""
+    if rotation.shared is not None and _can_share(rotation):
+        found: Tensor = rotation.shared.matrix(rotation, dtype)
+        return found
+    return functional.rotations_of([rotation.weight], rotation.block_size, rotation.terms, dtype, whole=True)[0]
 
 
 def share_maps(rotations: Iterable[tuple[Any, Any, Any]]) -> None:
@@ -178,50 +183,24 @@ def share_maps(rotations: Iterable[tuple[Any, Any, Any]]) -> None:
             one.after = after
         for one in maps:
             for member in one.members.values():
-                member.shared = one
+                member.shared = one if len(maps) > 1 or len(one.members) > 1 else None
 
 
-@functools.cache
-def _steps() -> list[int]:
-    """[optimizer steps of this process] since the first call: fused ones change parameters without a new `_version`."""
-    steps = [0]
+class Cached(functional.Snapshot):
+    """R of a rotation, and what it was made from."""
 
-    def count(*_: Any) -> None:
-        steps[0] += 1
-
-    register_optimizer_step_post_hook(count)
-    return steps
-
-
-class Cached:
-    """R of a rotation, and what it was made from.
-
-    On a CPU the generators share their memory with a copy of them, and part from it when anything writes there, by
-    autograd, past it or through numpy: they are what they were where they still share it. Memory that torch does not
-    share so, or that others write to unseen, is compared byte by byte. Elsewhere that would wait for the device:
-    identity, version and the count of optimizer steps stand for it, and `weight.data[0] = 1` counts from the next change
-    of mode on.
-    """
-
-    __slots__ = ("_address", "_blocks", "_copy", "_dtype", "_hooks", "_is_inference", "_kind", "_memory", "_number",
-                 "_parameters", "_size", "_weight", "_width", "matrix")  # fmt: skip
+    __slots__ = ("_blocks", "_dtype", "_hooks", "_is_inference", "_kind", "_number", "_parameters", "_size", "_weight",
+                 "_width", "matrix")  # fmt: skip
 
     def __init__(self, rotation: Any, matrix: Tensor) -> None:
         weight = rotation.weight
+        super().__init__(weight)
         self.matrix: Tensor | None = matrix
         self._dtype, self._is_inference = matrix.dtype, matrix.is_inference()
         self._weight, self._size = weight, weight.numel()
         self._kind, self._number = weight.device.type, weight.get_device()
         self._parameters, self._hooks = rotation._parameters, (rotation._forward_hooks, rotation._forward_pre_hooks)
         self._blocks, self._width, _ = matrix.shape
-        self._memory: Any = None
-        self._copy: Any = _identity(weight)
-        if _is_on_host(weight):
-            self._copy = _shared_copy(weight)
-            if self._copy is None:  # numpy would do too, and keep FSDP from freeing the storage
-                self._memory = (ctypes.c_char * weight.nbytes).from_address(weight.data_ptr())
-                self._copy = bytearray(self._memory)  # compares with a buffer by memcmp
-        self._address = _address(weight)
 
     def forget(self) -> None:
         """Serve nobody any more, whoever has it, and keep no memory."""
@@ -234,11 +213,10 @@ class Cached:
             weight is self._weight
             and dtype is self._dtype
             and type(weight) is nn.Parameter
-            and _address(weight) == self._address
             and weight.numel() == self._size
             # A tensor made in inference mode cannot be used where gradients are recorded later.
             and (not self._is_inference or torch.is_inference_mode_enabled())
-            and (type(self._copy) is Tensor or self._copy == (self._memory or _identity(weight)))
+            and self.is_of(weight)
         )
 
     def vector(self, x: Tensor) -> Tensor | None:
@@ -261,36 +239,3 @@ class Cached:
         ):
             return None
         return torch.bmm(x.view(self._blocks, 1, self._width), matrix).view_as(x)
-
-
-_COPYING = threading.Lock()
-"""Held while memory is made to be copied on writing, which torch takes for a change of the tensor."""
-
-
-def _shared_copy(weight: Tensor, owners: int = 1) -> Tensor | None:
-    """The generators in the same memory until somebody writes to theirs; None where torch cannot, and where arrays or
-    other tensors have that memory already, which is told from who else has the tensor."""
-    copied: Any = getattr(torch, "_lazy_clone", None)
-    if copied is None or _address is Tensor.data_ptr:
-        return None
-    if not functional.is_alone(weight) or weight._use_count() > owners:  # type: ignore[attr-defined]
-        return None
-    if (
-        not weight.untyped_storage().resizable()
-    ):  # read from a file: torch crashes when it shall take memory for the copy
-        return None
-    try:
-        with _COPYING:
-            found: Tensor = copied(weight.detach())
-    except RuntimeError:  # memory that is not torch's own: numpy's, a file's, shared with other processes
-        return None
-    return found if _address(found) == _address(weight) else None
-
-
-def _identity(weight: Tensor) -> tuple[int, ...]:
-    return (id(weight), weight.get_device(), 0 if weight.is_inference() else weight._version, *_steps())
-
-
-def _is_on_host(tensor: Tensor) -> bool:
-    """Whether comparing the tensor waits for no device."""
-    return tensor.device.type == "cpu"

@@ -11,7 +11,7 @@ from typing_extensions import Self, override
 
 from lightning_oft import functional
 from lightning_oft.config import OFTConfig
-from lightning_oft.layers.reuse import Cached, SharedMap, can_share
+from lightning_oft.layers.reuse import Cached, SharedMap, is_plain, recorded_matrix
 from lightning_oft.layers.tensor_parallel import Cut, gathered, local_part, rotate_spread, spread_like
 
 
@@ -124,9 +124,8 @@ class Rotation(nn.Module):
         if not (self.training or is_recorded or is_traced):
             return self._fixed(dtype) if cut is None else cut.of(self._fixed(dtype))
         is_whole = cut is None and type(self) is Rotation  # a unit of FSDP gathers its own
-        if is_whole and not is_traced and is_recorded and can_share(self):
-            self.shared = self.shared or SharedMap([self])
-            r_nbb = self.shared.matrix(self, dtype)
+        if is_whole and not is_traced and is_recorded and is_plain(self):
+            r_nbb = recorded_matrix(self, dtype)
         else:
             r_nbb = self.matrix(cut).to(dtype)
         if (kept := self._kept(r_nbb.device) if kept is None else kept) is not None:

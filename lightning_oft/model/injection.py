@@ -52,7 +52,7 @@ def carry_out(modules: Modules, plan: Plan) -> list[str]:
     for module, key in plan.saved:
         saved_modules.claim(module, key, plan.adapter_name, is_active, known)
     share_maps(
-        (adapter_name, name.rpartition(".")[0], rotation)
+        ((adapter_name, _row(name)), name.rpartition(".")[0], rotation)
         for name, layer, state in adapted(modules)
         for adapter_name in state.configs
         for rotation in rotations_of(layer, adapter_name).values()
@@ -65,6 +65,14 @@ def carry_out(modules: Modules, plan: Plan) -> list[str]:
         what = f"adapter {plan.adapter_name!r} is not active on {some(waiting)}, where another adapter is"
         warnings.warn(f"{what}: call set_adapter(model, names) to choose", stacklevel=3)
     return list(plan.layers)
+
+
+def _row(name: str) -> str:
+    """The list of blocks that a layer is in, which are called after each other and trained together, as a generator and
+    a discriminator are not; else the module that it is in."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: numbers[0] if numbers else -1])
 
 
 def _adapt(layer: nn.Module, block_sizes: dict[str, int], plan: Plan, layer_type: LayerType | None) -> LayerState:

@@ -194,6 +194,37 @@ def test_a_gradient_with_a_graph_leaves_the_others_theirs(large: int, monkeypatc
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["series", "exact"])
+def test_what_a_checkpoint_computes_again_is_of_the_generators_as_they_are(
+    exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional.products, "_SMALL", {})
+    found = []
+    for twice in (True, False):
+        model, x = _blocks(use_cayley_neumann=not exact).bfloat16(), torch.ones(5, 8).bfloat16().requires_grad_()
+        loss = checkpoint(model.run, x, use_reentrant=False).float().sum()  # type: ignore[union-attr]
+        if twice:
+            torch.autograd.grad(loss, x, retain_graph=True)
+        with torch.no_grad():
+            for weight in _weights(model, 0, 1, 2, 3):
+                weight.mul_(3)
+        loss.backward()
+        found.append(gradients(model))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_a_generator_and_a_discriminator_are_not_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One may train, and its graph be gone, before the other's backward."""
+    model = nn.ModuleDict({name: Blocks(2) for name in ("generator", "discriminator")})
+    inject(model, config(target_modules="all-linear"))
+    sizes = computed_maps(monkeypatch)
+    fake = model["generator"].run(torch.ones(5, 8))
+    trained = [weight for name, weight in model["discriminator"].named_parameters() if "oft_R" in name]
+    torch.autograd.backward(model["discriminator"].run(fake).sum(), inputs=trained)
+    model["discriminator"].run(fake).sum().backward()
+    assert sizes == [4, 4, 4]
+
+
 @pytest.mark.parametrize("ways", ["register_hook", "register_post_accumulate_grad_hook"])
 def test_nobody_is_called_for_layers_that_are_in_no_graph(ways: str) -> None:
     model, called = _blocks(), []
@@ -223,14 +254,20 @@ def _broken_off(model: Blocks) -> None:
         model.run(torch.ones(5, 8), 0, 1)[:, :3] @ model.blocks[2]["a"].weight  # type: ignore[index]
 
 
-@pytest.mark.parametrize("before", [_left_waiting, _broken_off])
+def _beside_a_state(model: Blocks) -> object:
+    """Memory that another tensor has too."""
+    return model.state_dict(), model.run(torch.ones(5, 8), 0, 1)
+
+
+@pytest.mark.parametrize("before", [_left_waiting, _broken_off, _beside_a_state])
 def test_what_waits_is_of_the_generators_as_they_are(before: Callable[[Blocks], object]) -> None:
     """Also where they were changed past autograd's count, as `weight.data.copy_` does."""
     model, apart, x = _blocks(), _blocks(shared=False), torch.ones(5, 8)
-    before(model)
+    held = before(model)
     for one in (model, apart):
         for weight in _weights(one, 2, 3):
             weight.data.mul_(3)
+    del held
     torch.testing.assert_close(model.run(x, 2, 3), apart.run(x, 2, 3))
 
 

@@ -302,7 +302,7 @@ def test_training_keeps_nothing_of_a_generation() -> None:
 # ---- the weight instead of the input ---------------------------------------------------------------------------------
 
 
-def _linear(rows: int = 10) -> tuple[nn.Sequential, Tensor]:
+def _linear(rows: int = 80) -> tuple[nn.Sequential, Tensor]:
     model = nn.Sequential(nn.Linear(8, 4))
     inject(model, config(target_modules=["0"]))
     randomize(model)
@@ -311,7 +311,8 @@ def _linear(rows: int = 10) -> tuple[nn.Sequential, Tensor]:
 
 @pytest.fixture
 def by_weight(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Calls in which the weight was rotated."""
+    """Calls in which the weight was rotated; no input is small."""
+    monkeypatch.setattr(functional.products, "_SMALL", {})
     calls: list[int] = []
     plain = functional.RotatedInput.of.__func__  # type: ignore[attr-defined]
 
@@ -324,13 +325,13 @@ def by_weight(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("rows", [2, 4, 6, 10])
+@pytest.mark.parametrize("rows", [2, 34, 36, 80])
 def test_the_weight_is_rotated_where_it_has_fewer_rows_than_the_input(rows: int, by_weight: list[int]) -> None:
     model, x = _linear(rows)
     layer: Any = model[0]
     layer.bias.requires_grad_()
     found = model(x)
-    assert len(by_weight) == (rows >= 6)
+    assert len(by_weight) == (rows >= 4 + 8 * 4)  # o, and the rows whose product with a block takes as long as R^-T
     expected = F.linear(functional.rotate(x, layer.oft_R["default"].matrix()), layer.weight, layer.bias)
     torch.testing.assert_close(found, expected)
     inputs = [x, layer.oft_R["default"].weight, layer.bias]

@@ -219,7 +219,7 @@ UNSEEN = ("data", "numpy", "one_entry")
 @pytest.mark.parametrize("edit", EDITS)
 def test_no_edit_leaves_a_stale_matrix(edit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for on_host in (True, False) if edit not in UNSEEN else (True,):
-        monkeypatch.setattr("lightning_oft.layers.reuse._is_on_host", lambda _, on_host=on_host: on_host)
+        monkeypatch.setattr("lightning_oft.functional.tracing._is_on_host", lambda _, on_host=on_host: on_host)
         rotation, x = _rotation().eval(), torch.randn(5, 12)
         with torch.no_grad():
             before = rotation(x)
@@ -271,7 +271,7 @@ def test_optimizers_that_write_past_autograd_leave_no_stale_matrix(
     compares: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8-bit optimizers: kernels of their own that know addresses only, and `_version` stays (bitsandbytes, measured)."""
-    monkeypatch.setattr("lightning_oft.layers.reuse._is_on_host", lambda _: compares)
+    monkeypatch.setattr("lightning_oft.functional.tracing._is_on_host", lambda _: compares)
 
     class ByAddress(torch.optim.Optimizer):
         def __init__(self, parameters: Any) -> None:
