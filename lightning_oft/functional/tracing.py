@@ -5,7 +5,7 @@ import contextlib
 import ctypes
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -98,17 +98,17 @@ def _without_tf32(device: torch.device) -> Iterator[None]:
 
 
 def is_alone(tensor: Tensor) -> bool:
-    """Whether no other tensor has this one's storage, as none has that of a new one; False where torch cannot count them,
-    as builds of old versions for the CPU alone."""
-    owners = _owners_of_new()
-    return owners is not None and torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == owners
+    """Whether no other tensor has this one's storage; False where torch cannot count them, as builds of old versions for the
+    CPU alone."""
+    count: Any = getattr(torch._C, "_storage_Use_Count", None)
+    return count is not None and count(tensor.untyped_storage()._cdata) == _owners_of_new(count)
 
 
 @functools.cache
-def _owners_of_new() -> int | None:
-    count: Any = getattr(torch._C, "_storage_Use_Count", None)
-    new = torch.empty(1)
-    return count and count(new.untyped_storage()._cdata)  # type: ignore[no-any-return]
+def _owners_of_new(count: Callable[[int], int]) -> int:
+    """Those of a new tensor's storage: the tensor and who asks."""
+    new = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+    return 1 + count(new._cdata)
 
 
 _address: Any = getattr(torch._C, "_data_address", Tensor.data_ptr)
@@ -151,8 +151,9 @@ class Snapshot:
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether these are the generators as they were."""
-        is_same = type(self._copy) is Tensor or self._copy == (self._memory or _identity(weight))
-        return is_same and _address(weight) == self._address  # type: ignore[no-any-return]
+        if _address(weight) != self._address:  # of memory that was given back nothing is read
+            return False
+        return type(self._copy) is Tensor or self._copy == (self._memory or _identity(weight))
 
 
 _COPYING = threading.Lock()
@@ -167,9 +168,8 @@ def _shared_copy(weight: Tensor, owners: int) -> Tensor | None:
         return None
     if not is_alone(weight) or weight._use_count() > owners:  # type: ignore[attr-defined]
         return None
-    if (
-        not weight.untyped_storage().resizable()
-    ):  # read from a file: torch crashes when it shall take memory for the copy
+    # Memory read from a file has no allocator, without which torch crashes at the first write.
+    if not weight.untyped_storage().resizable():
         return None
     try:
         with _COPYING:
