@@ -132,20 +132,21 @@ class Snapshot:
 
     On a CPU they share their memory with a copy of them, and part from it when anything writes there, by autograd, past
     it or through numpy: they are what they were where they still share it. Memory that torch does not share so, or that
-    others write to unseen, is compared byte by byte. Elsewhere that would wait for the device: identity, version and the
-    count of optimizer steps stand for it, and `weight.data[0] = 1` counts from the next change of mode on.
+    others write to unseen, is compared byte by byte, and so is what is soon asked. Elsewhere that would wait for the device:
+    identity, version and the count of optimizer steps stand for it, and `weight.data[0] = 1` counts from the next change of
+    mode on.
     """
 
     __slots__ = ("_address", "_copy", "_memory")
 
-    def __init__(self, weight: Tensor, owners: int = 1) -> None:
-        """`owners` are those who are known to have the tensor and write nothing."""
+    def __init__(self, weight: Tensor, briefly: bool = False) -> None:
+        """`briefly` for one that is asked once and soon, where the bytes cost less than sharing them."""
         self._memory: Any = None
         self._copy: Any = _identity(weight)
         if _is_on_host(weight):
-            self._copy = _shared_copy(weight, owners)
+            self._copy = None if briefly else _shared_copy(weight)
             if self._copy is None:  # numpy would do too, and keep FSDP from freeing the storage
-                self._memory = (ctypes.c_char * weight.nbytes).from_address(weight.data_ptr())
+                self._memory = (ctypes.c_char * weight.nbytes).from_address(_address(weight))
                 self._copy = bytearray(self._memory)  # compares with a buffer by memcmp
         self._address = _address(weight)
 
@@ -160,13 +161,13 @@ _COPYING = threading.Lock()
 """Held while memory is made to be copied on writing, which torch takes for a change of the tensor."""
 
 
-def _shared_copy(weight: Tensor, owners: int) -> Tensor | None:
+def _shared_copy(weight: Tensor) -> Tensor | None:
     """The generators in the same memory until somebody writes to theirs; None where torch cannot, and where arrays or
-    other tensors have that memory already, which is told from who else has the tensor."""
+    other tensors have that memory already."""
     copied: Any = getattr(torch, "_lazy_clone", None)
     if copied is None or _address is Tensor.data_ptr:
         return None
-    if not is_alone(weight) or weight._use_count() > owners:  # type: ignore[attr-defined]
+    if not is_alone(weight) or weight._use_count() > 1:  # type: ignore[attr-defined]
         return None
     # Memory read from a file has no allocator, without which torch crashes at the first write.
     if not weight.untyped_storage().resizable():

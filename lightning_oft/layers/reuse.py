@@ -91,7 +91,7 @@ class SharedMap:
         mine = matrices.pop(id(rotation))
         for key, matrix in matrices.items():
             one, shared = together[key]
-            snapshot = functional.Snapshot(one.weight, owners=2)  # the graph is one
+            snapshot = functional.Snapshot(one.weight, briefly=True)
             shared._waiting[key] = _Waiting(_key(one, dtype), matrix, self, snapshot)
         return mine
 
