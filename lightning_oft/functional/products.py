@@ -130,15 +130,18 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 def rotate_weight(weight: Tensor, rotation: Tensor, out: Tensor | None = None) -> Tensor:
     """Rotate a weight as its inputs would be, W . blockdiag(R)^T. W: (o, i), R: (n or 1, b, b) -> (o, i).
 
-    Into `out`, of any floating dtype, where given. Fastest for some rows at a time: their product and its transposed
-    copy stay in a core's cache. Raises RuntimeError where the fan-in is not n*b.
+    Into `out`, of any floating dtype, where given, which may be W itself. Fastest for some rows at a time: they, their
+    product and its copy stay in a core's cache. Raises RuntimeError where the fan-in is not n*b.
     """
     blocks_onb = weight.view(weight.shape[0], -1, rotation.shape[-1])
     with full_float32(weight.device):
         if rotation.shape[0] == 1:
             turned_onb = blocks_onb @ rotation[0].mT
         else:
-            turned_onb = torch.bmm(blocks_onb.transpose(0, 1), rotation.mT).transpose(0, 1)
+            blocks_nob = blocks_onb.transpose(0, 1)
+            if weight.device.type == "cpu":  # it multiplies blocks that lie together twice as fast
+                blocks_nob = blocks_nob.contiguous()
+            turned_onb = torch.bmm(blocks_nob, rotation.mT).transpose(0, 1)
     if out is None:
         return turned_onb.reshape(weight.shape)
     out.view(turned_onb.shape).copy_(turned_onb)

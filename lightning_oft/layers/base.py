@@ -164,8 +164,9 @@ class LayerType(ABC):
         return scale_o.view([-1 if dim == self.row_dim else 1 for dim in range(weight.dim())])
 
     def fold(self, layer: nn.Module, part: RotatedWeight, weight: Tensor, rotations: list[Tensor], out: Tensor) -> None:
-        """Write into `out` the weight that does alone what it did with the rotations, computed in their dtype. With the
-        inverses of the rotations, the last one first, it undoes itself."""
+        """Write into `out` the weight that does alone what it did with the rotations, computed in their dtype. `out` may
+        be the weight itself, and is written at once. With the inverses of the rotations, the last one first, it undoes
+        itself."""
         matrix = self.to_matrix(layer, weight).to(rotations[0].dtype)
         # y = base(x . Ra . Rb): a weight that is turned by its input meets the last rotation first.
         factors = [rotation.mT for rotation in rotations] if part.side == "output" else rotations[::-1]

@@ -17,7 +17,7 @@ from lightning_oft.layers import LayerState, RotatedWeight, Rotation, rotations_
 from lightning_oft.model.fingerprint import weight_fingerprint
 from lightning_oft.model.traversal import adapted
 
-CPU_PIECE, PIECE = 2**19, 2**22
+CPU_PIECE, PIECE = 2**18, 2**22
 """Entries of a weight that are folded at a time: what a core's cache holds, and what fills a GPU without two float32
 copies of all of a large weight."""
 
@@ -150,24 +150,20 @@ class FoldedWeight(NamedTuple):
         ):  # to be told after the fold, while the base is there
             return False
         pieces, start = self._pieces(weight, weight.device), weight._version
-        scratch = torch.empty_like(pieces[0])
         try:
-            self._turn(pieces, matrices, scale, scratch)
+            self._turn(pieces, matrices, scale)
         except BaseException:
             done = weight._version - start  # counted by torch with each piece: no interrupt comes in between
             back = self._matrices(weight.device, not undo), self._scale(weight.device, not undo)
-            self._turn(pieces[:done], *back, scratch)
+            self._turn(pieces[:done], *back)
             if undo:
                 self._merged()
             raise
         return True
 
-    def _turn(self, pieces: tuple[Tensor, ...], matrices: list[Tensor], scale: Tensor | None, scratch: Tensor) -> None:
-        layer_type = self.state.layer_type
+    def _turn(self, pieces: tuple[Tensor, ...], matrices: list[Tensor], scale: Tensor | None) -> None:
         for piece, factor in zip(pieces, self._scale_pieces(scale, pieces), strict=False):  # those of all rows
-            place = scratch.narrow(layer_type.row_dim, 0, piece.shape[layer_type.row_dim])
-            layer_type.fold(self.layer, self.part, _times(piece, factor), matrices, place)
-            piece.copy_(place)
+            self.state.layer_type.fold(self.layer, self.part, _times(piece, factor), matrices, piece)
 
     def _merged(self, wanted: Tensor | None = None) -> float:
         """Note what the weight is now, and return how far its outputs are off those of a weight that was to be stored."""
@@ -205,12 +201,12 @@ def packed_layers(layers: Mapping[str, nn.Module]) -> list[str]:
 
 def _in_large_pages(fresh: Tensor) -> Tensor:
     """The same tensor, whose memory Linux hands out 2 MiB at a time where it can: in pages of 4 KiB the first writing
-    costs more than the fold."""
-    if sys.platform == "linux" and type(fresh) is Tensor and fresh.device.type == "cpu":
-        start = -(-fresh.data_ptr() // LARGE_PAGE) * LARGE_PAGE  # whole pages: none that another tensor has a part of
-        size = (fresh.data_ptr() + fresh.nbytes) // LARGE_PAGE * LARGE_PAGE - start
-        if size > 0:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    costs more than the fold. One thread writes to each of them first: two that come to a page at once both clear it."""
+    if sys.platform == "linux" and type(fresh) is Tensor and fresh.device.type == "cpu" and fresh.nbytes >= LARGE_PAGE:
+        start = fresh.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE  # from where the allocator's own note of it lies
+        size = fresh.data_ptr() + fresh.nbytes - start
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+        fresh.as_strided((fresh.nbytes // LARGE_PAGE,), (LARGE_PAGE // fresh.itemsize,)).zero_()
     return fresh
 
 

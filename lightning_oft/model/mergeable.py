@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_oft.codecs import is_scattered, packed_codec, parameter_of, whole
@@ -132,7 +131,7 @@ def notes_on_merge(modules: Modules) -> Iterator[None]:
         p.grad is not None for one in rotations for p in one.parameters()
     )
     yield
-    if filled := sorted(sparse.difference(sparse_layers(modules))):
+    if sparse and (filled := sorted(sparse.difference(sparse_layers(modules)))):
         kept = all(
             one is not None for name, _, state in adapted(modules) if name in filled for one in state.base.values()
         )
@@ -160,6 +159,6 @@ def sparse_layers(modules: Mapping[str, nn.Module]) -> list[str]:
 
 def _is_sparse(matrix_oi: Tensor) -> bool:
     """Whether rows have zeros among their entries. Rows that are zero altogether stay it, however they are turned."""
-    rows = matrix_oi[:: max(1, len(matrix_oi) // 64)]
-    rows = rows[rows.any(1)]
-    return len(rows) > 0 and float((rows == 0).to(torch.float32).mean()) > _SPARSE
+    zeros = matrix_oi[:: max(1, len(matrix_oi) // 64)] == 0
+    others = zeros[~zeros.all(1)]
+    return len(others) > 0 and float(others.float().mean()) > _SPARSE
