@@ -1,6 +1,7 @@
 """One rotated weight of one layer: its rotations folded in, and taken out again."""
 
 import ctypes
+import functools
 import math
 import mmap
 import sys
@@ -205,9 +206,14 @@ def _in_large_pages(fresh: Tensor) -> Tensor:
     if sys.platform == "linux" and type(fresh) is Tensor and fresh.device.type == "cpu" and fresh.nbytes >= LARGE_PAGE:
         start = fresh.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE  # from where the allocator's own note of it lies
         size = fresh.data_ptr() + fresh.nbytes - start
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+        _c_library().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
         fresh.as_strided((fresh.nbytes // LARGE_PAGE,), (LARGE_PAGE // fresh.itemsize,)).zero_()
     return fresh
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _times(piece: Tensor, factor: Tensor | None) -> Tensor:
