@@ -302,6 +302,8 @@ def test_rotate_weight_is_what_rotated_inputs_would_do(blocks: int) -> None:
     r = maths.cayley(_skew(blocks, 4))
     torch.testing.assert_close(x @ maths.rotate_weight(weight, r).T, maths.rotate(x, r) @ weight.T)
     torch.testing.assert_close(maths.rotate_weight(maths.rotate_weight(weight, r), maths.inverse(r)), weight)
+    in_place = weight.clone()
+    assert torch.equal(maths.rotate_weight(in_place, r, out=in_place), maths.rotate_weight(weight, r))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(maths.rotate_weight(weight.float(), r.float()), maths.rotate(weight.float(), r.float().mT))
 
