@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -268,13 +270,51 @@ def test_rotate_keeps_x_and_r_for_backward_and_nothing_else() -> None:
     assert sorted(tensor.data_ptr() for tensor in kept) == sorted([x.data_ptr(), r.data_ptr()])
 
 
-@pytest.mark.parametrize(("rows", "products"), [(500, 1), (1100, 3), (4100, 4)])
-def test_of_a_large_input_the_gradient_of_r_is_a_sum_of_few_pieces(rows: int, products: int) -> None:
+@pytest.fixture
+def cores(request: pytest.FixtureRequest) -> Iterator[int]:
+    """How many threads torch uses."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def _operators(action: Callable[[], Any]) -> dict[str, int]:
+    with torch.profiler.profile() as profile:
+        action()
+    return {event.key: event.count for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("cores", [1, 2], indirect=True)
+@pytest.mark.parametrize(("n", "b"), [(24, 32), (37, 5), (3, 256)])
+def test_several_cores_share_the_rows_of_a_large_input(n: int, b: int, cores: int) -> None:
+    x = torch.randn(2, 2**20 // (2 * n * b), n * b, requires_grad=True)
+    r_nbb, upstream = torch.randn(n, b, b).div_(b**0.5).requires_grad_(), torch.randn_like(x)
+    found: list[Tensor] = []
+    counts = _operators(lambda: found.extend(_with_gradients(maths.rotate(x, r_nbb), (x, r_nbb), upstream)))
+    is_x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    assert counts.get("aten::convolution", 0) == (2 if cores > 1 and b <= 32 and is_x86 else 0)
+    assert "aten::clone" not in counts
+    exact = [one.detach().double().requires_grad_() for one in (x, r_nbb)]
+    plain = torch.einsum("stnb,nbc->stnc", exact[0].unflatten(2, (n, b)), exact[1]).flatten(2)
+    for ours, reference in zip(found, _with_gradients(plain, exact, upstream.double()), strict=True):
+        assert ours.is_contiguous()
+        assert float((ours - reference).norm() / reference.norm()) < 1e-5  # of float32
+    with torch.no_grad():
+        turned = x.transpose(0, 1)  # others than rows in order are taken as they lie
+        torch.testing.assert_close(maths.rotate(turned, r_nbb).transpose(0, 1), found[0])
+
+
+def _with_gradients(output: Tensor, inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
+
+
+@pytest.mark.parametrize("cores", [1], indirect=True)
+@pytest.mark.parametrize(("rows", "products"), [(450, 1), (1101, 2), (2000, 1)])
+def test_of_a_large_input_the_gradient_of_r_is_a_sum_of_two_halves(rows: int, products: int, cores: int) -> None:
     x, grad = torch.randn(rows, 2200), torch.randn(rows, 2200)
     r_nbb = torch.eye(100).repeat(22, 1, 1).requires_grad_()
-    with torch.profiler.profile() as profile:
-        maths.rotate(x, r_nbb).backward(grad)
-    counts = {event.key: event.count for event in profile.key_averages()}
+    counts = _operators(lambda: maths.rotate(x, r_nbb).backward(grad))
     assert counts["aten::bmm"] - 1 + counts.get("aten::baddbmm", 0) == products
     expected = torch.einsum("tnb,tnc->nbc", x.view(rows, 22, 100).double(), grad.view(rows, 22, 100).double())
     torch.testing.assert_close(r_nbb.grad, expected.float(), rtol=1e-4, atol=1e-3)
