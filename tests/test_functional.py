@@ -309,9 +309,8 @@ def _with_gradients(output: Tensor, inputs: Sequence[Tensor], upstream: Tensor) 
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
 
 
-@pytest.mark.parametrize("cores", [1], indirect=True)
 @pytest.mark.parametrize(("rows", "products"), [(450, 1), (1101, 2), (2000, 1)])
-def test_of_a_large_input_the_gradient_of_r_is_a_sum_of_two_halves(rows: int, products: int, cores: int) -> None:
+def test_of_a_large_input_the_gradient_of_r_is_a_sum_of_two_halves(rows: int, products: int) -> None:
     x, grad = torch.randn(rows, 2200), torch.randn(rows, 2200)
     r_nbb = torch.eye(100).repeat(22, 1, 1).requires_grad_()
     counts = _operators(lambda: maths.rotate(x, r_nbb).backward(grad))

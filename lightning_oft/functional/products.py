@@ -47,13 +47,14 @@ def weight_is_cheaper(x: Tensor, weight: Tensor, block_size: int) -> bool:
     return rows >= fan_out + _INVERSE * block_size and not _is_small(x, fan_in * block_size)
 
 
-def _is_for_all_cores(x: Tensor) -> bool:
+def _is_for_all_cores(x: Tensor, block_size: int) -> bool:
     """Whether x had better be rotated by oneDNN's convolutions, whose rows several cores share: where blocks are little, the
     product of one is too small to be shared. Of blocks of 32 that takes 0.75 to 0.95 of the time, of 8 less than half; a
     single core takes up to twice as long (measured)."""
     return (
         x.dtype is torch.float32
         and x.device.type == "cpu"
+        and block_size <= _LITTLE_BLOCK
         and x.numel() >= _MANY_PIXELS
         and x.is_contiguous()
         and torch.get_num_threads() > 1
@@ -80,7 +81,7 @@ def _product(x: Tensor, r_nbb: Tensor) -> Tensor:
     n, b, _ = r_nbb.shape
     if n == 1:
         return _plain_product(x, r_nbb)
-    if b <= _LITTLE_BLOCK and _is_for_all_cores(x):
+    if _is_for_all_cores(x, b):
         return _convolution(x, r_nbb)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     torch.bmm(x.reshape(-1, n, b).transpose(0, 1), r_nbb, out=out.view(-1, n, b).transpose(0, 1))
