@@ -286,15 +286,22 @@ def _operators(action: Callable[[], Any]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("cores", [1, 2], indirect=True)
-@pytest.mark.parametrize(("n", "b"), [(24, 32), (37, 5), (3, 256)])
-def test_several_cores_share_the_rows_of_a_large_input(n: int, b: int, cores: int) -> None:
-    x = torch.randn(2, 2**20 // (2 * n * b), n * b, requires_grad=True)
+@pytest.mark.parametrize(
+    ("n", "b", "rows", "fewest_cores"),
+    [(24, 32, 1364, 1), (37, 5, 5665, 1), (24, 32, 1361, 2), (300, 32, 14, 2), (3, 256, 1364, 3)],
+    ids=["fours", "fives", "prime", "few", "large blocks"],
+)
+def test_little_blocks_rotate_a_large_input_as_channels_of_images(
+    n: int, b: int, rows: int, fewest_cores: int, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maths.products, "_SMALL", {})
+    x = torch.randn(1, rows, n * b, requires_grad=True)
     r_nbb, upstream = torch.randn(n, b, b).div_(b**0.5).requires_grad_(), torch.randn_like(x)
     found: list[Tensor] = []
     counts = _operators(lambda: found.extend(_with_gradients(maths.rotate(x, r_nbb), (x, r_nbb), upstream)))
     is_x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    assert counts.get("aten::convolution", 0) == (2 if cores > 1 and b <= 32 and is_x86 else 0)
-    assert "aten::clone" not in counts
+    assert counts.get("aten::convolution", 0) == (2 if cores >= fewest_cores and is_x86 else 0)
+    assert not counts.keys() & {"aten::clone", "aten::_slow_conv2d_forward"}
     exact = [one.detach().double().requires_grad_() for one in (x, r_nbb)]
     plain = torch.einsum("stnb,nbc->stnc", exact[0].unflatten(2, (n, b)), exact[1]).flatten(2)
     for ours, reference in zip(found, _with_gradients(plain, exact, upstream.double()), strict=True):
@@ -482,6 +489,21 @@ def test_a_rotated_weight_is_a_rotated_input(t: int, n: int, b: int, o: int, sha
         torch.autograd.grad(fast, inputs, upstream), torch.autograd.grad(plain, inputs, upstream), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("off", [0.0, 1e-5, 0.1], ids=["a rotation", "nearly one", "none"])
+def test_the_gradient_of_r_by_way_of_a_rotated_weight_is_right_for_any_r(
+    off: float, dtype: torch.dtype, bound: float
+) -> None:
+    x, weight = torch.randn(9, 24, dtype=dtype), torch.randn(7, 24, dtype=dtype)
+    r_nbb = (maths.cayley(_skew(b=8, norm=1.0)) + off * torch.randn(3, 8, 8, dtype=torch.float64)).to(dtype)
+    r_nbb = r_nbb.requires_grad_()
+    upstream = torch.randn(9, 7, dtype=dtype)
+    (ours,) = torch.autograd.grad(maths.rotated_linear(x.clone().requires_grad_(), r_nbb, weight), r_nbb, upstream)
+    through = (upstream.double() @ weight.double()).view(9, 3, 8)
+    expected = torch.einsum("tnb,tnc->nbc", x.double().view(9, 3, 8), through)
+    assert float((ours - expected).norm() / expected.norm()) < bound
 
 
 def test_a_rotated_weight_is_differentiated_twice() -> None:

@@ -87,6 +87,11 @@ def _tables(b: int, device: torch.device, dtype: torch.dtype) -> _Tables:
         return _Tables(*(table.to(device) for table in (source.view(-1), sign.view(-1), upper, eye)))
 
 
+def identity(like_nbb: Tensor) -> Tensor:
+    """I as large as a block, (b, b) of its dtype and device; not to be written to."""
+    return _tables(like_nbb.shape[-1], like_nbb.device, like_nbb.dtype).eye
+
+
 def _six_parts(q: Tensor, eye: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Q, M = Q + Q^2 and U = I + QM, of which R = Q + U + MU: what its backward needs."""
     m = torch.baddbmm(q, q, q)

@@ -1,6 +1,7 @@
 """Products with block-diagonal rotations. Shapes: t rows, n blocks of size b, fan-in i = n*b, fan-out o."""
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lightning_oft.functional.geometry import inverse_of_positive
-from lightning_oft.functional.maps import MatrixSource
+from lightning_oft.functional.maps import MatrixSource, identity
 from lightning_oft.functional.tracing import NOTHING, full_float32, is_recorded, is_traced, without_autocast
 
 _SMALL = {"cpu": 2**19, "cuda": 2**22}
@@ -18,12 +19,16 @@ where their products shall lie as x does, and a Function in Python costs more th
 itself (measured, on a GPU with a step that waits for Python)."""
 _WIDE = 3 * 2**15
 """Entries of R, 3,072 inputs in blocks of 32, of a layer beside which a few operators are nothing."""
-_INVERSE = 8
-"""What R^-T takes on a CPU, in products of a block with as many rows as it has: 256 rows of blocks of 32 (measured)."""
+_INVERSE = 4
+"""Half of what R^-T takes on a CPU, in products of a block with as many rows as it has (measured)."""
 _HEAVY = 2**20
 """Entries of a weight that takes a GPU longer than being told of a dozen operators."""
 _LITTLE_BLOCK, _MANY_PIXELS = 32, 2**17
-"""Largest block, and fewest numbers, that several cores of a CPU rotate faster by a convolution."""
+"""Largest block, and fewest numbers, that a CPU rotates faster by a convolution."""
+_IMAGE = (8, 6, 5, 9, 4, 7, 11)
+"""Rows of an image, the best first: so few lie in a core's first cache, where all blocks are multiplied while they are."""
+_FEWEST_IMAGES = 16
+"""With fewer torch does not leave a convolution of a single thread to oneDNN."""
 _HALVED = range(2**20 + 1, 2**22)
 """Numbers of an input that a CPU had better take in two halves for the gradient of R: 0.85 of the time (measured)."""
 
@@ -38,7 +43,7 @@ def _is_small(x: Tensor, entries: int) -> bool:
 
 def weight_is_cheaper(x: Tensor, weight: Tensor, block_size: int) -> bool:
     """Whether a training step costs less with the weight rotated than with its input. By counting, an input of t rows
-    costs 3 t products with a block, a weight of o rows 2 o and t of them, and R^-T; so they meet at t = o + what R^-T
+    costs 3 t products with a block, a weight of o rows 2 o and t of them, and R^-T; so they meet at t = o + half of what R^-T
     takes. On a GPU, measured, at 1.5 o, where products take longer than launching them. x: (..., i), W: (o, i)."""
     fan_out, fan_in = weight.shape
     rows = x.numel() // fan_in
@@ -47,20 +52,24 @@ def weight_is_cheaper(x: Tensor, weight: Tensor, block_size: int) -> bool:
     return rows >= fan_out + _INVERSE * block_size and not _is_small(x, fan_in * block_size)
 
 
-def _is_for_all_cores(x: Tensor, block_size: int) -> bool:
-    """Whether x had better be rotated by oneDNN's convolutions, whose rows several cores share: where blocks are little, the
-    product of one is too small to be shared. Of blocks of 32 that takes 0.75 to 0.95 of the time, of 8 less than half; a
-    single core takes up to twice as long (measured)."""
-    return (
+def _rows_of_image(x: Tensor, block_size: int) -> int:
+    """How many rows of x make an image for oneDNN's convolutions, which so take 0.55 to 0.8 of the time of torch's products
+    of one block after another, for each of which all of x comes from memory again (measured); 0 where these are better."""
+    is_fit = (
         x.dtype is torch.float32
         and x.device.type == "cpu"
         and block_size <= _LITTLE_BLOCK
         and x.numel() >= _MANY_PIXELS
         and x.is_contiguous()
-        and torch.get_num_threads() > 1
         and bool(torch.backends.mkldnn.enabled)
         and _has_fast_convolutions()
     )
+    if not is_fit:
+        return 0
+    rows = x.numel() // x.shape[-1]
+    several = torch.get_num_threads() > 1
+    found = next((one for one in _IMAGE if rows % one == 0), rows if several else 0)
+    return found if several or found * _FEWEST_IMAGES <= rows else 0
 
 
 @functools.cache
@@ -81,17 +90,17 @@ def _product(x: Tensor, r_nbb: Tensor) -> Tensor:
     n, b, _ = r_nbb.shape
     if n == 1:
         return _plain_product(x, r_nbb)
-    if _is_for_all_cores(x, b):
-        return _convolution(x, r_nbb)
+    if rows := _rows_of_image(x, b):
+        return _convolution(x, r_nbb, rows)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     torch.bmm(x.reshape(-1, n, b).transpose(0, 1), r_nbb, out=out.view(-1, n, b).transpose(0, 1))
     return out
 
 
-def _convolution(x: Tensor, r_nbb: Tensor) -> Tensor:
-    """The same with rows as pixels and blocks as groups of channels; neither R nor its transpose is copied."""
+def _convolution(x: Tensor, r_nbb: Tensor, rows: int) -> Tensor:
+    """The same with rows as pixels of images and blocks as groups of channels; neither R nor its transpose is copied."""
     n, b, _ = r_nbb.shape
-    pixels = x.view(1, 1, -1, n * b).permute(0, 3, 1, 2)
+    pixels = x.view(-1, 1, rows, n * b).permute(0, 3, 1, 2)
     if r_nbb.is_contiguous():
         turned = torch.conv_transpose2d(pixels, r_nbb.view(n * b, b, 1, 1), groups=n)
     else:
@@ -102,15 +111,14 @@ def _convolution(x: Tensor, r_nbb: Tensor) -> Tensor:
 def _outer(x: Tensor, grad: Tensor, r_nbb: Tensor) -> Tensor:
     """Gradient of the blocks, x^T grad of each: (..., n*b) twice -> (n or 1, b, b)."""
     n, b, _ = r_nbb.shape
-    x_tnb, grad_tnb = x.reshape(-1, n, b), grad.reshape(-1, n, b)
+    x_bnt = x.reshape(-1, n, b).permute(1, 2, 0)
+    grad_ntb = grad.reshape(-1, n, b).transpose(0, 1)
     is_full = x.dtype.itemsize >= 4  # or the sums would be rounded in between
-    is_halved = n > 1 and x.numel() in _HALVED and x.device.type == "cpu" and is_full
-    rows = -(-len(x_tnb) // 2) if is_halved else max(len(x_tnb), 1)
-    found: Any = None
-    for x_rnb, grad_rnb in zip(torch.split(x_tnb, rows), torch.split(grad_tnb, rows), strict=True):
-        factors = x_rnb.permute(1, 2, 0), grad_rnb.transpose(0, 1)
-        found = torch.bmm(*factors) if found is None else torch.baddbmm(found, *factors)
-    return found  # type: ignore[no-any-return]
+    if n == 1 or x.numel() not in _HALVED or x.device.type != "cpu" or not is_full:
+        return torch.bmm(x_bnt, grad_ntb)
+    half = x_bnt.shape[-1] // 2
+    found = torch.bmm(x_bnt[..., :half], grad_ntb[:, :half])
+    return torch.baddbmm(found, x_bnt[..., half:], grad_ntb[:, half:])
 
 
 def _keep(ctx: Any, r_nbb: Tensor, *tensors: Tensor) -> None:
@@ -173,6 +181,8 @@ def rotate_weight(weight: Tensor, rotation: Tensor, out: Tensor | None = None) -
     with full_float32(weight.device):
         if rotation.shape[0] == 1:
             turned_onb = blocks_onb @ rotation[0].mT
+        elif rows := _rows_of_image(weight, rotation.shape[-1]):
+            turned_onb = _convolution(weight, rotation.mT, rows).view(blocks_onb.shape)
         else:
             blocks_nob = blocks_onb.transpose(0, 1)
             if weight.device.type == "cpu" and weight.stride(1) == 1:  # it multiplies blocks that lie together faster
@@ -223,7 +233,14 @@ def _times_inverse(outer: Tensor, r_nbb: Tensor) -> Tensor:
     if outer.is_cuda:
         return positive_times_inverse(outer, r_nbb)
     wide = torch.float64 if outer.dtype == torch.float64 else torch.float32
-    solved: Tensor = torch.linalg.solve_ex(r_nbb.to(wide), outer.mT.to(wide))[0]
+    outer_nbb, r = outer.to(wide), r_nbb.to(wide)
+    if type(outer) is Tensor and not outer.is_meta:
+        off = torch.baddbmm(identity(r), r.mT, r, beta=-1)
+        # R^-T = R (I + off)^-1, to which R (I - off) is equal but for off^2.
+        if float(torch.linalg.vector_norm(off, math.inf)) * len(off[0]) < torch.finfo(wide).eps ** 0.5:
+            turned = torch.bmm(outer_nbb, r)
+            return torch.baddbmm(turned, turned, off, alpha=-1).to(outer.dtype)
+    solved: Tensor = torch.linalg.solve_ex(r, outer_nbb.mT)[0]
     return solved.mT.to(outer.dtype)
 
 
