@@ -21,6 +21,9 @@ _WIDE = 3 * 2**15
 """Entries of R, 3,072 inputs in blocks of 32, of a layer beside which a few operators are nothing."""
 _INVERSE = 4
 """Half of what R^-T takes on a CPU, in products of a block with as many rows as it has (measured)."""
+_FEW = 2**15
+"""Entries of R, 1,024 inputs in blocks of 32, for which LAPACK takes longer than the layer can bear, and some operators
+more can be afforded: so small layers share a map."""
 _HEAVY = 2**20
 """Entries of a weight that takes a GPU longer than being told of a dozen operators."""
 _LITTLE_BLOCK, _MANY_PIXELS = 32, 2**17
@@ -234,7 +237,7 @@ def _times_inverse(outer: Tensor, r_nbb: Tensor) -> Tensor:
         return positive_times_inverse(outer, r_nbb)
     wide = torch.float64 if outer.dtype == torch.float64 else torch.float32
     outer_nbb, r = outer.to(wide), r_nbb.to(wide)
-    if type(outer) is Tensor and not outer.is_meta:
+    if type(outer) is Tensor and not outer.is_meta and outer.numel() <= _FEW:
         off = torch.baddbmm(identity(r), r.mT, r, beta=-1)
         # R^-T = R (I + off)^-1, to which R (I - off) is equal but for off^2.
         if float(torch.linalg.vector_norm(off, math.inf)) * len(off[0]) < torch.finfo(wide).eps ** 0.5:
