@@ -342,6 +342,18 @@ def test_shapes_are_known_on_the_meta_device() -> None:
     assert maths.cayley(maths.skew(torch.empty(3, 6, device="meta"), 4)).shape == (3, 4, 4)
 
 
+@pytest.mark.parametrize("cores", [1, 2], indirect=True)
+def test_rows_of_a_large_weight_are_rotated_as_images(cores: int) -> None:
+    weight, r_nbb = torch.randn(128, 3072), maths.cayley(_skew(96, 32, norm=0.5)).float()
+    kept = torch.empty(128, 3072, dtype=torch.bfloat16)
+    counts = _operators(lambda: maths.rotate_weight(weight, r_nbb, out=kept))
+    is_x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    assert counts.get("aten::convolution", 0) == (1 if is_x86 else 0)
+    plain = (weight.double().view(128, 96, 1, 32) @ r_nbb.double().mT).view(128, 3072)
+    torch.testing.assert_close(kept, plain.bfloat16(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(maths.rotate_weight(weight, r_nbb, out=weight), plain.float())
+
+
 @pytest.mark.parametrize("blocks", [3, 1], ids=["blocks", "shared"])
 def test_rotate_weight_is_what_rotated_inputs_would_do(blocks: int) -> None:
     x, weight = torch.randn(5, 12, dtype=torch.float64), torch.randn(7, 12, dtype=torch.float64)

@@ -1,6 +1,5 @@
 """Products with block-diagonal rotations. Shapes: t rows, n blocks of size b, fan-in i = n*b, fan-out o."""
 
-import functools
 import math
 from typing import Any
 
@@ -22,16 +21,14 @@ _WIDE = 3 * 2**15
 _INVERSE = 4
 """Half of what R^-T takes on a CPU, in products of a block with as many rows as it has (measured)."""
 _FEW = 2**15
-"""Entries of R, 1,024 inputs in blocks of 32, for which LAPACK takes longer than the layer can bear, and some operators
-more can be afforded: so small layers share a map."""
+"""Entries of R, 1,024 inputs in blocks of 32, up to which R^-T is worth a few operators more: so small layers share a map."""
 _HEAVY = 2**20
 """Entries of a weight that takes a GPU longer than being told of a dozen operators."""
-_LITTLE_BLOCK, _MANY_PIXELS = 32, 2**17
-"""Largest block, and fewest numbers, that a CPU rotates faster by a convolution."""
-_IMAGE = (8, 6, 5, 9, 4, 7, 11)
-"""Rows of an image, the best first: so few lie in a core's first cache, where all blocks are multiplied while they are."""
-_FEWEST_IMAGES = 16
-"""With fewer torch does not leave a convolution of a single thread to oneDNN."""
+_LITTLE_BLOCK, _MANY_PIXELS, _MANY_ENTRIES = 32, 2**17, 3 * 2**17
+"""Largest block, and fewest numbers of an input, and of a weight that is folded, which a CPU rotates faster by a convolution
+(measured)."""
+_IMAGE, _FEWEST_IMAGES = (8, 6, 5, 9, 4, 7, 11), 16
+"""Rows of an image, the best first, and how many images torch leaves to oneDNN where there is a single thread."""
 _HALVED = range(2**20 + 1, 2**22)
 """Numbers of an input that a CPU had better take in two halves for the gradient of R: 0.85 of the time (measured)."""
 
@@ -46,8 +43,8 @@ def _is_small(x: Tensor, entries: int) -> bool:
 
 def weight_is_cheaper(x: Tensor, weight: Tensor, block_size: int) -> bool:
     """Whether a training step costs less with the weight rotated than with its input. By counting, an input of t rows
-    costs 3 t products with a block, a weight of o rows 2 o and t of them, and R^-T; so they meet at t = o + half of what R^-T
-    takes. On a GPU, measured, at 1.5 o, where products take longer than launching them. x: (..., i), W: (o, i)."""
+    costs 3 t products with a block, a weight of o rows 2 o and t of them, and R^-T; so they meet at t = o + half of what
+    R^-T takes. On a GPU, measured, at 1.5 o, where products take longer than launching them. x: (..., i), W: (o, i)."""
     fan_out, fan_in = weight.shape
     rows = x.numel() // fan_in
     if x.is_cuda:
@@ -56,16 +53,18 @@ def weight_is_cheaper(x: Tensor, weight: Tensor, block_size: int) -> bool:
 
 
 def _rows_of_image(x: Tensor, block_size: int) -> int:
-    """How many rows of x make an image for oneDNN's convolutions, which so take 0.55 to 0.8 of the time of torch's products
-    of one block after another, for each of which all of x comes from memory again (measured); 0 where these are better."""
+    """How many rows of x make an image for oneDNN's convolutions, in 0.55 to 0.8 of the time of torch's products (measured):
+    so few lie in a core's first cache while all blocks are multiplied, where torch takes one block after another and for
+    each all of x from memory. 0 where x had better be multiplied by torch."""
     is_fit = (
         x.dtype is torch.float32
         and x.device.type == "cpu"
         and block_size <= _LITTLE_BLOCK
         and x.numel() >= _MANY_PIXELS
         and x.is_contiguous()
-        and bool(torch.backends.mkldnn.enabled)
-        and _has_fast_convolutions()
+        and torch.backends.mkldnn.enabled
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     )
     if not is_fit:
         return 0
@@ -73,12 +72,6 @@ def _rows_of_image(x: Tensor, block_size: int) -> int:
     several = torch.get_num_threads() > 1
     found = next((one for one in _IMAGE if rows % one == 0), rows if several else 0)
     return found if several or found * _FEWEST_IMAGES <= rows else 0
-
-
-@functools.cache
-def _has_fast_convolutions() -> bool:
-    is_there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return is_there and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def _plain_product(x: Tensor, r_nbb: Tensor) -> Tensor:
@@ -184,7 +177,7 @@ def rotate_weight(weight: Tensor, rotation: Tensor, out: Tensor | None = None) -
     with full_float32(weight.device):
         if rotation.shape[0] == 1:
             turned_onb = blocks_onb @ rotation[0].mT
-        elif rows := _rows_of_image(weight, rotation.shape[-1]):
+        elif weight.numel() >= _MANY_ENTRIES and (rows := _rows_of_image(weight, rotation.shape[-1])):
             turned_onb = _convolution(weight, rotation.mT, rows).view(blocks_onb.shape)
         else:
             blocks_nob = blocks_onb.transpose(0, 1)
