@@ -230,7 +230,7 @@ def _times_inverse(outer: Tensor, r_nbb: Tensor) -> Tensor:
         return positive_times_inverse(outer, r_nbb)
     wide = torch.float64 if outer.dtype == torch.float64 else torch.float32
     outer_nbb, r = outer.to(wide), r_nbb.to(wide)
-    if type(outer) is Tensor and not outer.is_meta and outer.numel() <= _FEW:
+    if type(outer) is Tensor and outer.device.type == "cpu" and outer.numel() <= _FEW:
         off = torch.baddbmm(identity(r), r.mT, r, beta=-1)
         # R^-T = R (I + off)^-1, to which R (I - off) is equal but for off^2.
         if float(torch.linalg.vector_norm(off, math.inf)) * len(off[0]) < torch.finfo(wide).eps ** 0.5:
