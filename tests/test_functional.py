@@ -316,16 +316,6 @@ def _with_gradients(output: Tensor, inputs: Sequence[Tensor], upstream: Tensor) 
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
 
 
-@pytest.mark.parametrize(("rows", "products"), [(450, 1), (1101, 2), (2000, 1)])
-def test_of_a_large_input_the_gradient_of_r_is_a_sum_of_two_halves(rows: int, products: int) -> None:
-    x, grad = torch.randn(rows, 2200), torch.randn(rows, 2200)
-    r_nbb = torch.eye(100).repeat(22, 1, 1).requires_grad_()
-    counts = _operators(lambda: maths.rotate(x, r_nbb).backward(grad))
-    assert counts["aten::bmm"] - 1 + counts.get("aten::baddbmm", 0) == products
-    expected = torch.einsum("tnb,tnc->nbc", x.view(rows, 22, 100).double(), grad.view(rows, 22, 100).double())
-    torch.testing.assert_close(r_nbb.grad, expected.float(), rtol=1e-4, atol=1e-3)
-
-
 def test_rotate_is_untouched_by_autocast_also_backward() -> None:
     x, r = torch.randn(6, 12, requires_grad=True), torch.randn(3, 4, 4, requires_grad=True)
     plain = maths.rotate(x, r)

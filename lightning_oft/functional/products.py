@@ -20,8 +20,8 @@ _WIDE = 3 * 2**15
 """Entries of R, 3,072 inputs in blocks of 32, of a layer beside which a few operators are nothing."""
 _INVERSE = 4
 """Half of what R^-T takes on a CPU, in products of a block with as many rows as it has (measured)."""
-_FEW = 2**15
-"""Entries of R, 1,024 inputs in blocks of 32, up to which R^-T is worth a few operators more: so small layers share a map."""
+_FEW = 3 * 2**13
+"""Entries of R, 768 inputs in blocks of 32, up to which R^-T is worth a few operators more: so small layers share a map."""
 _HEAVY = 2**20
 """Entries of a weight that takes a GPU longer than being told of a dozen operators."""
 _LITTLE_BLOCK, _MANY_PIXELS, _MANY_ENTRIES = 32, 2**17, 3 * 2**17
@@ -29,8 +29,6 @@ _LITTLE_BLOCK, _MANY_PIXELS, _MANY_ENTRIES = 32, 2**17, 3 * 2**17
 (measured)."""
 _IMAGE, _FEWEST_IMAGES = (8, 6, 5, 9, 4, 7, 11), 16
 """Rows of an image, the best first, and how many images torch leaves to oneDNN where there is a single thread."""
-_HALVED = range(2**20 + 1, 2**22)
-"""Numbers of an input that a CPU had better take in two halves for the gradient of R: 0.85 of the time (measured)."""
 
 
 def _is_small(x: Tensor, entries: int) -> bool:
@@ -107,14 +105,7 @@ def _convolution(x: Tensor, r_nbb: Tensor, rows: int) -> Tensor:
 def _outer(x: Tensor, grad: Tensor, r_nbb: Tensor) -> Tensor:
     """Gradient of the blocks, x^T grad of each: (..., n*b) twice -> (n or 1, b, b)."""
     n, b, _ = r_nbb.shape
-    x_bnt = x.reshape(-1, n, b).permute(1, 2, 0)
-    grad_ntb = grad.reshape(-1, n, b).transpose(0, 1)
-    is_full = x.dtype.itemsize >= 4  # or the sums would be rounded in between
-    if n == 1 or x.numel() not in _HALVED or x.device.type != "cpu" or not is_full:
-        return torch.bmm(x_bnt, grad_ntb)
-    half = x_bnt.shape[-1] // 2
-    found = torch.bmm(x_bnt[..., :half], grad_ntb[:, :half])
-    return torch.baddbmm(found, x_bnt[..., half:], grad_ntb[:, half:])
+    return torch.bmm(x.reshape(-1, n, b).permute(1, 2, 0), grad.reshape(-1, n, b).transpose(0, 1))
 
 
 def _keep(ctx: Any, r_nbb: Tensor, *tensors: Tensor) -> None:
@@ -233,7 +224,7 @@ def _times_inverse(outer: Tensor, r_nbb: Tensor) -> Tensor:
     if type(outer) is Tensor and outer.device.type == "cpu" and outer.numel() <= _FEW:
         off = torch.baddbmm(identity(r), r.mT, r, beta=-1)
         # R^-T = R (I + off)^-1, to which R (I - off) is equal but for off^2.
-        if float(torch.linalg.vector_norm(off, math.inf)) * len(off[0]) < torch.finfo(wide).eps ** 0.5:
+        if torch.linalg.vector_norm(off, math.inf).tolist() * len(off[0]) < torch.finfo(wide).eps ** 0.5:
             turned = torch.bmm(outer_nbb, r)
             return torch.baddbmm(turned, turned, off, alpha=-1).to(outer.dtype)
     solved: Tensor = torch.linalg.solve_ex(r, outer_nbb.mT)[0]
