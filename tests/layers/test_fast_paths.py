@@ -331,9 +331,8 @@ def test_the_weight_is_rotated_where_it_has_fewer_rows_than_the_input(rows: int,
     layer: Any = model[0]
     layer.bias.requires_grad_()
     found = model(x)
-    assert len(by_weight) == (
-        rows >= 4 + 4 * 4
-    )  # o, and half the rows whose product with a block takes as long as R^-T
+    # From its fan-out on, and half the rows whose product with a block takes as long as R^-T.
+    assert len(by_weight) == (rows >= 4 + 4 * 4)
     expected = F.linear(functional.rotate(x, layer.oft_R["default"].matrix()), layer.weight, layer.bias)
     torch.testing.assert_close(found, expected)
     inputs = [x, layer.oft_R["default"].weight, layer.bias]
