@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 from typing_extensions import override
 
@@ -12,7 +13,7 @@ from lightning_oft import functional
 from lightning_oft.layers.base import LayerType, RotatedWeight, register_layer_type
 from lightning_oft.layers.own_forward import TurnedOutput
 from lightning_oft.layers.rotation import Rotation
-from lightning_oft.layers.state import applied_rotations, remember, state_of
+from lightning_oft.layers.state import ATTRIBUTE, applied_rotations, remember, state_of
 
 _INPUT_NAMES = ("input", "x", "hidden_states")
 _KNOWN_TO_PEFT = ("bitsandbytes", "hqq", "torchao", "aqlm", "awq", "gptqmodel", "auto_gptq", "eetq",
@@ -21,8 +22,9 @@ _KNOWN_TO_PEFT = ("bitsandbytes", "hqq", "torchao", "aqlm", "awq", "gptqmodel", 
 
 
 def _rotate_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-    if args and kwargs is not None and not torch.compiler.is_compiling():
-        state = state_of(layer)
+    if args and kwargs is not None and not is_compiling():
+        record: Any = layer.__dict__.get(ATTRIBUTE)  # state_of would be two calls more for each token
+        state = record.layer if record is not None else None
         quick = state.quick if state is not None else None
         if quick is not None and (vector := quick.vector(layer, args[0])) is not None:
             return (vector, *args[1:]), kwargs
@@ -42,12 +44,12 @@ def _rotate_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _rotated(layer: nn.Module, rotation: Rotation, x: Tensor) -> Tensor:
-    cached = rotation.cached if type(rotation) is Rotation and not functional.is_traced(x) else None
-    if cached is not None and not rotation.training and (vector := cached.vector(x)) is not None:
-        if rotation.dropout == 0:  # else it matters in which mode the rotation is, whoever set it
-            remember(layer, cached)
-        return vector
-    rotated: Tensor = rotation(x, later=True) if _should_rotate_weight(layer, rotation, x) else rotation(x)
+    if _should_rotate_weight(layer, rotation, x):
+        later: Tensor = rotation(x, later=True)
+        return later
+    rotated: Tensor = rotation(x)
+    if type(rotation) is Rotation and not (rotation.training or functional.is_traced(x) or functional.is_recorded()):
+        remember(layer, rotation, x)
     return rotated
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, bmm, is_autocast_enabled, is_grad_enabled, nn
+from torch._C import _get_tracing_state
 
 from lightning_oft import functional
 
@@ -189,8 +190,8 @@ def share_maps(rotations: Iterable[tuple[Any, Any, Any]]) -> None:
 class Cached(functional.Snapshot):
     """R of a rotation, and what it was made from."""
 
-    __slots__ = ("_blocks", "_dtype", "_hooks", "_is_inference", "_kind", "_number", "_parameters", "_size", "_weight",
-                 "_width", "matrix")  # fmt: skip
+    __slots__ = ("_dtype", "_hooks", "_is_inference", "_kind", "_name", "_parameters", "_pre_hooks", "_rows",
+                 "_shape", "_size", "_weight", "matrix")  # fmt: skip
 
     def __init__(self, rotation: Any, matrix: Tensor) -> None:
         weight = rotation.weight
@@ -198,9 +199,10 @@ class Cached(functional.Snapshot):
         self.matrix: Tensor | None = matrix
         self._dtype, self._is_inference = matrix.dtype, matrix.is_inference()
         self._weight, self._size = weight, weight.numel()
-        self._kind, self._number = weight.device.type, weight.get_device()
-        self._parameters, self._hooks = rotation._parameters, (rotation._forward_hooks, rotation._forward_pre_hooks)
-        self._blocks, self._width, _ = matrix.shape
+        self._kind = weight.device.type
+        self._parameters = rotation._parameters  # and not the rotation, which keeps this: cycles keep memory
+        self._hooks, self._pre_hooks = rotation._forward_hooks, rotation._forward_pre_hooks
+        self._rows = (rotation.blocks, 1, rotation.block_size)
 
     def forget(self) -> None:
         """Serve nobody any more, whoever has it, and keep no memory."""
@@ -219,23 +221,34 @@ class Cached(functional.Snapshot):
             and self.is_of(weight)
         )
 
-    def vector(self, x: Tensor) -> Tensor | None:
-        """x . blockdiag(R) of a single vector, (..., n*b) with one row; None where R does not serve, or where there is
-        anything else to heed. This is a rotation's `forward` for a generated token, for which a dozen calls in Python
-        and what they read cost more than the product."""
-        matrix, (hooks, pre_hooks) = self.matrix, self._hooks
+    def expect(self, adapter_name: str, x: Tensor) -> None:
+        """Be asked for more vectors of the shape of x, which this adapter alone rotates."""
+        self._name, self._shape = adapter_name, x.shape
+
+    def vector(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """x . blockdiag(R) without gradients, of the next token of a generation; None where x is not as expected, R does
+        not serve, or that is not all there is to do.
+
+        All is asked here, of few objects, even where `serves` and `is_traced` ask it too: from one layer to the next the
+        caches have lost what Python reads, and the look-ups of a token cost more than its product. A shallow copy of
+        the layer has the same state, and may have other rotations."""
+        matrix, weight, adapters = self.matrix, self._weight, layer._modules.get("oft_R")
+        rotation: Any = adapters._modules.get(self._name) if adapters is not None else None
         if (
             matrix is None
-            or torch.is_grad_enabled()
-            or functional.is_traced(x)
-            or not self.serves(self._parameters.get("weight"), x.dtype)
-            or self._blocks == 1  # shared by all of x
-            or x.numel() != self._blocks * self._width
-            or x.size(-1) != x.numel()
-            or x.get_device() != self._number  # a replica of the layer elsewhere
-            or hooks
-            or pre_hooks
-            or torch.is_autocast_enabled(self._kind)
+            or rotation is None
+            or is_grad_enabled()
+            or type(x) is not Tensor
+            or x.shape != self._shape
+            or x.dtype is not self._dtype
+            or rotation._parameters is not self._parameters
+            or self._parameters.get("weight") is not weight
+            or not self.is_of(weight)
+            or self._hooks
+            or self._pre_hooks
+            or (rotation.dropout and rotation.training)
+            or is_autocast_enabled(self._kind)
+            or _get_tracing_state() is not None
         ):
             return None
-        return torch.bmm(x.view(self._blocks, 1, self._width), matrix).view_as(x)
+        return bmm(x.view(self._rows), matrix).view_as(x)  # another thread may expect another shape

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,23 +11,7 @@ from lightning_oft.layers.base import LayerType, Side
 from lightning_oft.layers.reuse import Cached
 from lightning_oft.layers.rotation import Rotation
 
-_ATTRIBUTE = "_oft"
-
-
-class Quick(NamedTuple):
-    """The one R that a layer applies, for the next token of a generation: asking anew what is applied would cost more
-    than the product."""
-
-    cached: Cached
-    rotation: Rotation
-    adapter_name: str
-    adapters: Any
-
-    def vector(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """x . blockdiag(R) of a single vector; None where that is not all there is to do. A shallow copy of the layer has
-        the same state, and may have other rotations."""
-        is_here = self.adapters._modules.get(self.adapter_name) is self.rotation
-        return self.cached.vector(x) if is_here and layer._modules.get("oft_R") is self.adapters else None
+ATTRIBUTE = "_oft"
 
 
 @dataclass
@@ -41,7 +25,7 @@ class LayerState:
     merged: dict[str, str | None] | None = None  # fingerprints of the weights as the merge left them, by parameter
     base: dict[str, Any] = field(default_factory=dict)  # weights that an unmerge returns to, by parameter
     fingerprint: str | None = None
-    quick: Quick | None = field(default=None, repr=False, compare=False)
+    quick: Cached | None = field(default=None, repr=False, compare=False)  # what rotates the next token
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Whatever changes may change what is applied."""
@@ -79,20 +63,20 @@ class Record:
 
 def record_of(module: nn.Module) -> Record | None:
     """The record of a module, if it has one."""
-    found: Record | None = module.__dict__.get(_ATTRIBUTE)
+    found: Record | None = module.__dict__.get(ATTRIBUTE)
     return found
 
 
 def make_record(module: nn.Module) -> Record:
     """The record of a module, made where it has none."""
-    found: Record = module.__dict__.setdefault(_ATTRIBUTE, Record())
+    found: Record = module.__dict__.setdefault(ATTRIBUTE, Record())
     return found
 
 
 def drop_empty_record(module: nn.Module) -> None:
     """Take the record off a module where it says nothing."""
     if record_of(module) == Record():
-        del module.__dict__[_ATTRIBUTE]
+        del module.__dict__[ATTRIBUTE]
 
 
 def state_of(module: nn.Module) -> LayerState | None:
@@ -137,11 +121,14 @@ def applied_rotations(layer: nn.Module, part: str) -> Sequence[Rotation]:
     return [rotation for rotation in found if rotation is not None]
 
 
-def remember(layer: nn.Module, cached: Cached) -> None:
-    """Let the next token be rotated by this R, that of the only rotation which is applied to the layer."""
-    state: Any = state_of(layer)
-    (name,), adapters = state.active, layer._modules["oft_R"]
-    state.quick = Quick(cached, adapters[name], name, adapters)  # type: ignore[index]
+def remember(layer: nn.Module, rotation: Rotation, x: Tensor) -> None:
+    """Where x is a single vector, let the next one be rotated by the R that it was rotated by: that of the only rotation
+    which is applied to the layer, whose blocks are not shared."""
+    cached, state = rotation.cached, state_of(layer)
+    is_vector = x.numel() == rotation.fan_in and len(rotation.weight) == rotation.blocks
+    if is_vector and cached is not None and state is not None:
+        cached.expect(state.active[0], x)
+        state.quick = cached
 
 
 def rotated_weight(layer: nn.Module, part: str, weight: Tensor, side: Side = "input") -> Tensor:
