@@ -16,7 +16,7 @@ from lightning_oft.codecs import whole
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.state import rotations_of, state_of
 from lightning_oft.model import saved_modules, traversal
-from lightning_oft.model.fingerprint import base_fingerprint, changed_bases, trained_beside
+from lightning_oft.model.fingerprint import base_fingerprint, changed_bases, each_read_once, trained_beside
 from lightning_oft.model.mergeable import OFFLOADED, report_untrained
 from lightning_oft.model.targets import matches, saved_names
 from lightning_oft.model.traversal import Modules, adapted, is_inside, joined, own_tensors, some
@@ -142,8 +142,9 @@ def take(model: nn.Module, adapter_name: str = "default") -> AdapterState:
     if absent:
         what = f"the rotations of {some(absent)} are on the meta device, not loaded or offloaded"
         raise ValueError(f"{what}; {OFFLOADED}")
-    _report_left_out(modules, adapter_name)
-    state = describe(modules, adapter_name, copied)
+    with each_read_once():
+        _report_left_out(modules, adapter_name)
+        state = describe(modules, adapter_name, copied)
     generators = state.generators()
     scales = {joined(name, part): one for name, own in state.layers.items() for part, one in own.magnitudes.items()}
     found = {name: [one, *([scales[name]] if name in scales else [])] for name, one in generators.items()}

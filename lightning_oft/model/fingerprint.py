@@ -1,8 +1,10 @@
 """Fingerprints: which base weight an adapter was trained on, told in a few bytes."""
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +15,35 @@ from lightning_oft.layers.state import LayerState, Record, make_record, record_o
 from lightning_oft.model.saved_modules import saved_tensors
 from lightning_oft.model.traversal import Modules, adapted, joined, own_tensors, tensor_of
 
+_known: ContextVar[dict[int, tuple[Tensor, str | None]] | None] = ContextVar("_known", default=None)
+
+
+@contextlib.contextmanager
+def each_read_once() -> Iterator[None]:
+    """Within, nobody writes to the model's parameters, and each is read for its fingerprint once."""
+    if _known.get() is not None:
+        yield
+        return
+    before = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(before)
+
 
 def fingerprint(weight: Tensor | None, storage: str | None = None) -> str | None:
     """A short digest of a weight, `float32:9f2c...`: of its shape and 1,024 entries rounded to bfloat16, so that a
     base loaded in bfloat16 is recognised; `int8-float32-cpu:9f2c...` of what a quantized weight stands for on a
     device, since another one may round it otherwise. None where the entries cannot be read (meta, packed or sharded)."""
+    known = _known.get() if storage is None and isinstance(weight, nn.Parameter) else None
+    if known is None or weight is None:
+        return _read(weight, storage)
+    if id(weight) not in known:
+        known[id(weight)] = weight, _read(weight)  # the weight too, so that no other can have its id
+    return known[id(weight)][1]
+
+
+def _read(weight: Tensor | None, storage: str | None = None) -> str | None:
     if weight is None or type(weight.data) is not Tensor or not weight.is_floating_point():
         return None
     if weight.is_meta or weight.numel() == 0:

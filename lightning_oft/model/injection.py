@@ -36,7 +36,8 @@ def inject(model: Any, config: OFTConfig, adapter_name: str = "default") -> list
     plan = plan_injection(modules, config, adapter_name)
     if adapter_name not in adapter_names(modules):
         report_names(modules, config, plan.layers)
-    names = carry_out(modules, plan)
+    with fingerprint.each_read_once():
+        names = carry_out(modules, plan)
     first_forward.watch(modules)
     return names
 

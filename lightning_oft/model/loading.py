@@ -45,21 +45,22 @@ def put(
         what = f"the model has another adapter {name!r} already, {difference}"
         raise AdapterError(f"{what}; call unload(model) first, or load it under another adapter_name")
     prints = {joined(place.root, layer): value for layer, value in state.fingerprints.items()}
-    if not ignore_mismatched_base and (changed := fingerprint.other_bases(modules, prints)):
-        what = f"the adapter was trained on another base, {some(changed)} differ"
-        raise AdapterError(f"{what}; load the base it was trained on, or set ignore_mismatched_base=True")
-    if not is_there:
-        plan = Plan(name, state.config, place.layers, [(one.module, one.key) for one in place.saved.values()])
-        check(modules, plan)
-        torn = _torn(modules, place)
-        for trained in torn:  # it gets memory of its own: what it shared it with keeps its values
-            module, key, _ = place.saved[trained]
-            tensor = module.get_parameter(key)
-            module._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
-        if torn:
-            log.warning("load: %s shared a weight with another module; it has a copy of its own now", some(torn))
-        injection.carry_out(modules, plan)
-        first_forward.watch(modules)
+    with fingerprint.each_read_once():
+        if not ignore_mismatched_base and (changed := fingerprint.other_bases(modules, prints)):
+            what = f"the adapter was trained on another base, {some(changed)} differ"
+            raise AdapterError(f"{what}; load the base it was trained on, or set ignore_mismatched_base=True")
+        if not is_there:
+            plan = Plan(name, state.config, place.layers, [(one.module, one.key) for one in place.saved.values()])
+            check(modules, plan)
+            torn = _torn(modules, place)
+            for trained in torn:  # it gets memory of its own: what it shared it with keeps its values
+                module, key, _ = place.saved[trained]
+                tensor = module.get_parameter(key)
+                module._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+            if torn:
+                log.warning("load: %s shared a weight with another module; it has a copy of its own now", some(torn))
+            injection.carry_out(modules, plan)
+            first_forward.watch(modules)
     present, saved = rotations(modules, name), {id(one.tensor): one for one in saved_tensors(modules)}
     values: list[tuple[Tensor, Tensor]] = [(present[key].weight, value) for key, value in place.generators.items()]
     for at, rotation in present.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_oft import AdapterState, OFTConfig, inject, merge, oft_layers, set_adapter, unload, unmerge
 from lightning_oft.layers import rotations_of
-from lightning_oft.model import put, take
+from lightning_oft.model import fingerprint, put, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:block sizes adjusted", "ignore:adapter .* is not active")
 OPTIONS: dict[str, Any] = {"oft_block_size": 4, "target_modules": ["conv", "fc"], "modules_to_save": ["head"]}
@@ -138,6 +139,26 @@ def test_an_adapter_belongs_to_the_base_that_it_turns_now(change: Callable[[nn.M
 def test_a_base_that_was_cast_is_the_same_base(dtype: torch.dtype) -> None:
     model, state = _trained()
     assert take(model.to(dtype)).fingerprints == state.fingerprints
+
+
+def test_putting_and_taking_read_each_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, state = _trained()
+    plain, read = fingerprint._read, Counter[int]()
+
+    def counted(weight: Any, storage: str | None = None) -> str | None:
+        read[id(weight)] += isinstance(weight, nn.Parameter)
+        return plain(weight, storage)
+
+    monkeypatch.setattr(fingerprint, "_read", counted)
+    model = _base()
+    for call in (lambda: put(model, state), lambda: take(model)):
+        read.clear()
+        call()
+        assert read[id(model.conv.weight)] == read[id(model.fc.weight)] == max(read.values()) == 1
+    with torch.no_grad():  # and what was read is not remembered
+        model.fc.weight.data[0] += 1
+    with pytest.warns(UserWarning, match=r"weights of fc have changed"):
+        assert take(model).fingerprints["fc"] != state.fingerprints["fc"]
 
 
 @pytest.mark.parametrize(("name", "is_merged"), [("norm", False), ("fc.bias", False), ("norm", True)])
