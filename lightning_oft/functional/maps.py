@@ -99,11 +99,12 @@ def _six_parts(q: Tensor, eye: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _six_terms_backward(grad: Tensor, q: Tensor, m: Tensor, u: Tensor) -> Tensor:
+    """In as few new matrices as it takes: on a CPU each costs as much as half a product."""
     du = torch.baddbmm(grad, m.mT, grad)
-    dm = torch.baddbmm(torch.bmm(grad, u.mT), q, du, alpha=-1)  # Q^T = -Q
-    dq = torch.baddbmm(grad + dm, du, m.mT)
+    dm = torch.bmm(grad, u.mT).baddbmm_(q, du, alpha=-1)  # Q^T = -Q
     # Of dM Q + Q dM the skew part, which alone counts, is that of Q (dM + dM^T).
-    return dq.baddbmm_(q, dm + dm.mT, alpha=-1)
+    symmetric = dm + dm.mT
+    return dm.add_(grad).baddbmm_(du, m.mT).baddbmm_(q, symmetric, alpha=-1)
 
 
 def _exact(q: Tensor, eye: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ def _require_same(ctx: Any, places: Sequence[int]) -> None:
 
 def _matrices(ctx: Any, parts: tuple[Tensor, ...], places: Sequence[int]) -> tuple[Tensor, ...]:
     """R of each of the generators at these places."""
-    r = parts[0] if ctx.is_exact else torch.baddbmm(parts[0] + parts[2], *parts[1:])
+    r = parts[0] if ctx.is_exact else (parts[0] + parts[2]).baddbmm_(*parts[1:])
     return torch.split(r.to(ctx.dtype), [len(ctx.generators[place]) for place in places])
 
 

@@ -12,7 +12,7 @@ from torch._C import _get_tracing_state
 
 from lightning_oft import functional
 
-_TOGETHER = {"cpu": 3 * 2**17, "cuda": 2**21}
+_TOGETHER = {"cpu": 9 * 2**15, "cuda": 2**21}
 """Entries of R up to which modules are computed in one go, by kind of device (measured): on a CPU the matrices leave the
 caches beyond; on a GPU, where launching costs more than computing, they would take tens of MB."""
 _MANY = 100
