@@ -157,15 +157,17 @@ def is_plain(rotation: Any) -> bool:
 
 
 def _can_share(rotation: Any) -> bool:
-    """Whether R may be computed with others' now: nobody is called when its gradient is there, who would be called in each
-    backward of the others too."""
-    weight = rotation.weight
-    return is_plain(rotation) and not weight._backward_hooks and not weight._post_accumulate_grad_hooks
+    return is_plain(rotation) and not _is_heard(rotation.weight)
+
+
+def _is_heard(weight: Any) -> bool:
+    """Whether somebody is called when the gradient is there, who would be called in each backward of the others too."""
+    return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
 
 
 def recorded_matrix(rotation: Any, dtype: torch.dtype) -> Tensor:
     """R of a rotation that `is_plain`, (n or 1, b, b) in `dtype`, where gradients are recorded; differentiable."""
-    if rotation.shared is not None and _can_share(rotation):
+    if rotation.shared is not None and not _is_heard(rotation.weight):
         found: Tensor = rotation.shared.matrix(rotation, dtype)
         return found
     return functional.rotations_of([rotation.weight], rotation.block_size, rotation.terms, dtype, whole=True)[0]
