@@ -192,8 +192,8 @@ def share_maps(rotations: Iterable[tuple[Any, Any, Any]]) -> None:
 class Cached(functional.Snapshot):
     """R of a rotation, and what it was made from."""
 
-    __slots__ = ("_dtype", "_hooks", "_is_inference", "_kind", "_name", "_parameters", "_pre_hooks", "_rows",
-                 "_shape", "_size", "_weight", "matrix")  # fmt: skip
+    __slots__ = ("_dtype", "_hooks", "_is_inference", "_kind", "_name", "_number", "_pre_hooks", "_rows", "_shape",
+                 "_size", "_weight", "matrix")  # fmt: skip
 
     def __init__(self, rotation: Any, matrix: Tensor) -> None:
         weight = rotation.weight
@@ -201,8 +201,8 @@ class Cached(functional.Snapshot):
         self.matrix: Tensor | None = matrix
         self._dtype, self._is_inference = matrix.dtype, matrix.is_inference()
         self._weight, self._size = weight, weight.numel()
-        self._kind = weight.device.type
-        self._parameters = rotation._parameters  # and not the rotation, which keeps this: cycles keep memory
+        self._kind, self._number = weight.device.type, weight.get_device()
+        # And not the rotation, which keeps this: cycles keep memory.
         self._hooks, self._pre_hooks = rotation._forward_hooks, rotation._forward_pre_hooks
         self._rows = (rotation.blocks, 1, rotation.block_size)
 
@@ -243,8 +243,10 @@ class Cached(functional.Snapshot):
             or type(x) is not Tensor
             or x.shape != self._shape
             or x.dtype is not self._dtype
-            or rotation._parameters is not self._parameters
-            or self._parameters.get("weight") is not weight
+            or x.get_device() != self._number  # what hooks of accelerate's on the rotation would move
+            or rotation.__dict__.get("cached") is not self
+            or rotation._parameters.get("weight") is not weight
+            or weight.numel() != self._size
             or not self.is_of(weight)
             or self._hooks
             or self._pre_hooks

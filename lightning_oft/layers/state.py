@@ -129,6 +129,8 @@ def remember(layer: nn.Module, rotation: Rotation, x: Tensor) -> None:
     if is_vector and cached is not None and state is not None:
         cached.expect(state.active[0], x)
         state.quick = cached
+        if applied_rotations(layer, "") != (rotation,):  # another thread, or a hook, has changed that meanwhile
+            state.quick = None
 
 
 def rotated_weight(layer: nn.Module, part: str, weight: Tensor, side: Side = "input") -> Tensor:

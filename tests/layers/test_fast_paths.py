@@ -235,6 +235,28 @@ def _add(model: nn.Module) -> None:
     set_adapter(model, ["default", "other"])
 
 
+def _copied(layer: Any) -> None:
+    rotation = copy.copy(layer.oft_R["default"])
+    rotation.use_map(exact=True)
+    layer.oft_R["default"] = rotation
+
+
+def _cut(layer: Any) -> None:
+    weight = layer.oft_R["default"].weight
+    weight.data = weight.data[:1]
+
+
+def _late(model: Any) -> None:
+    """What is applied changes while a token is rotated."""
+
+    def change(rotation: Any, args: Any, output: Tensor) -> None:
+        hook.remove()
+        _add(model)
+
+    hook = model[0].oft_R["default"].register_forward_hook(change)
+    model(torch.ones(1, 1, 8))
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "data": lambda model: model[0].oft_R["default"].weight.data.mul_(3),
     "numpy": lambda model: model[0].oft_R["default"].weight.detach().numpy().__imul__(3),
@@ -246,6 +268,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "unloaded": lambda model: unload(model),
     "merged": lambda model: merge(model),
     "half": lambda model: model.bfloat16(),
+    "copied_rotation": lambda model: _copied(model[0]),
+    "cut": lambda model: _cut(model[0]),
+    "late": _late,
 }
 
 
@@ -269,7 +294,7 @@ def test_a_token_sees_every_change(change: str) -> None:
         several = model(y.expand(1, 3, 8))[:, :1]  # what no token's path has a part in
         for _ in range(4):
             torch.testing.assert_close(model(y), several)
-    if change not in ("merged", "unloaded", "map", "half"):
+    if change not in ("merged", "unloaded", "map", "half", "copied_rotation"):
         assert not torch.allclose(several, first[0], rtol=1e-3)
 
 

@@ -141,7 +141,7 @@ def test_a_base_that_was_cast_is_the_same_base(dtype: torch.dtype) -> None:
     assert take(model.to(dtype)).fingerprints == state.fingerprints
 
 
-def test_putting_and_taking_read_each_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_injecting_putting_and_taking_read_each_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
     _, state = _trained()
     plain, read = fingerprint._read, Counter[int]()
 
@@ -150,11 +150,16 @@ def test_putting_and_taking_read_each_weight_once(monkeypatch: pytest.MonkeyPatc
         return plain(weight, storage)
 
     monkeypatch.setattr(fingerprint, "_read", counted)
-    model = _base()
-    for call in (lambda: put(model, state), lambda: take(model)):
+    calls: list[Callable[[nn.Module], Any]] = [
+        lambda one: inject(one, OFTConfig(**OPTIONS)),
+        lambda one: put(one, state),
+        take,
+    ]
+    injected, model = _base(), _base()
+    for call, one in zip(calls, (injected, model, model), strict=True):
         read.clear()
-        call()
-        assert read[id(model.conv.weight)] == read[id(model.fc.weight)] == max(read.values()) == 1
+        call(one)
+        assert read[id(one.conv.weight)] == read[id(one.fc.weight)] == max(read.values()) == 1
     with torch.no_grad():  # and what was read is not remembered
         model.fc.weight.data[0] += 1
     with pytest.warns(UserWarning, match=r"weights of fc have changed"):
