@@ -99,7 +99,7 @@ def _six_parts(q: Tensor, eye: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _six_terms_backward(grad: Tensor, q: Tensor, m: Tensor, u: Tensor) -> Tensor:
-    """In as few new matrices as it takes: on a CPU each costs as much as half a product."""
+    """Gradient of Q, of which the skew part counts. In few new matrices, each of which costs a CPU up to half a product."""
     du = torch.baddbmm(grad, m.mT, grad)
     dm = torch.bmm(grad, u.mT).baddbmm_(q, du, alpha=-1)  # Q^T = -Q
     # Of dM Q + Q dM the skew part, which alone counts, is that of Q (dM + dM^T).

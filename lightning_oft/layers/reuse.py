@@ -157,6 +157,7 @@ def is_plain(rotation: Any) -> bool:
 
 
 def _can_share(rotation: Any) -> bool:
+    """Whether R may be computed with others' now."""
     return is_plain(rotation) and not _is_heard(rotation.weight)
 
 

@@ -21,9 +21,6 @@ _known: ContextVar[dict[int, tuple[Tensor, str | None]] | None] = ContextVar("_k
 @contextlib.contextmanager
 def each_read_once() -> Iterator[None]:
     """Within, nobody writes to the model's parameters, and each is read for its fingerprint once."""
-    if _known.get() is not None:
-        yield
-        return
     before = _known.set({})
     try:
         yield
