@@ -86,14 +86,15 @@ def draw(path: str | Path, environment: dict[str, Any], rows: Sequence[Row]) -> 
     mpl.use("agg")
     from matplotlib import pyplot
 
-    over = {True: [row for row in rows if row.medians().get(BASE)], False: []}
-    over[False] = [row for row in rows if not row.medians().get(BASE) and row.medians().get(OURS)]
-    height = 2.0 + 0.4 * max(len(over[True]), len(over[False]))
-    figure, axes = pyplot.subplots(1, 2, figsize=(18, height), layout="constrained")
-    for axis, reference in zip(axes, (BASE, OURS), strict=True):
-        _panel(axis, over[reference == BASE], reference, columns(rows))
+    over_base = [row for row in rows if row.medians().get(BASE)]
+    over_ours = [row for row in rows if not row.medians().get(BASE) and row.medians().get(OURS)]
+    panels = {name: own for name, own in ((BASE, over_base), (OURS, over_ours)) if own} or {BASE: []}
+    size = 9 * len(panels), 2.0 + 0.4 * max(map(len, panels.values()))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, (reference, own) in zip(axes[0], panels.items(), strict=True):
+        _panel(axis, own, reference, columns(rows))
         axis.set_title(f"over {reference} (log scale; less is better)")
-    axes[0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8)
     figure.suptitle(" · ".join(f"{key} {value}" for key, value in environment.items()), fontsize=8)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
@@ -105,6 +106,8 @@ def _panel(axis: Any, rows: Sequence[Row], reference: str, names: Sequence[str])
     labels = [f"{row.model}: {row.what}\n{row.clock}, {row.device} {row.dtype}" for row in rows]
     for column, name in enumerate(names):
         found = [(y, row) for y, row in enumerate(rows) if name in row.values and name != reference]
+        if not found:
+            continue
         for y, row in found:
             low, _, high = (value / row.medians()[reference] for value in quartiles(row.values[name]))
             axis.plot([low, high], [y + 0.08 * (column - 3)] * 2, color=f"C{column}", linewidth=1)
