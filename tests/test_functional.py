@@ -294,7 +294,7 @@ def _operators(action: Callable[[], Any]) -> dict[str, int]:
 def test_little_blocks_rotate_a_large_input_as_channels_of_images(
     n: int, b: int, rows: int, fewest_cores: int, cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(maths.products, "_SMALL", {})
+    monkeypatch.setattr(maths.products, "_SMALL_ON_CPU", 0)
     x = torch.randn(1, rows, n * b, requires_grad=True)
     r_nbb, upstream = torch.randn(n, b, b).div_(b**0.5).requires_grad_(), torch.randn_like(x)
     found: list[Tensor] = []

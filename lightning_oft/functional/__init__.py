@@ -39,9 +39,11 @@ from lightning_oft.functional.products import (
 )
 from lightning_oft.functional.tracing import (
     Snapshot,
+    address,
     constant_in_onnx,
     full_float32,
     is_alone,
+    is_autocast,
     is_recorded,
     is_traced,
     optimizer_steps,
@@ -53,6 +55,7 @@ __all__ = [
     "SERIES_TOLERANCE",
     "RotatedInput",
     "Snapshot",
+    "address",
     "angle_radius",
     "block_size_of",
     "cayley",
@@ -67,6 +70,7 @@ __all__ = [
     "has_kernel",
     "inverse",
     "is_alone",
+    "is_autocast",
     "is_recorded",
     "is_traced",
     "largest_angle",

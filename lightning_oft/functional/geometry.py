@@ -256,7 +256,7 @@ def error_bound(generator: Tensor, block_size: int, terms: int | None, halve_las
     if terms is None or generator.numel() == 0:
         return 0.0
     if not halve_last:
-        with full_float32(generator.device):
+        with full_float32(generator):
             return float(orthogonality_error(formula(generator, block_size, terms, halve_last)).max())
     norm = float(frobenius_norm(generator).max()) / 2**0.5
     if series_error(norm, terms) > SERIES_TOLERANCE:  # the exact norm costs more

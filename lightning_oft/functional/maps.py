@@ -28,7 +28,7 @@ def rotation_of(generator: Tensor, block_size: int, terms: int | None, halve_las
     """
     if has_kernel(terms, halve_last) and not is_traced(generator) and generator.numel() and not generator.is_meta:
         return rotations_of([generator], block_size, terms, generator.dtype)[0]
-    with full_float32(generator.device):
+    with full_float32(generator):
         return formula(generator, block_size, terms, halve_last)
 
 
@@ -51,7 +51,7 @@ def rotations_of(
         as often as one likes while the generators stay as they are, with or without `retain_graph`.
     """
     unrecorded = torch.no_grad() if torch.is_inference_mode_enabled() else NOTHING  # whatever was enabled within
-    with full_float32(generators[0].device), unrecorded:
+    with full_float32(generators[0]), unrecorded:
         is_large = block_size**2 * sum(map(len, generators)) >= _LARGE
         is_small = not is_large or (terms is None and dtype is generators[0].dtype)  # R alone, as products do
         keeps = not whole or (is_small and not is_checkpointed())
@@ -148,7 +148,7 @@ class _Map(torch.autograd.Function):
             return *_NO_GRADIENTS, *map(functools.partial(_differentiable, ctx), generators, grads)
         if not places:
             return *_NO_GRADIENTS, *grads
-        with full_float32(generators[0].device):
+        with full_float32(generators[0]):
             at, parts = ([*range(len(grads))], kept) if kept is not None else _parts_again(ctx, places)
             rows = [len(generators[place]) for place in at]
             pairs = zip([grads[place] for place in at], rows, strict=True)
@@ -208,7 +208,7 @@ class MatrixSource(NamedTuple):
         if again is not None and self.place in again[2]:
             return again[2][self.place]  # type: ignore[no-any-return]
         generators, terms = node.generators, None if node.is_exact else 6
-        with full_float32(generators[0].device):
+        with full_float32(generators[0]):
             if torch.is_grad_enabled():
                 return formula(generators[self.place], node.b, terms, True).to(node.dtype)
             now = _versions(generators)
@@ -251,7 +251,7 @@ def _differentiable(ctx: Any, generator: Tensor, grad: Tensor | None) -> Tensor 
     """The gradient of one generator by the plain formula, as something that can be differentiated."""
     if grad is None:
         return None
-    with torch.enable_grad(), full_float32(generator.device):
+    with torch.enable_grad(), full_float32(generator):
         r_nbb = formula(generator, ctx.b, None if ctx.is_exact else 6, True)
         (found,) = torch.autograd.grad(r_nbb, generator, grad.to(r_nbb.dtype), create_graph=True)
     return found

@@ -1,5 +1,6 @@
 """Products with block-diagonal rotations. Shapes: t rows, n blocks of size b, fan-in i = n*b, fan-out o."""
 
+import functools
 import math
 from typing import Any
 
@@ -12,10 +13,10 @@ from lightning_oft.functional.geometry import inverse_of_positive
 from lightning_oft.functional.maps import MatrixSource, identity
 from lightning_oft.functional.tracing import NOTHING, full_float32, is_recorded, is_traced, without_autocast
 
-_SMALL = {"cpu": 2**19, "cuda": 2**22}
-"""Numbers that are copied faster than it takes to avoid it, by kind of device: on a CPU torch multiplies blocks in a loop
-where their products shall lie as x does, and a Function in Python costs more than the operators that torch differentiates
-itself (measured, on a GPU with a step that waits for Python)."""
+_SMALL_ON_CPU, _SMALL_ON_GPU = 2**19, 2**22
+"""Numbers that are copied faster than it takes to avoid it: on a CPU torch multiplies blocks in a loop where their products
+shall lie as x does, and a Function in Python costs more than the operators that torch differentiates itself (measured, on a
+GPU with a step that waits for Python)."""
 _WIDE = 3 * 2**15
 """Entries of R, 3,072 inputs in blocks of 32, of a layer beside which a few operators are nothing."""
 _INVERSE = 4
@@ -35,8 +36,8 @@ def _is_small(x: Tensor, entries: int) -> bool:
     """Whether x had better be copied: not a single row, which lies either way as it shall, nor one that would be copied
     and kept already before the product, nor beside a layer, of so many entries of R, that takes so long that nothing is
     gained."""
-    is_small = x.shape[-1] < x.numel() <= _SMALL.get(x.device.type, 0)
-    return is_small and entries < _WIDE and x.is_contiguous()
+    most = _SMALL_ON_CPU if x.is_cpu else _SMALL_ON_GPU if x.is_cuda else 0
+    return x.shape[-1] < x.numel() <= most and entries < _WIDE and x.is_contiguous()
 
 
 def weight_is_cheaper(x: Tensor, weight: Tensor, block_size: int) -> bool:
@@ -55,14 +56,13 @@ def _rows_of_image(x: Tensor, block_size: int) -> int:
     so few lie in a core's first cache while all blocks are multiplied, where torch takes one block after another and for
     each all of x from memory. 0 where x had better be multiplied by torch."""
     is_fit = (
-        x.dtype is torch.float32
-        and x.device.type == "cpu"
+        x.is_cpu
+        and x.dtype is torch.float32
         and block_size <= _LITTLE_BLOCK
         and x.numel() >= _MANY_PIXELS
         and x.is_contiguous()
-        and torch.backends.mkldnn.enabled
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        and torch._C._get_mkldnn_enabled()
+        and _has_fast_convolutions()
     )
     if not is_fit:
         return 0
@@ -70,6 +70,12 @@ def _rows_of_image(x: Tensor, block_size: int) -> int:
     several = torch.get_num_threads() > 1
     found = next((one for one in _IMAGE if rows % one == 0), rows if several else 0)
     return found if several or found * _FEWEST_IMAGES <= rows else 0
+
+
+@functools.cache
+def _has_fast_convolutions() -> bool:
+    is_vectorized = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return is_vectorized and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 def _plain_product(x: Tensor, r_nbb: Tensor) -> Tensor:
@@ -94,7 +100,7 @@ def _product(x: Tensor, r_nbb: Tensor) -> Tensor:
 def _convolution(x: Tensor, r_nbb: Tensor, rows: int) -> Tensor:
     """The same with rows as pixels of images and blocks as groups of channels; neither R nor its transpose is copied."""
     n, b, _ = r_nbb.shape
-    pixels = x.view(-1, 1, rows, n * b).permute(0, 3, 1, 2)
+    pixels = x.as_strided((x.numel() // (rows * n * b), n * b, 1, rows), (rows * n * b, 1, rows * n * b, n * b))
     if r_nbb.is_contiguous():
         turned = torch.conv_transpose2d(pixels, r_nbb.view(n * b, b, 1, 1), groups=n)
     else:
@@ -125,7 +131,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, r_nbb: Tensor) -> Tensor:
         # With a separate setup_context torch binds the arguments by signature, at more cost than a small product.
         _keep(ctx, r_nbb, x)
-        with without_autocast(x.device):
+        with without_autocast(x):
             return _product(x, r_nbb)
 
     @staticmethod
@@ -135,7 +141,7 @@ class _Rotate(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = rotate(grads[0], r_nbb.mT)
         if ctx.needs_input_grad[1]:
-            with without_autocast(x.device):
+            with without_autocast(x):
                 grad_r = _outer(x, grads[0], r_nbb)
         return grad_x, grad_r
 
@@ -147,7 +153,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     fan_in = x.shape[-1] if x.dim() else 0
     if (fan_in != n * b) if n > 1 else (fan_in == 0 or fan_in % b != 0):
         raise ValueError(f"cannot rotate an input of shape {tuple(x.shape)}: its last dimension must be {n * b}")
-    without = without_autocast(x.device)
+    without = without_autocast(x)
     # Whether it is traced is asked first: a size that is compared becomes a condition of the traced code.
     if is_traced(x, rotation) or (without is NOTHING and _is_small(x, rotation.numel())):
         with without:
@@ -165,7 +171,7 @@ def rotate_weight(weight: Tensor, rotation: Tensor, out: Tensor | None = None) -
     product and its copy stay in a core's cache. Raises RuntimeError where the fan-in is not n*b.
     """
     blocks_onb = weight.view(weight.shape[0], -1, rotation.shape[-1])
-    with full_float32(weight.device):
+    with full_float32(weight):
         if rotation.shape[0] == 1:
             turned_onb = blocks_onb @ rotation[0].mT
         elif weight.numel() >= _MANY_ENTRIES and (rows := _rows_of_image(weight, rotation.shape[-1])):
@@ -203,7 +209,7 @@ class _RotatedLinear(torch.autograd.Function):
         grad, grad_bias = grads[0], None
         if ctx.needs_input_grad[3]:
             grad_bias = grad.flatten(0, -2).sum(0)
-        with without_autocast(x.device):
+        with without_autocast(x):
             if torch.is_grad_enabled():  # to be differentiated once more
                 through = grad @ weight
                 return rotate(through, r_nbb.mT), _outer(x, through, r_nbb), None, grad_bias
@@ -249,7 +255,7 @@ def rotated_linear(x: Tensor, rotation: Tensor, weight: Tensor, bias: Tensor | N
     Returns:
         (..., o). All of one floating dtype. Differentiable in x, R and the bias, as often as one likes.
     """
-    with without_autocast(x.device):
+    with without_autocast(x):
         if not is_recorded():
             return F.linear(x, _product(weight, rotation.mT), bias)
         return _RotatedLinear.apply(x, rotation, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
@@ -268,7 +274,7 @@ class RotatedInput(Tensor):
     @classmethod
     def of(cls, x: Tensor, rotation: Tensor) -> "RotatedInput":
         """x: (..., n*b), R: (n, b, b) or (1, b, b)."""
-        made = torch.empty(0).as_subclass(cls)
+        made = cls()
         made._x, made._r_nbb, made._product = x, rotation, None
         return made
 

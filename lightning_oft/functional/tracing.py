@@ -66,25 +66,31 @@ def _untraced(state: object) -> Iterator[None]:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast switched off on a device; nothing where it is off already, which saves 6 microseconds a call."""
-    kind = device.type
-    if kind in ("cpu", "cuda"):  # the meta device has none, and asking costs as much as knowing
-        if not torch.is_autocast_enabled(kind) and not torch.compiler.is_compiling():
-            return NOTHING
-    elif not torch.amp.is_autocast_available(kind):
+def is_autocast(like: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor. What asks between two large products finds neither its code nor its
+    objects in a cache, so one question comes first that needs no device."""
+    if (like.is_cpu or like.is_cuda) and not torch._C._is_any_autocast_enabled():  # which knows not of every device
+        return False
+    kind = like.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[object]:
+    """Autocast switched off on the device of a tensor; nothing where it is off already, which saves 6 microseconds a call."""
+    if not torch.compiler.is_compiling() and not is_autocast(like):
         return NOTHING
-    return torch.autocast(kind, enabled=False)
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else NOTHING
 
 
-def full_float32(device: torch.device) -> AbstractContextManager[object]:
-    """Neither autocast nor TF32: a rotation of a reduced mantissa is not orthogonal."""
-    return _without_tf32(device) if device.type == "cuda" else without_autocast(device)
+def full_float32(like: Tensor) -> AbstractContextManager[object]:
+    """Neither autocast nor TF32 on the device of a tensor: a rotation of a reduced mantissa is not orthogonal."""
+    return _without_tf32(like) if like.is_cuda else without_autocast(like)
 
 
 @contextlib.contextmanager
-def _without_tf32(device: torch.device) -> Iterator[None]:
-    with without_autocast(device):
+def _without_tf32(like: Tensor) -> Iterator[None]:
+    with without_autocast(like):
         matmul = torch.backends.cuda.matmul
         if torch.compiler.is_compiling() or not hasattr(matmul, "fp32_precision"):
             yield
@@ -111,7 +117,7 @@ def _owners_of_new(count: Callable[[int], int]) -> int:
     return 1 + count(new._cdata)
 
 
-_address: Any = getattr(torch._C, "_data_address", Tensor.data_ptr)
+address: Any = getattr(torch._C, "_data_address", Tensor.data_ptr)
 """Where a tensor's memory is. Reading `data_ptr()` counts as writing to memory that is copied on writing."""
 
 
@@ -146,13 +152,13 @@ class Snapshot:
         if _is_on_host(weight):
             self._copy = None if briefly else _shared_copy(weight)
             if self._copy is None:  # numpy would do too, and keep FSDP from freeing the storage
-                self._memory = (ctypes.c_char * weight.nbytes).from_address(_address(weight))
+                self._memory = (ctypes.c_char * weight.nbytes).from_address(address(weight))
                 self._copy = bytearray(self._memory)  # compares with a buffer by memcmp
-        self._address = _address(weight)
+        self._address = address(weight)
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether these are the generators as they were."""
-        if _address(weight) != self._address:  # of memory that was given back nothing is read
+        if address(weight) != self._address:  # of memory that was given back nothing is read
             return False
         return type(self._copy) is Tensor or self._copy == (self._memory or _identity(weight))
 
@@ -165,7 +171,7 @@ def _shared_copy(weight: Tensor) -> Tensor | None:
     """The generators in the same memory until somebody writes to theirs; None where torch cannot, and where arrays or
     other tensors have that memory already."""
     copied: Any = getattr(torch, "_lazy_clone", None)
-    if copied is None or _address is Tensor.data_ptr:
+    if copied is None or address is Tensor.data_ptr:
         return None
     if not is_alone(weight) or weight._use_count() > 1:  # type: ignore[attr-defined]
         return None
@@ -177,7 +183,7 @@ def _shared_copy(weight: Tensor) -> Tensor | None:
             found: Tensor = copied(weight.detach())
     except RuntimeError:  # memory that is not torch's own: numpy's, a file's, shared with other processes
         return None
-    return found if _address(found) == _address(weight) else None
+    return found if address(found) == address(weight) else None
 
 
 def _identity(weight: Tensor) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ def _should_rotate_weight(layer: nn.Module, rotation: nn.Module, x: Tensor) -> b
         and is_alone
         and functional.weight_is_cheaper(x, weight, rotation.block_size)  # type: ignore[arg-type]
         and x.dtype == weight.dtype
-        and not torch.is_autocast_enabled(x.device.type)
+        and not functional.is_autocast(x)
         and not _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
 

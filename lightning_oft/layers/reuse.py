@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, bmm, is_autocast_enabled, is_grad_enabled, nn
-from torch._C import _get_tracing_state
+from torch import Tensor, bmm, is_grad_enabled, nn
+from torch._C import _get_tracing_state, _is_any_autocast_enabled
 
 from lightning_oft import functional
+from lightning_oft.functional import address
 
 _TOGETHER = {"cpu": 9 * 2**15, "cuda": 2**21}
 """Entries of R up to which modules are computed in one go, by kind of device (measured): on a CPU the matrices leave the
@@ -193,8 +194,8 @@ def share_maps(rotations: Iterable[tuple[Any, Any, Any]]) -> None:
 class Cached(functional.Snapshot):
     """R of a rotation, and what it was made from."""
 
-    __slots__ = ("_dtype", "_hooks", "_is_inference", "_kind", "_name", "_number", "_pre_hooks", "_rows", "_shape",
-                 "_size", "_weight", "matrix")  # fmt: skip
+    __slots__ = ("_dtype", "_fan", "_hooks", "_is_inference", "_name", "_number", "_pre_hooks", "_rows", "_size",
+                 "_weight", "matrix")  # fmt: skip
 
     def __init__(self, rotation: Any, matrix: Tensor) -> None:
         weight = rotation.weight
@@ -202,10 +203,10 @@ class Cached(functional.Snapshot):
         self.matrix: Tensor | None = matrix
         self._dtype, self._is_inference = matrix.dtype, matrix.is_inference()
         self._weight, self._size = weight, weight.numel()
-        self._kind, self._number = weight.device.type, weight.get_device()
+        self._number = weight.get_device()
         # And not the rotation, which keeps this: cycles keep memory.
         self._hooks, self._pre_hooks = rotation._forward_hooks, rotation._forward_pre_hooks
-        self._rows = (rotation.blocks, 1, rotation.block_size)
+        self._fan, self._rows = rotation.fan_in, (rotation.blocks, 1, rotation.block_size)
 
     def forget(self) -> None:
         """Serve nobody any more, whoever has it, and keep no memory."""
@@ -224,13 +225,13 @@ class Cached(functional.Snapshot):
             and self.is_of(weight)
         )
 
-    def expect(self, adapter_name: str, x: Tensor) -> None:
-        """Be asked for more vectors of the shape of x, which this adapter alone rotates."""
-        self._name, self._shape = adapter_name, x.shape
+    def expect(self, adapter_name: str) -> None:
+        """Be asked for single vectors, which this adapter alone rotates."""
+        self._name = adapter_name
 
     def vector(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """x . blockdiag(R) without gradients, of the next token of a generation; None where x is not as expected, R does
-        not serve, or that is not all there is to do.
+        """x . blockdiag(R) without gradients, of the next token of a generation; None where x is no such vector, R does not
+        serve, or that is not all there is to do.
 
         All is asked here, of few objects, even where `serves` and `is_traced` ask it too: from one layer to the next the
         caches have lost what Python reads, and the look-ups of a token cost more than its product. A shallow copy of
@@ -238,22 +239,23 @@ class Cached(functional.Snapshot):
         matrix, weight, adapters = self.matrix, self._weight, layer._modules.get("oft_R")
         rotation: Any = adapters._modules.get(self._name) if adapters is not None else None
         if (
-            matrix is None
+            type(x) is not Tensor
+            or x.numel() != self._fan
+            or matrix is None
             or rotation is None
             or is_grad_enabled()
-            or type(x) is not Tensor
-            or x.shape != self._shape
             or x.dtype is not self._dtype
             or x.get_device() != self._number  # what hooks of accelerate's on the rotation would move
             or rotation.__dict__.get("cached") is not self
             or rotation._parameters.get("weight") is not weight
             or weight.numel() != self._size
-            or not self.is_of(weight)
+            or address(weight) != self._address
+            or (type(self._copy) is not Tensor and not self.is_of(weight))
             or self._hooks
             or self._pre_hooks
             or (rotation.dropout and rotation.training)
-            or is_autocast_enabled(self._kind)
+            or _is_any_autocast_enabled()
             or _get_tracing_state() is not None
         ):
             return None
-        return bmm(x.view(self._rows), matrix).view_as(x)  # another thread may expect another shape
+        return bmm(x.view(self._rows), matrix).view_as(x)

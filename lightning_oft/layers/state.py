@@ -126,8 +126,9 @@ def remember(layer: nn.Module, rotation: Rotation, x: Tensor) -> None:
     which is applied to the layer, whose blocks are not shared."""
     cached, state = rotation.cached, state_of(layer)
     is_vector = x.numel() == rotation.fan_in and len(rotation.weight) == rotation.blocks
-    if is_vector and cached is not None and state is not None:
-        cached.expect(state.active[0], x)
+    knows_autocast = x.is_cpu or x.is_cuda  # torch's one question for all devices leaves some out
+    if is_vector and knows_autocast and cached is not None and state is not None:
+        cached.expect(state.active[0])
         state.quick = cached
         if applied_rotations(layer, "") != (rotation,):  # another thread, or a hook, has changed that meanwhile
             state.quick = None

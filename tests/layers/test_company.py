@@ -83,7 +83,7 @@ def test_modules_after_each_other_train_as_each_by_itself(
 ) -> None:
     loss, first, last = ROWS[case]
     monkeypatch.setattr(functional.maps, "_LARGE", large)
-    monkeypatch.setattr(functional.products, "_SMALL", {})
+    monkeypatch.setattr(functional.products, "_SMALL_ON_CPU", 0)
     together, apart = (_blocks(shared).to(dtype) for shared in (True, False))
     sizes = computed_maps(monkeypatch)
     for step in range(4):
@@ -198,7 +198,7 @@ def test_a_gradient_with_a_graph_leaves_the_others_theirs(large: int, monkeypatc
 def test_what_a_checkpoint_computes_again_is_of_the_generators_as_they_are(
     exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functional.products, "_SMALL", {})
+    monkeypatch.setattr(functional.products, "_SMALL_ON_CPU", 0)
     found = []
     for twice in (True, False):
         model, x = _blocks(use_cayley_neumann=not exact).bfloat16(), torch.ones(5, 8).bfloat16().requires_grad_()

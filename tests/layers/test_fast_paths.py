@@ -173,7 +173,7 @@ def test_what_is_computed_again_is_what_would_have_been_kept(
     loss: Loss, exact: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, x = [], torch.randn(50, 8, dtype=dtype)
-    monkeypatch.setattr(functional.products, "_SMALL", {})
+    monkeypatch.setattr(functional.products, "_SMALL_ON_CPU", 0)
     for large in (2**18, 0):
         monkeypatch.setattr(functional.maps, "_LARGE", large)
         model, own = _model(use_cayley_neumann=not exact), x.clone().requires_grad_()
@@ -186,7 +186,7 @@ def test_what_is_computed_again_is_what_would_have_been_kept(
 def test_of_large_maps_no_copy_is_kept(dtype: torch.dtype, matrices: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 R is kept by the products, in half precision it is computed once more for all of a map."""
     monkeypatch.setattr(functional.maps, "_LARGE", 0)
-    monkeypatch.setattr(functional.products, "_SMALL", {})
+    monkeypatch.setattr(functional.products, "_SMALL_ON_CPU", 0)
     model, x = _model().to(dtype), torch.randn(5, 8, dtype=dtype)
     kept: dict[int, int] = {}
 
@@ -337,7 +337,7 @@ def _linear(rows: int = 80) -> tuple[nn.Sequential, Tensor]:
 @pytest.fixture
 def by_weight(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Calls in which the weight was rotated; no input is small."""
-    monkeypatch.setattr(functional.products, "_SMALL", {})
+    monkeypatch.setattr(functional.products, "_SMALL_ON_CPU", 0)
     calls: list[int] = []
     plain = functional.RotatedInput.of.__func__  # type: ignore[attr-defined]
 
