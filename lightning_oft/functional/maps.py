@@ -4,6 +4,7 @@ Where torch.compile or torch.func look on, and for derivatives of derivatives, t
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -107,6 +108,16 @@ def _six_terms_backward(grad: Tensor, q: Tensor, m: Tensor, u: Tensor) -> Tensor
     return dm.add_(grad).baddbmm_(du, m.mT).baddbmm_(q, symmetric, alpha=-1)
 
 
+def inverse_transposed(r_nbb: Tensor) -> Tensor:
+    """R^-T of any invertible R, (n, b, b), float32 or wider; asks how far R is from a rotation, which waits for the device."""
+    off = torch.baddbmm(identity(r_nbb), r_nbb.mT, r_nbb, beta=-1)
+    # R^-T = R (I + off)^-1, to which R (I - off) is equal but for off^2.
+    if torch.linalg.vector_norm(off, math.inf).tolist() * len(off[0]) < torch.finfo(r_nbb.dtype).eps ** 0.5:
+        return torch.baddbmm(r_nbb, r_nbb, off, alpha=-1)
+    inverted: Tensor = torch.linalg.inv_ex(r_nbb)[0]
+    return inverted.mT
+
+
 def _exact(q: Tensor, eye: Tensor) -> Tensor:
     if q.is_cuda:
         return cayley(q)
@@ -131,7 +142,8 @@ class _Map(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.b, ctx.is_exact, ctx.generators, ctx.keeps, ctx.dtype = b, is_exact, generators, keeps, dtype
-        ctx.is_spent, ctx.kept, ctx.left, ctx.again = False, None, {*range(len(generators))}, None
+        ctx.is_spent, ctx.kept, ctx.left = False, None, {*range(len(generators))}
+        ctx.again = ctx.inverses = None
         # A checkpoint computes with generators as they are then, as with any other weight.
         ctx.versions = None if is_checkpointed() else _versions(generators)
         parts = _parts(ctx, range(len(generators)))
@@ -165,7 +177,7 @@ def _kept_parts(ctx: Any, places: Sequence[int]) -> Any:
     """What was kept, for the rotations at these places; None where nothing was, or all have been through a backward.
     Rotations may meet in several, and autograd lets go of what it saved in the first."""
     parts = ctx.kept if ctx.is_spent or not ctx.keeps else ctx.saved_tensors
-    ctx.is_spent = True
+    ctx.is_spent, ctx.inverses = True, None
     ctx.left.difference_update(places)
     ctx.kept = parts if ctx.left else None
     return parts
@@ -194,11 +206,33 @@ class MatrixSource(NamedTuple):
 
     @classmethod
     def of(cls, r_nbb: Tensor) -> "MatrixSource | None":
-        """That of an R which is a copy in another precision and not worth keeping; None for any other."""
+        """That of an R as its map gave it; None for any other."""
         node: Any = r_nbb.grad_fn
-        if getattr(node, "_forward_cls", None) is not _Map or node.keeps or node.dtype == node.generators[0].dtype:
+        return cls(node, r_nbb.output_nr) if getattr(node, "_forward_cls", None) is _Map else None
+
+    @property
+    def computes_again(self) -> bool:
+        """Whether R is a copy in another precision and not worth keeping."""
+        return not self.node.keeps and self.is_copy
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether R has another precision than its generator."""
+        return self.node.dtype is not self.node.generators[0].dtype
+
+    def inverse(self) -> Tensor | None:
+        """R^-T, (n, b, b), computed with all those of the map when the first of them is asked for; None where R is a copy, on
+        a GPU, or the map has not kept what it was made of."""
+        node = self.node
+        # What an activation checkpoint keeps may be read only once.
+        if self.is_copy or not node.keeps or node.versions is None or node.generators[0].is_cuda:
             return None
-        return cls(node, r_nbb.output_nr)
+        if node.inverses is None:
+            parts = node.kept if node.is_spent else node.saved_tensors
+            if parts is None:
+                return None
+            node.inverses = _apart(node, inverse_transposed(_joint(node, parts)), range(len(node.generators)))
+        return node.inverses[self.place]  # type: ignore[no-any-return]
 
     def matrix(self) -> Tensor:
         """R once more, computed together with those of its map; differentiable where gradients are recorded."""
@@ -226,10 +260,19 @@ def _require_same(ctx: Any, places: Sequence[int]) -> None:
         raise RuntimeError(f"generators of a rotation were changed between its forward and its {which}")
 
 
+def _joint(ctx: Any, parts: tuple[Tensor, ...]) -> Tensor:
+    """R of all blocks whose parts these are."""
+    return parts[0] if ctx.is_exact else (parts[0] + parts[2]).baddbmm_(*parts[1:])
+
+
+def _apart(ctx: Any, joint_nbb: Tensor, places: Sequence[int]) -> tuple[Tensor, ...]:
+    """The blocks of each of the generators at these places."""
+    return torch.split(joint_nbb, [len(ctx.generators[place]) for place in places])
+
+
 def _matrices(ctx: Any, parts: tuple[Tensor, ...], places: Sequence[int]) -> tuple[Tensor, ...]:
     """R of each of the generators at these places."""
-    r = parts[0] if ctx.is_exact else (parts[0] + parts[2]).baddbmm_(*parts[1:])
-    return torch.split(r.to(ctx.dtype), [len(ctx.generators[place]) for place in places])
+    return _apart(ctx, _joint(ctx, parts).to(ctx.dtype), places)
 
 
 def _versions(generators: Sequence[Tensor]) -> list[int]:

@@ -1,7 +1,6 @@
 """Products with block-diagonal rotations. Shapes: t rows, n blocks of size b, fan-in i = n*b, fan-out o."""
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lightning_oft.functional.geometry import inverse_of_positive
-from lightning_oft.functional.maps import MatrixSource, identity
+from lightning_oft.functional.maps import MatrixSource, inverse_transposed
 from lightning_oft.functional.tracing import NOTHING, full_float32, is_recorded, is_traced, without_autocast
 
 _SMALL_ON_CPU, _SMALL_ON_GPU = 2**19, 2**22
@@ -117,11 +116,12 @@ def _outer(x: Tensor, grad: Tensor, r_nbb: Tensor) -> Tensor:
 def _keep(ctx: Any, r_nbb: Tensor, *tensors: Tensor) -> None:
     """Keep tensors for the backward, and R last where its map does not compute it again."""
     ctx.source = MatrixSource.of(r_nbb)
-    ctx.save_for_backward(*tensors, *(() if ctx.source else (r_nbb,)))
+    ctx.computes_again = ctx.source is not None and ctx.source.computes_again
+    ctx.save_for_backward(*tensors, *(() if ctx.computes_again else (r_nbb,)))
 
 
 def _kept(ctx: Any) -> tuple[Tensor, ...]:
-    return (*ctx.saved_tensors, ctx.source.matrix()) if ctx.source else ctx.saved_tensors
+    return (*ctx.saved_tensors, ctx.source.matrix()) if ctx.computes_again else ctx.saved_tensors
 
 
 class _Rotate(torch.autograd.Function):
@@ -217,7 +217,8 @@ class _RotatedLinear(torch.autograd.Function):
             if not ctx.needs_input_grad[1]:
                 return grad_x, None, None, grad_bias
             # x^T (grad W) = x^T (grad W') R^-T, for grad W' = grad W R^T is at hand.
-            grad_r = _times_inverse(_outer(x, grad_x, r_nbb), r_nbb)
+            outer, inverted = _outer(x, grad_x, r_nbb), ctx.source.inverse() if ctx.source else None
+            grad_r = _times_inverse(outer, r_nbb) if inverted is None else torch.bmm(outer, inverted)
         return grad_x, grad_r, None, grad_bias
 
 
@@ -227,12 +228,8 @@ def _times_inverse(outer: Tensor, r_nbb: Tensor) -> Tensor:
         return positive_times_inverse(outer, r_nbb)
     wide = torch.float64 if outer.dtype == torch.float64 else torch.float32
     outer_nbb, r = outer.to(wide), r_nbb.to(wide)
-    if type(outer) is Tensor and outer.device.type == "cpu" and outer.numel() <= _FEW:
-        off = torch.baddbmm(identity(r), r.mT, r, beta=-1)
-        # R^-T = R (I + off)^-1, to which R (I - off) is equal but for off^2.
-        if torch.linalg.vector_norm(off, math.inf).tolist() * len(off[0]) < torch.finfo(wide).eps ** 0.5:
-            turned = torch.bmm(outer_nbb, r)
-            return torch.baddbmm(turned, turned, off, alpha=-1).to(outer.dtype)
+    if type(outer) is Tensor and outer.is_cpu and outer.numel() <= _FEW:
+        return torch.bmm(outer_nbb, inverse_transposed(r)).to(outer.dtype)
     solved: Tensor = torch.linalg.solve_ex(r, outer_nbb.mT)[0]
     return solved.mT.to(outer.dtype)
 
@@ -274,7 +271,7 @@ class RotatedInput(Tensor):
     @classmethod
     def of(cls, x: Tensor, rotation: Tensor) -> "RotatedInput":
         """x: (..., n*b), R: (n, b, b) or (1, b, b)."""
-        made = cls()
+        made = torch.empty(0).as_subclass(cls)
         made._x, made._r_nbb, made._product = x, rotation, None
         return made
 
