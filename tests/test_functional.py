@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -511,6 +512,33 @@ def test_the_gradient_of_r_by_way_of_a_rotated_weight_is_right_for_any_r(
     through = (upstream.double() @ weight.double()).view(9, 3, 8)
     expected = torch.einsum("tnb,tnc->nbc", x.double().view(9, 3, 8), through)
     assert float((ours - expected).norm() / expected.norm()) < bound
+
+
+@pytest.mark.parametrize("terms", [6, None])
+@pytest.mark.parametrize("size", [0.02, 0.3], ids=["near", "far"])
+def test_the_inverses_of_one_map_are_computed_once_for_all(size: float, terms: int | None) -> None:
+    """Far, the series is no rotation, and LAPACK inverts it."""
+    generators = [(size * torch.randn(n, 28)).requires_grad_() for n in (2, 3, 1)]
+    xs, weights = ([torch.randn(t, 8 * n) for n in (2, 3, 1)] for t in (9, 7))
+    upstream = torch.randn(9, 7)
+    *turned, _ = maths.rotations_of(generators, 8, terms, torch.float32)  # the last one reaches no loss
+    outputs = [maths.rotated_linear(x.requires_grad_(), r, w) for x, r, w in zip(xs, turned, weights, strict=False)]
+    found: list[Tensor] = []
+    step = functools.partial(torch.autograd.grad, outputs, generators[:2], [upstream] * 2)
+    counts = _operators(lambda: found.extend(step(retain_graph=True)))
+    assert counts["aten::linalg_vector_norm"] == 1
+    exact = [generator.detach().double().requires_grad_() for generator in generators[:2]]
+    plain = []
+    for x, generator, weight in zip(xs, exact, weights, strict=False):
+        q = maths.skew(generator, 8)
+        r_nbb = maths.cayley(q) if terms is None else maths.cayley_neumann(q, terms)
+        blocks = x.detach().double().view(9, -1, 1, 8) @ r_nbb
+        plain.append(blocks.reshape(9, -1) @ weight.double().mT)
+    for ours, again, theirs in zip(
+        found, step(), torch.autograd.grad(plain, exact, [upstream.double()] * 2), strict=True
+    ):
+        assert torch.equal(ours, again)
+        assert float((ours - theirs).norm() / theirs.norm()) < 2e-5  # of float32
 
 
 def test_a_rotated_weight_is_differentiated_twice() -> None:

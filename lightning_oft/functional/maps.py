@@ -221,11 +221,11 @@ class MatrixSource(NamedTuple):
         return self.node.dtype is not self.node.generators[0].dtype
 
     def inverse(self) -> Tensor | None:
-        """R^-T, (n, b, b), computed with all those of the map when the first of them is asked for; None where R is a copy, on
-        a GPU, or the map has not kept what it was made of."""
+        """R^-T, (n, b, b), computed with all those of the map when the first of them is asked for; None where R is a copy,
+        not on a CPU, or the map has not kept what it was made of."""
         node = self.node
         # What an activation checkpoint keeps may be read only once.
-        if self.is_copy or not node.keeps or node.versions is None or node.generators[0].is_cuda:
+        if self.is_copy or not node.keeps or node.versions is None or not node.generators[0].is_cpu:
             return None
         if node.inverses is None:
             parts = node.kept if node.is_spent else node.saved_tensors
