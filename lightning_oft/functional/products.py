@@ -19,9 +19,9 @@ GPU with a step that waits for Python)."""
 _WIDE = 3 * 2**15
 """Entries of R, 3,072 inputs in blocks of 32, of a layer beside which a few operators are nothing."""
 _INVERSE = 4
-"""Half of what R^-T takes on a CPU, in products of a block with as many rows as it has (measured)."""
+"""Half of what R^-T of a layer by itself takes on a CPU, in products of a block with as many rows as it has (measured)."""
 _FEW = 3 * 2**13
-"""Entries of R, 768 inputs in blocks of 32, up to which R^-T is worth a few operators more: so small layers share a map."""
+"""Entries of R, 768 inputs in blocks of 32, up to which R^-T of a layer by itself is worth a few operators more."""
 _HEAVY = 2**20
 """Entries of a weight that takes a GPU longer than being told of a dozen operators."""
 _LITTLE_BLOCK, _MANY_PIXELS, _MANY_ENTRIES = 32, 2**17, 3 * 2**17
