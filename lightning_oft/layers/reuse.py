@@ -1,5 +1,6 @@
 """R that need not be computed: made together with those of the layers beside, or kept from the last forward."""
 
+import functools
 import itertools
 import threading
 import weakref
@@ -18,6 +19,9 @@ _TOGETHER = {"cpu": 9 * 2**15, "cuda": 2**21}
 caches beyond; on a GPU, where launching costs more than computing, they would take tens of MB."""
 _MANY = 100
 """Optimizer steps after which no graph of before is waiting for its backward."""
+
+_LEARNT_FROM = 2**25 - 2**16
+"""Bytes of the largest block that glibc learns from, nearly."""
 
 
 class _Waiting(NamedTuple):
@@ -178,6 +182,7 @@ def recorded_matrix(rotation: Any, dtype: torch.dtype) -> Tensor:
 def share_maps(rotations: Iterable[tuple[Any, Any, Any]]) -> None:
     """Let rotations of one block size share their map. Takes (series, module, rotation): those of one module share it, and
     those of the modules of a series, which stand in the order in which they are called."""
+    _keep_freed_memory()
     found: dict[Any, dict[Any, list[Any]]] = {}
     for series, module, rotation in rotations:
         modules = found.setdefault((series, rotation.block_size, rotation.halve_last), {})
@@ -189,6 +194,13 @@ def share_maps(rotations: Iterable[tuple[Any, Any, Any]]) -> None:
         for one in maps:
             for member in one.members.values():
                 member.shared = one if len(maps) > 1 or len(one.members) > 1 else None
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let glibc's malloc keep what a step frees. It learns from the largest block that was freed so far how much to give
+    back to the kernel; if that is a matrix of a map, each step asks the kernel for a thousand pages anew (measured)."""
+    torch.empty(_LEARNT_FROM, dtype=torch.uint8)
 
 
 class Cached(functional.Snapshot):

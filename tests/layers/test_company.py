@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -298,3 +301,27 @@ def test_inference_mode_records_nothing_whatever_is_enabled_within(training: boo
         with torch.inference_mode(), torch.enable_grad():
             torch.testing.assert_close(model.run(x), expected)
         torch.testing.assert_close(model.run(x), expected)
+
+
+FAULTS = """
+import resource
+import torch
+from torch import nn
+from lightning_oft import OFTConfig, inject
+inject(nn.Sequential(nn.Linear(8, 8)), OFTConfig(oft_block_size=4, target_modules="all-linear"))
+def step():
+    matrices = [torch.ones(2_000_000) for _ in range(6)]
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.subprocess
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries for C keep memory in other ways")
+def test_the_matrices_of_a_step_get_the_memory_of_those_before() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000
