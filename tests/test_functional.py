@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.oft.layer import OFTRotationModule
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lightning_oft import functional as maths
 from lightning_oft.functional.geometry import positive_cayley
-from lightning_oft.functional.products import positive_times_inverse
+from lightning_oft.functional.linear import positive_times_inverse
 
 TERMS = range(2, 13)
 
@@ -317,6 +318,45 @@ def _with_gradients(output: Tensor, inputs: Sequence[Tensor], upstream: Tensor) 
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
 
 
+def test_a_product_by_columns_is_that_by_rows() -> None:
+    x, r_nbb = (torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((2, 3, 12), (3, 4, 4)))
+    weight = torch.randn(5, 12, dtype=torch.float64)
+    assert "aten::copy_" not in _operators(lambda: maths.rotate_by_columns(x, r_nbb))
+    outputs = [rotate(x, r_nbb) for rotate in (maths.rotate_by_columns, maths.rotate)]
+    assert [output.is_contiguous() for output in outputs] == [False, True]
+    upstream = torch.randn(2, 3, 5, dtype=torch.float64)
+    ours, theirs = (_with_gradients(F.linear(y, weight), (x, r_nbb), upstream) for y in outputs)
+    for found, expected in zip(ours, theirs, strict=True):
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(maths.rotate_by_columns, (x, r_nbb))
+    assert torch.autograd.gradgradcheck(maths.rotate_by_columns, (x, r_nbb))
+
+
+BY_ROWS = {"a single thread": {"cores": 1}, "few rows": {"rows": 63}, "an odd fan-out": {"fan_out": 80},
+           "a small fan-out": {"fan_out": 32}, "another precision": {"dtype": torch.float64}, "one block": {"blocks": 1},
+           "a transposed input": {"turned": True}, "another fan-in": {"fan_in": 11}}  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", [{}, *BY_ROWS.values()], ids=["as it is", *BY_ROWS])
+def test_an_input_lies_by_columns_where_that_is_cheaper_and_changes_no_bit_of_a_product(
+    changed: dict[str, Any],
+) -> None:
+    case: dict[str, Any] = {"cores": 2, "rows": 64, "fan_out": 96, "fan_in": 12, "blocks": 3, "turned": False} | changed
+    x, weight = (torch.randn(size, 12, dtype=case.get("dtype")) for size in (case["rows"], case["fan_out"]))
+    x = x[:, : case["fan_in"]].contiguous()
+    before = torch.get_num_threads()
+    torch.set_num_threads(case["cores"])
+    try:
+        found = maths.columns_are_cheaper(x.t().contiguous().t() if case["turned"] else x, weight, case["blocks"])
+        assert found == (not changed)
+        if found:
+            by_columns = maths.rotate_by_columns(x, torch.eye(4).repeat(3, 1, 1))
+            assert torch.equal(F.linear(by_columns, weight), F.linear(x, weight))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_rotate_is_untouched_by_autocast_also_backward() -> None:
     x, r = torch.randn(6, 12, requires_grad=True), torch.randn(3, 4, 4, requires_grad=True)
     plain = maths.rotate(x, r)
@@ -326,6 +366,14 @@ def test_rotate_is_untouched_by_autocast_also_backward() -> None:
         assert torch.equal(rotated, plain)
         for ours, reference in zip(torch.autograd.grad(rotated.square().sum(), (x, r)), expected, strict=True):
             assert torch.equal(ours, reference)
+
+
+def test_a_backward_by_columns_is_untouched_by_autocast() -> None:
+    x, r = torch.randn(6, 12, requires_grad=True), torch.randn(3, 4, 4, requires_grad=True)
+    expected = torch.autograd.grad(maths.rotate(x, r).sum(), (x, r))
+    total = maths.rotate_by_columns(x, r).sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(torch.autograd.grad(total, (x, r)), expected)
 
 
 def test_shapes_are_known_on_the_meta_device() -> None:
@@ -492,6 +540,19 @@ def test_a_rotated_weight_is_a_rotated_input(t: int, n: int, b: int, o: int, sha
         torch.autograd.grad(fast, inputs, upstream), torch.autograd.grad(plain, inputs, upstream), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_a_small_weight_is_rotated_by_columns_and_begins_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maths.linear, "product", None)  # by rows
+    x, weight, bias = torch.randn(2, 80, 12), torch.randn(64, 12), torch.randn(64)
+    assert torch.equal(maths.rotated_linear(x, torch.eye(4).repeat(3, 1, 1), weight, bias), F.linear(x, weight, bias))
+    inputs = [x.requires_grad_(), torch.randn(3, 4, 4).div_(2).requires_grad_()]
+    upstream = torch.randn(2, 80, 64)
+    found = _with_gradients(maths.rotated_linear(*inputs, weight, bias), inputs, upstream)
+    exact = [one.detach().double().requires_grad_() for one in inputs]
+    plain = F.linear(maths.rotate(*exact), weight.double(), bias.double())
+    for ours, reference in zip(found, _with_gradients(plain, exact, upstream.double()), strict=True):
+        assert float((ours - reference).norm() / reference.norm()) < 1e-5
 
 
 @pytest.mark.parametrize(("dtype", "bound", "nearly"), [(torch.float32, 5e-6, 5e-6), (torch.float64, 1e-12, 0.0)])

@@ -28,13 +28,14 @@ from lightning_oft.functional.geometry import (
     series_reach,
     skew,
 )
+from lightning_oft.functional.linear import RotatedInput, rotated_linear
 from lightning_oft.functional.maps import has_kernel, rotation_of, rotations_of
 from lightning_oft.functional.products import (
-    RotatedInput,
+    columns_are_cheaper,
     inverse,
     rotate,
+    rotate_by_columns,
     rotate_weight,
-    rotated_linear,
     weight_is_cheaper,
 )
 from lightning_oft.functional.tracing import (
@@ -60,6 +61,7 @@ __all__ = [
     "block_size_of",
     "cayley",
     "cayley_neumann",
+    "columns_are_cheaper",
     "constant_in_onnx",
     "eps_radius",
     "error_bound",
@@ -81,6 +83,7 @@ __all__ = [
     "project_all",
     "reach_radius",
     "rotate",
+    "rotate_by_columns",
     "rotate_weight",
     "rotated_linear",
     "rotation_angle",

@@ -4,12 +4,9 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from lightning_oft.functional.geometry import inverse_of_positive
-from lightning_oft.functional.maps import MatrixSource, inverse_transposed
+from lightning_oft.functional.maps import MatrixSource
 from lightning_oft.functional.tracing import NOTHING, full_float32, is_recorded, is_traced, without_autocast
 
 _SMALL_ON_CPU, _SMALL_ON_GPU = 2**19, 2**22
@@ -20,13 +17,13 @@ _WIDE = 3 * 2**15
 """Entries of R, 3,072 inputs in blocks of 32, of a layer beside which a few operators are nothing."""
 _INVERSE = 4
 """Half of what R^-T of a layer by itself takes on a CPU, in products of a block with as many rows as it has (measured)."""
-_FEW = 3 * 2**13
-"""Entries of R, 768 inputs in blocks of 32, up to which R^-T of a layer by itself is worth a few operators more."""
 _HEAVY = 2**20
 """Entries of a weight that takes a GPU longer than being told of a dozen operators."""
 _LITTLE_BLOCK, _MANY_PIXELS, _MANY_ENTRIES = 32, 2**17, 3 * 2**17
 """Largest block, and fewest numbers of an input, and of a weight that is folded, which a CPU rotates faster by a convolution
 (measured)."""
+_MANY_ROWS = 64
+"""Rows of x and of a weight from which on torch multiplies them as it does larger ones; 12 were too few (measured)."""
 _IMAGE, _FEWEST_IMAGES = (8, 6, 5, 9, 4, 7, 11), 16
 """Rows of an image, the best first, and how many images torch leaves to oneDNN where there is a single thread."""
 
@@ -84,7 +81,7 @@ def _plain_product(x: Tensor, r_nbb: Tensor) -> Tensor:
     return torch.bmm(x.reshape(-1, n, b).transpose(0, 1), r_nbb).transpose(0, 1).reshape(x.shape)
 
 
-def _product(x: Tensor, r_nbb: Tensor) -> Tensor:
+def product(x: Tensor, r_nbb: Tensor) -> Tensor:
     """x: (..., n*b) times the blocks of R: (n or 1, b, b), without a transposed copy of what comes out."""
     n, b, _ = r_nbb.shape
     if n == 1:
@@ -107,20 +104,41 @@ def _convolution(x: Tensor, r_nbb: Tensor, rows: int) -> Tensor:
     return turned.permute(0, 2, 3, 1).reshape(x.shape)
 
 
-def _outer(x: Tensor, grad: Tensor, r_nbb: Tensor) -> Tensor:
+def columns(x: Tensor, r_nbb: Tensor) -> Tensor:
+    """The same by columns, as torch's batched product finds it without copying it to where it shall lie. x is contiguous."""
+    n, b, _ = r_nbb.shape
+    return torch.bmm(r_nbb.mT, x.view(-1, n, b).permute(1, 2, 0)).permute(2, 0, 1).view(x.shape)
+
+
+def columns_are_exact(x: Tensor, fan_out: int) -> bool:
+    """Whether x, (..., i), times a weight has the same bits when either lies by columns, so that a rotation by the identity
+    changes none: in float32, of many rows, and with a fan-out in 32s (measured, with 1 to 16 threads)."""
+    has_many = x.numel() >= _MANY_ROWS * x.shape[-1] and fan_out >= _MANY_ROWS
+    return x.dtype is torch.float32 and has_many and fan_out % 32 == 0
+
+
+def columns_are_cheaper(x: Tensor, weight: Tensor, blocks: int) -> bool:
+    """Whether `rotate_by_columns` costs less than `rotate` for F.linear (measured on a CPU): nothing is copied, and torch then
+    multiplies the gradient with the weight in an order that several threads are faster with, and a single one slower."""
+    is_little = x.is_cpu and x.numel() <= _SMALL_ON_CPU and x.shape[-1:] == weight.shape[1:] and x.is_contiguous()
+    return is_little and blocks > 1 and torch.get_num_threads() > 1 and columns_are_exact(x, len(weight))
+
+
+def block_gradient(x: Tensor, grad: Tensor, r_nbb: Tensor) -> Tensor:
     """Gradient of the blocks, x^T grad of each: (..., n*b) twice -> (n or 1, b, b)."""
     n, b, _ = r_nbb.shape
     return torch.bmm(x.reshape(-1, n, b).permute(1, 2, 0), grad.reshape(-1, n, b).transpose(0, 1))
 
 
-def _keep(ctx: Any, r_nbb: Tensor, *tensors: Tensor) -> None:
+def keep(ctx: Any, r_nbb: Tensor, *tensors: Tensor) -> None:
     """Keep tensors for the backward, and R last where its map does not compute it again."""
     ctx.source = MatrixSource.of(r_nbb)
     ctx.computes_again = ctx.source is not None and ctx.source.computes_again
     ctx.save_for_backward(*tensors, *(() if ctx.computes_again else (r_nbb,)))
 
 
-def _kept(ctx: Any) -> tuple[Tensor, ...]:
+def kept(ctx: Any) -> tuple[Tensor, ...]:
+    """What was kept, and R last."""
     return (*ctx.saved_tensors, ctx.source.matrix()) if ctx.computes_again else ctx.saved_tensors
 
 
@@ -130,19 +148,19 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, r_nbb: Tensor) -> Tensor:
         # With a separate setup_context torch binds the arguments by signature, at more cost than a small product.
-        _keep(ctx, r_nbb, x)
+        keep(ctx, r_nbb, x)
         with without_autocast(x):
-            return _product(x, r_nbb)
+            return product(x, r_nbb)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, r_nbb = _kept(ctx)
+        x, r_nbb = kept(ctx)
         grad_x = grad_r = None
         if ctx.needs_input_grad[0]:
             grad_x = rotate(grads[0], r_nbb.mT)
         if ctx.needs_input_grad[1]:
             with without_autocast(x):
-                grad_r = _outer(x, grads[0], r_nbb)
+                grad_r = block_gradient(x, grads[0], r_nbb)
         return grad_x, grad_r
 
 
@@ -161,7 +179,31 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     if is_recorded() and (x.requires_grad or rotation.requires_grad):
         return _Rotate.apply(x, rotation)  # type: ignore[no-any-return, no-untyped-call]
     with without:
-        return _product(x, rotation)
+        return product(x, rotation)
+
+
+class _RotateByColumns(torch.autograd.Function):
+    """x . blockdiag(R) by columns, and its gradients by rows; differentiable as often as one likes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, r_nbb: Tensor) -> Tensor:
+        ctx.save_for_backward(x, r_nbb)
+        return columns(x, r_nbb)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, r_nbb = ctx.saved_tensors
+        with without_autocast(x):
+            grad_x = _plain_product(grads[0], r_nbb.mT) if ctx.needs_input_grad[0] else None
+            return grad_x, block_gradient(x, grads[0], r_nbb) if ctx.needs_input_grad[1] else None
+
+
+def rotate_by_columns(x: Tensor, rotation: Tensor) -> Tensor:
+    """`rotate` for those who read a matrix either way, as F.linear: the result has the strides of one that lies by columns.
+    x: (..., n*b), contiguous, R: (n, b, b) -> (..., n*b); both of one floating dtype, nothing traced, no autocast."""
+    if is_recorded() and (x.requires_grad or rotation.requires_grad):
+        return _RotateByColumns.apply(x, rotation)  # type: ignore[no-any-return, no-untyped-call]
+    return columns(x, rotation)
 
 
 def rotate_weight(weight: Tensor, rotation: Tensor, out: Tensor | None = None) -> Tensor:
@@ -193,98 +235,3 @@ def inverse(rotation: Tensor) -> Tensor:
     A truncated series is not exactly orthogonal, so R^T would not do; rotate_weight with it undoes rotate_weight."""
     inverted: Tensor = torch.linalg.inv(rotation.double())
     return inverted
-
-
-class _RotatedLinear(torch.autograd.Function):
-    """(x . blockdiag(R)) W^T + bias with the weight rotated instead of the input, afresh in backward: keeps x and R."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, r_nbb: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        _keep(ctx, r_nbb, x, weight)
-        return F.linear(x, _product(weight, r_nbb.mT), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, r_nbb = _kept(ctx)
-        grad, grad_bias = grads[0], None
-        if ctx.needs_input_grad[3]:
-            grad_bias = grad.flatten(0, -2).sum(0)
-        with without_autocast(x):
-            if torch.is_grad_enabled():  # to be differentiated once more
-                through = grad @ weight
-                return rotate(through, r_nbb.mT), _outer(x, through, r_nbb), None, grad_bias
-            grad_x = grad @ _product(weight, r_nbb.mT)
-            if not ctx.needs_input_grad[1]:
-                return grad_x, None, None, grad_bias
-            # x^T (grad W) = x^T (grad W') R^-T, for grad W' = grad W R^T is at hand.
-            outer, inverted = _outer(x, grad_x, r_nbb), ctx.source.inverse() if ctx.source else None
-            grad_r = _times_inverse(outer, r_nbb) if inverted is None else torch.bmm(outer, inverted)
-        return grad_x, grad_r, None, grad_bias
-
-
-def _times_inverse(outer: Tensor, r_nbb: Tensor) -> Tensor:
-    """outer R^-T of any invertible R, in float32 or wider."""
-    if outer.is_cuda:
-        return positive_times_inverse(outer, r_nbb)
-    wide = torch.float64 if outer.dtype == torch.float64 else torch.float32
-    outer_nbb, r = outer.to(wide), r_nbb.to(wide)
-    if type(outer) is Tensor and outer.is_cpu and outer.numel() <= _FEW:
-        return torch.bmm(outer_nbb, inverse_transposed(r)).to(outer.dtype)
-    solved: Tensor = torch.linalg.solve_ex(r, outer_nbb.mT)[0]
-    return solved.mT.to(outer.dtype)
-
-
-def positive_times_inverse(outer: Tensor, r_nbb: Tensor) -> Tensor:
-    """outer R^-T as outer R (R^T R)^-1 in float64, which on a GPU waits for nothing; see `positive_cayley`."""
-    r = r_nbb.double()
-    return (outer.double() @ r @ inverse_of_positive(r.mT @ r)).to(outer.dtype)
-
-
-def rotated_linear(x: Tensor, rotation: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """linear(x . blockdiag(R), W, bias) by way of the rotated weight: cheaper where x has more rows than the fan-out.
-
-    Args:
-        x: (..., n*b).
-        rotation: R, (n, b, b), invertible.
-        weight: W, (o, n*b), frozen: it gets no gradient.
-        bias: (o,).
-
-    Returns:
-        (..., o). All of one floating dtype. Differentiable in x, R and the bias, as often as one likes.
-    """
-    with without_autocast(x):
-        if not is_recorded():
-            return F.linear(x, _product(weight, rotation.mT), bias)
-        return _RotatedLinear.apply(x, rotation, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class RotatedInput(Tensor):
-    """x . blockdiag(R), not computed yet: F.linear rotates its weight instead, anything else finds the product.
-
-    The tensor itself is empty, so that what reads it past torch's functions fails and never sees an input unrotated.
-    """
-
-    _x: Tensor
-    _r_nbb: Tensor
-    _product: Tensor | None
-
-    @classmethod
-    def of(cls, x: Tensor, rotation: Tensor) -> "RotatedInput":
-        """x: (..., n*b), R: (n, b, b) or (1, b, b)."""
-        made = torch.empty(0).as_subclass(cls)
-        made._x, made._r_nbb, made._product = x, rotation, None
-        return made
-
-    def product(self) -> Tensor:
-        """The rotated input as an ordinary tensor, computed once."""
-        if self._product is None:
-            self._product = rotate(self._x, self._r_nbb)
-        return self._product
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if func is F.linear and not kwargs and type(args[0]) is cls and args[0]._product is None:
-                return rotated_linear(args[0]._x, args[0]._r_nbb, *args[1:])
-            args, kwargs = tree_map_only(cls, cls.product, (args, kwargs or {}))
-            return func(*args, **kwargs)

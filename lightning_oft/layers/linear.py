@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_oft import functional
 from lightning_oft.layers.base import LayerType, RotatedWeight, register_layer_type
 from lightning_oft.layers.own_forward import TurnedOutput
-from lightning_oft.layers.rotation import Rotation
+from lightning_oft.layers.rotation import Rotation, Turn
 from lightning_oft.layers.state import ATTRIBUTE, applied_rotations, remember, state_of
 
 _INPUT_NAMES = ("input", "x", "hidden_states")
@@ -44,34 +44,37 @@ def _rotate_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _rotated(layer: nn.Module, rotation: Rotation, x: Tensor) -> Tensor:
-    if _should_rotate_weight(layer, rotation, x):
-        later: Tensor = rotation(x, later=True)
-        return later
+    if (by := _turn_for_linear(layer, rotation, x)) is not None:
+        return rotation(x, by=by)  # type: ignore[no-any-return]
     rotated: Tensor = rotation(x)
     if type(rotation) is Rotation and not (rotation.training or functional.is_traced(x) or functional.is_recorded()):
         remember(layer, rotation, x)
     return rotated
 
 
-def _should_rotate_weight(layer: nn.Module, rotation: nn.Module, x: Tensor) -> bool:
-    """Whether this call costs less with the weight rotated. Only of a layer that is nothing but F.linear of a whole, plain
-    and frozen weight."""
+def _turn_for_linear(layer: nn.Module, rotation: Rotation, x: Tensor) -> Turn | None:
+    """What costs less than `functional.rotate` where F.linear alone reads the result: its weight rotated instead, or x by
+    columns; None where nothing does, or the layer is more than F.linear of a whole, plain and frozen weight."""
     weight = layer._parameters.get("weight")
-    if weight is None or functional.is_traced(x, weight) or x.numel() <= weight.numel():
-        return False
-    is_plain = type(layer).forward is nn.Linear.forward and type(rotation) is Rotation and not weight.requires_grad
+    is_plain = type(layer).forward is nn.Linear.forward and type(rotation) is Rotation
+    if not is_plain or weight is None or weight.requires_grad or functional.is_traced(x, weight):
+        return None
+    if x.numel() > weight.numel() and functional.weight_is_cheaper(x, weight, rotation.block_size):
+        by: Turn = functional.RotatedInput.of
+    elif functional.columns_are_cheaper(x, weight, len(rotation.weight)):
+        by = functional.rotate_by_columns
+    else:
+        return None
+    return by if x.dtype == weight.dtype and not functional.is_autocast(x) and _is_alone(layer) else None
+
+
+def _is_alone(layer: nn.Module) -> bool:
+    """Whether nobody but the layer's own forward sees its rotated input."""
     hooks = [hook for hook in layer._forward_hooks.values() if hook is not _scale_output]
     is_alone = len(layer._forward_pre_hooks) == 1 and not (
         hooks or layer._backward_hooks or layer._backward_pre_hooks or "forward" in layer.__dict__
     )
-    return (
-        is_plain
-        and is_alone
-        and functional.weight_is_cheaper(x, weight, rotation.block_size)  # type: ignore[arg-type]
-        and x.dtype == weight.dtype
-        and not functional.is_autocast(x)
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-    )
+    return is_alone and not _has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
 def _scale_output(layer: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from lightning_oft.config import OFTConfig
 from lightning_oft.layers.reuse import Cached, SharedMap, is_plain, recorded_matrix
 from lightning_oft.layers.tensor_parallel import Cut, gathered, local_part, rotate_spread, spread_like
 
+Turn = Callable[[Tensor, Tensor], Tensor]
+
 
 class Rotation(nn.Module):
     """A learned block-diagonal rotation of a fan-in; the identity until it is trained.
@@ -86,10 +88,10 @@ class Rotation(nn.Module):
         with functional.constant_in_onnx():
             return functional.rotation_of(generator.float(), self.block_size, self.terms, self.halve_last)
 
-    def forward(self, x: Tensor, transpose: bool = False, later: bool = False, output_of: Any = None) -> Tensor:
+    def forward(self, x: Tensor, transpose: bool = False, by: Turn | None = None, output_of: Any = None) -> Tensor:
         """x . blockdiag(R), (..., n*b) -> the same, as x in dtype, device and placements. With `transpose` of a weight,
         (neurons, n*b): diag(m) x . blockdiag(R)^T.
-        With `later` a tensor that is rotated when something reads it: F.linear may rotate its weight instead.
+        With `by` another function of x and R than `functional.rotate`, for a caller who knows who reads the result.
         With `output_of` a layer, its output x but for the layer's bias, rotated; where there are magnitudes, scaled instead."""
         if output_of is not None and self.magnitude is not None:
             return _scaled(x, self.magnitude, output_of.bias)
@@ -103,8 +105,8 @@ class Rotation(nn.Module):
             turn: Any = functools.partial(rotate_spread, self.fan_in, self.block_size, rotated)
         else:
             r_nbb = self._matrix_in(x.dtype)
-            if later:
-                return functional.RotatedInput.of(x, r_nbb)
+            if by is not None:
+                return by(x, r_nbb)
             r_nbb = r_nbb.transpose(1, 2) if transpose else r_nbb  # no .mT: ONNX lacks it
             turn = functools.partial(functional.rotate, rotation=r_nbb)
         turned: Tensor = turn(x)

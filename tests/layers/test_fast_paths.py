@@ -385,14 +385,16 @@ OTHERWISE: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("change", OTHERWISE.values(), ids=OTHERWISE)
-def test_only_what_is_nothing_but_a_linear_map_has_its_weight_rotated(
+def test_only_what_is_nothing_but_a_linear_map_has_its_weight_rotated_or_its_input_by_columns(
     change: Callable[[nn.Module], Any], by_weight: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = _linear()
     change(model[0])
-    found = model(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "rotate_by_columns", None)
+        found = model(x)
     assert by_weight == []
-    monkeypatch.setattr(linear_layers, "_should_rotate_weight", lambda *_: False)
+    monkeypatch.setattr(linear_layers, "_turn_for_linear", lambda *_: None)
     torch.testing.assert_close(found, model(x))
 
 
