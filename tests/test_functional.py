@@ -333,26 +333,30 @@ def test_a_product_by_columns_is_that_by_rows() -> None:
     assert torch.autograd.gradgradcheck(maths.rotate_by_columns, (x, r_nbb))
 
 
-BY_ROWS = {"a single thread": {"cores": 1}, "few rows": {"rows": 63}, "an odd fan-out": {"fan_out": 80},
-           "a small fan-out": {"fan_out": 32}, "another precision": {"dtype": torch.float64}, "one block": {"blocks": 1},
-           "a transposed input": {"turned": True}, "another fan-in": {"fan_in": 11}}  # fmt: skip
+BY_ROWS = {"a single thread": {"cores": 1}, "few rows": {"shape": (63, 12)}, "an odd fan-out": {"fan_out": 80},
+           "a small fan-out": {"fan_out": 32}, "another precision": {"dtype": torch.float64}, "many entries of R": {"block": 2**13},
+           "a transposed input": {"turned": True}, "another fan-in": {"shape": (2, 40, 11)},
+           "a bias that is added later": {"bias": True}}  # fmt: skip
 
 
-@pytest.mark.parametrize("changed", [{}, *BY_ROWS.values()], ids=["as it is", *BY_ROWS])
+@pytest.mark.parametrize(
+    "changed", [{}, {"shape": (64, 12), "bias": True}, *BY_ROWS.values()], ids=["3-D", "2-D", *BY_ROWS]
+)
 def test_an_input_lies_by_columns_where_that_is_cheaper_and_changes_no_bit_of_a_product(
     changed: dict[str, Any],
 ) -> None:
-    case: dict[str, Any] = {"cores": 2, "rows": 64, "fan_out": 96, "fan_in": 12, "blocks": 3, "turned": False} | changed
-    x, weight = (torch.randn(size, 12, dtype=case.get("dtype")) for size in (case["rows"], case["fan_out"]))
-    x = x[:, : case["fan_in"]].contiguous()
+    case: dict[str, Any] = {"cores": 2, "shape": (2, 40, 12), "fan_out": 96, "block": 4, "dtype": None} | changed
+    x, weight = torch.randn(case["shape"], dtype=case["dtype"]), torch.randn(case["fan_out"], 12, dtype=case["dtype"])
+    bias = torch.randn(case["fan_out"]) if "bias" in case else None
     before = torch.get_num_threads()
     torch.set_num_threads(case["cores"])
     try:
-        found = maths.columns_are_cheaper(x.t().contiguous().t() if case["turned"] else x, weight, case["blocks"])
-        assert found == (not changed)
+        given = x.mT.contiguous().mT if "turned" in case else x
+        found = maths.columns_are_cheaper(given, weight, bias, case["block"])
+        assert found == (changed not in BY_ROWS.values() and torch.backends.mkl.is_available())
         if found:
             by_columns = maths.rotate_by_columns(x, torch.eye(4).repeat(3, 1, 1))
-            assert torch.equal(F.linear(by_columns, weight), F.linear(x, weight))
+            assert torch.equal(F.linear(by_columns, weight, bias), F.linear(x, weight, bias))
     finally:
         torch.set_num_threads(before)
 
@@ -542,6 +546,7 @@ def test_a_rotated_weight_is_a_rotated_input(t: int, n: int, b: int, o: int, sha
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="measured with MKL")
 def test_a_small_weight_is_rotated_by_columns_and_begins_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maths.linear, "product", None)  # by rows
     x, weight, bias = torch.randn(2, 80, 12), torch.randn(64, 12), torch.randn(64)

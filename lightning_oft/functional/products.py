@@ -10,8 +10,8 @@ from lightning_oft.functional.maps import MatrixSource
 from lightning_oft.functional.tracing import NOTHING, full_float32, is_recorded, is_traced, without_autocast
 
 _SMALL_ON_CPU, _SMALL_ON_GPU = 2**19, 2**22
-"""Numbers that are copied faster than it takes to avoid it: on a CPU torch multiplies blocks in a loop where their products
-shall lie as x does, and a Function in Python costs more than the operators that torch differentiates itself (measured, on a
+"""Numbers that are copied faster than it takes to write them by rows at once: on a CPU torch multiplies blocks in a loop where
+their products shall lie as x does, and a Function in Python costs more than the operators that torch differentiates itself (measured, on a
 GPU with a step that waits for Python)."""
 _WIDE = 3 * 2**15
 """Entries of R, 3,072 inputs in blocks of 32, of a layer beside which a few operators are nothing."""
@@ -112,16 +112,26 @@ def columns(x: Tensor, r_nbb: Tensor) -> Tensor:
 
 def columns_are_exact(x: Tensor, fan_out: int) -> bool:
     """Whether x, (..., i), times a weight has the same bits when either lies by columns, so that a rotation by the identity
-    changes none: in float32, of many rows, and with a fan-out in 32s (measured, with 1 to 16 threads)."""
+    changes none: in float32, of many rows, and with a fan-out in 32s (measured with MKL of AVX2 and 1 to 16 threads;
+    `MKL_CBWR=COMPATIBLE` is another kernel, which rounds otherwise)."""
     has_many = x.numel() >= _MANY_ROWS * x.shape[-1] and fan_out >= _MANY_ROWS
-    return x.dtype is torch.float32 and has_many and fan_out % 32 == 0
+    return x.dtype is torch.float32 and has_many and fan_out % 32 == 0 and _has_mkl()
 
 
-def columns_are_cheaper(x: Tensor, weight: Tensor, blocks: int) -> bool:
+@functools.cache
+def _has_mkl() -> bool:
+    return torch.backends.mkl.is_available()  # type: ignore[no-untyped-call, no-any-return]
+
+
+def columns_are_cheaper(x: Tensor, weight: Tensor, bias: Tensor | None, block_size: int) -> bool:
     """Whether `rotate_by_columns` costs less than `rotate` for F.linear (measured on a CPU): nothing is copied, and torch then
-    multiplies the gradient with the weight in an order that several threads are faster with, and a single one slower."""
-    is_little = x.is_cpu and x.numel() <= _SMALL_ON_CPU and x.shape[-1:] == weight.shape[1:] and x.is_contiguous()
-    return is_little and blocks > 1 and torch.get_num_threads() > 1 and columns_are_exact(x, len(weight))
+    multiplies the gradient with the weight in an order that several threads are faster with, and a single one slower.
+    A bias of an x of three dimensions would be added after the product and not in it, which rounds otherwise."""
+    if bias is not None and x.dim() != 2:
+        return False
+    if not x.is_cpu or x.shape[-1:] != weight.shape[1:] or torch.get_num_threads() == 1:
+        return False
+    return _is_small(x, x.shape[-1] * block_size) and columns_are_exact(x, len(weight))
 
 
 def block_gradient(x: Tensor, grad: Tensor, r_nbb: Tensor) -> Tensor:

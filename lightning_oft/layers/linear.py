@@ -55,26 +55,26 @@ def _rotated(layer: nn.Module, rotation: Rotation, x: Tensor) -> Tensor:
 def _turn_for_linear(layer: nn.Module, rotation: Rotation, x: Tensor) -> Turn | None:
     """What costs less than `functional.rotate` where F.linear alone reads the result: its weight rotated instead, or x by
     columns; None where nothing does, or the layer is more than F.linear of a whole, plain and frozen weight."""
-    weight = layer._parameters.get("weight")
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     is_plain = type(layer).forward is nn.Linear.forward and type(rotation) is Rotation
     if not is_plain or weight is None or weight.requires_grad or functional.is_traced(x, weight):
         return None
     if x.numel() > weight.numel() and functional.weight_is_cheaper(x, weight, rotation.block_size):
         by: Turn = functional.RotatedInput.of
-    elif functional.columns_are_cheaper(x, weight, len(rotation.weight)):
+    elif len(rotation.weight) > 1 and functional.columns_are_cheaper(x, weight, bias, rotation.block_size):
         by = functional.rotate_by_columns
     else:
         return None
-    return by if x.dtype == weight.dtype and not functional.is_autocast(x) and _is_alone(layer) else None
+    return by if x.dtype == weight.dtype and not functional.is_autocast(x) and _is_alone(layer, rotation) else None
 
 
-def _is_alone(layer: nn.Module) -> bool:
+def _is_alone(layer: nn.Module, rotation: Rotation) -> bool:
     """Whether nobody but the layer's own forward sees its rotated input."""
     hooks = [hook for hook in layer._forward_hooks.values() if hook is not _scale_output]
     is_alone = len(layer._forward_pre_hooks) == 1 and not (
         hooks or layer._backward_hooks or layer._backward_pre_hooks or "forward" in layer.__dict__
     )
-    return is_alone and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+    return is_alone and not rotation._forward_hooks and not _has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
 def _scale_output(layer: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -385,15 +385,48 @@ OTHERWISE: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("change", OTHERWISE.values(), ids=OTHERWISE)
-def test_only_what_is_nothing_but_a_linear_map_has_its_weight_rotated_or_its_input_by_columns(
+def test_only_what_is_nothing_but_a_linear_map_has_its_weight_rotated(
     change: Callable[[nn.Module], Any], by_weight: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = _linear()
     change(model[0])
-    with monkeypatch.context() as patch:
-        patch.setattr(functional, "rotate_by_columns", None)
-        found = model(x)
+    found = model(x)
     assert by_weight == []
+    monkeypatch.setattr(linear_layers, "_turn_for_linear", lambda *_: None)
+    torch.testing.assert_close(found, model(x))
+
+
+OTHERWISE_BY_ROWS = OTHERWISE | {
+    "a_hook_on_the_rotation": lambda layer: layer.oft_R["default"].register_forward_hook(lambda *_: None),
+    "a_bias": lambda layer: setattr(layer, "bias", nn.Parameter(torch.randn(64), requires_grad=False)),
+}
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="measured with MKL")
+@pytest.mark.parametrize("change", [None, *OTHERWISE_BY_ROWS.values()], ids=["as it is", *OTHERWISE_BY_ROWS])
+def test_an_input_lies_by_columns_only_where_a_linear_map_alone_reads_it(
+    change: Callable[[nn.Module], Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    calls: list[tuple[int, ...]] = []
+
+    def counted(x: Tensor, rotation: Tensor) -> Tensor:
+        calls.append(x.shape)
+        return plain(x, rotation)
+
+    plain = functional.rotate_by_columns
+    monkeypatch.setattr(functional, "rotate_by_columns", counted)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False)).requires_grad_(False)
+    x = torch.randn(2, 40, 64, requires_grad=True)
+    base = model(x)
+    inject(model, config(oft_block_size=16, target_modules="all-linear"))
+    assert torch.equal(model(x), base)
+    randomize(model)
+    calls.clear()
+    if change is not None:
+        change(model[0])
+    found = model(x)
+    assert len(calls) == (change is None)
     monkeypatch.setattr(linear_layers, "_turn_for_linear", lambda *_: None)
     torch.testing.assert_close(found, model(x))
 
