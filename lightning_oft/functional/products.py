@@ -193,7 +193,8 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 class _RotateByColumns(torch.autograd.Function):
-    """x . blockdiag(R) by columns, and its gradients by rows; differentiable as often as one likes."""
+    """x . blockdiag(R) by columns, and its gradients by rows, for torch's own derivative would give that of x by columns to
+    the whole model; differentiable as often as one likes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, r_nbb: Tensor) -> Tensor:

@@ -421,6 +421,7 @@ def test_an_input_lies_by_columns_only_where_a_linear_map_alone_reads_it(
     base = model(x)
     inject(model, config(oft_block_size=16, target_modules="all-linear"))
     assert torch.equal(model(x), base)
+    assert len(calls) == 1
     randomize(model)
     calls.clear()
     if change is not None:
