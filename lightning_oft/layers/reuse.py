@@ -207,19 +207,14 @@ def _keep_freed_memory() -> None:
 class Cached(functional.Snapshot):
     """R of a rotation, and what it was made from."""
 
-    __slots__ = ("_dtype", "_fan", "_hooks", "_is_inference", "_name", "_number", "_pre_hooks", "_rows", "_size",
-                 "_weight", "matrix")  # fmt: skip
+    __slots__ = ("_dtype", "_is_inference", "_size", "_weight", "matrix")
 
     def __init__(self, rotation: Any, matrix: Tensor) -> None:
         weight = rotation.weight
         super().__init__(weight)
         self.matrix: Tensor | None = matrix
         self._dtype, self._is_inference = matrix.dtype, matrix.is_inference()
-        self._weight, self._size = weight, weight.numel()
-        self._number = weight.get_device()
-        # And not the rotation, which keeps this: cycles keep memory.
-        self._hooks, self._pre_hooks = rotation._forward_hooks, rotation._forward_pre_hooks
-        self._fan, self._rows = rotation.fan_in, (rotation.blocks, 1, rotation.block_size)
+        self._weight, self._size = weight, weight.numel()  # and not the rotation, which keeps this: cycles keep memory
 
     def forget(self) -> None:
         """Serve nobody any more, whoever has it, and keep no memory."""
@@ -238,35 +233,51 @@ class Cached(functional.Snapshot):
             and self.is_of(weight)
         )
 
-    def expect(self, adapter_name: str) -> None:
-        """Be asked for single vectors, which this adapter alone rotates."""
-        self._name = adapter_name
+
+class NextToken:
+    """Rotates single vectors, of the next token of a generation, by the R of the only rotation that a layer applies.
+
+    From one layer to the next the caches have lost what Python reads, and the look-ups of a token cost as much as its
+    product. So whatever must be as it was lies here, each a step away, and all is asked in one function, even what
+    `Cached.serves` and `is_traced` ask too. The layer's state keeps this, and forgets it when what is applied changes.
+    """
+
+    __slots__ = ("_adapters", "_cached", "_dropout", "_dtype", "_entries", "_fan", "_hooks", "_modules", "_name", "_number",
+                 "_parameters", "_pre_hooks", "_rotation", "_rows", "_size", "_weight")  # fmt: skip
+
+    def __init__(self, layer: nn.Module, adapter_name: str, rotation: Any, cached: Cached) -> None:
+        """For a rotation whose blocks are not shared, and its R."""
+        adapters: Any = layer._modules["oft_R"]
+        self._modules, self._adapters, self._entries = layer._modules, adapters, adapters._modules
+        self._name, self._rotation = adapter_name, rotation
+        self._parameters, self._dropout = rotation._parameters, rotation.dropout
+        self._hooks, self._pre_hooks = rotation._forward_hooks, rotation._forward_pre_hooks
+        self._cached, self._weight = cached, cached._weight
+        self._size, self._dtype, self._number = cached._size, cached._dtype, cached._weight.get_device()
+        self._fan, self._rows = rotation.fan_in, (rotation.blocks, 1, rotation.block_size)
 
     def vector(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """x . blockdiag(R) without gradients, of the next token of a generation; None where x is no such vector, R does not
-        serve, or that is not all there is to do.
-
-        All is asked here, of few objects, even where `serves` and `is_traced` ask it too: from one layer to the next the
-        caches have lost what Python reads, and the look-ups of a token cost more than its product. A shallow copy of
-        the layer has the same state, and may have other rotations."""
-        matrix, weight, adapters = self.matrix, self._weight, layer._modules.get("oft_R")
-        rotation: Any = adapters._modules.get(self._name) if adapters is not None else None
+        """x . blockdiag(R) without gradients; None where x is no such vector, R does not serve, or that is not all there
+        is to do. A shallow copy of the layer has the same state, and may have other rotations."""
+        cached, weight, modules = self._cached, self._weight, self._modules
+        matrix, rotation = cached.matrix, self._rotation
         if (
-            type(x) is not Tensor
+            matrix is None
+            or type(x) is not Tensor
             or x.numel() != self._fan
-            or matrix is None
-            or rotation is None
             or is_grad_enabled()
             or x.dtype is not self._dtype
             or x.get_device() != self._number  # what hooks of accelerate's on the rotation would move
-            or rotation.__dict__.get("cached") is not self
-            or rotation._parameters.get("weight") is not weight
+            or layer._modules is not modules
+            or modules.get("oft_R") is not self._adapters
+            or self._entries.get(self._name) is not rotation
+            or self._parameters.get("weight") is not weight
             or weight.numel() != self._size
-            or address(weight) != self._address
-            or (type(self._copy) is not Tensor and not self.is_of(weight))
+            or address(weight) != cached._address
+            or (type(cached._copy) is not Tensor and not cached.is_of(weight))
             or self._hooks
             or self._pre_hooks
-            or (rotation.dropout and rotation.training)
+            or (self._dropout and rotation.training)
             or _is_any_autocast_enabled()
             or _get_tracing_state() is not None
         ):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_oft.config import OFTConfig
 from lightning_oft.layers.base import LayerType, Side
-from lightning_oft.layers.reuse import Cached
+from lightning_oft.layers.reuse import NextToken
 from lightning_oft.layers.rotation import Rotation
 
 ATTRIBUTE = "_oft"
@@ -25,7 +25,7 @@ class LayerState:
     merged: dict[str, str | None] | None = None  # fingerprints of the weights as the merge left them, by parameter
     base: dict[str, Any] = field(default_factory=dict)  # weights that an unmerge returns to, by parameter
     fingerprint: str | None = None
-    quick: Cached | None = field(default=None, repr=False, compare=False)  # what rotates the next token
+    quick: NextToken | None = field(default=None, repr=False, compare=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Whatever changes may change what is applied."""
@@ -128,8 +128,7 @@ def remember(layer: nn.Module, rotation: Rotation, x: Tensor) -> None:
     is_vector = x.numel() == rotation.fan_in and len(rotation.weight) == rotation.blocks
     knows_autocast = x.is_cpu or x.is_cuda  # torch's one question for all devices leaves some out
     if is_vector and knows_autocast and cached is not None and state is not None:
-        cached.expect(state.active[0])
-        state.quick = cached
+        state.quick = NextToken(layer, state.active[0], rotation, cached)
         if applied_rotations(layer, "") != (rotation,):  # another thread, or a hook, has changed that meanwhile
             state.quick = None
 

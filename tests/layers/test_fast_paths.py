@@ -319,7 +319,7 @@ def test_training_keeps_nothing_of_a_generation() -> None:
         for _ in range(3):
             model(x)
     layer: Any = model[0]
-    kept = weakref.ref(layer._oft.layer.quick.matrix)
+    kept = weakref.ref(layer.oft_R["default"].cached.matrix)
     model.train()
     assert kept() is None
 
