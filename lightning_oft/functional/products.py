@@ -112,8 +112,8 @@ def columns(x: Tensor, r_nbb: Tensor) -> Tensor:
 
 def columns_are_exact(x: Tensor, fan_out: int) -> bool:
     """Whether x, (..., i), times a weight has the same bits when either lies by columns, so that a rotation by the identity
-    changes none: in float32, of many rows, and with a fan-out in 32s (measured with MKL of AVX2 and 1 to 16 threads;
-    `MKL_CBWR=COMPATIBLE` is another kernel, which rounds otherwise)."""
+    changes none: in float32, of many rows, and with a fan-out in 32s (measured with MKL of AVX2 and
+    1 to 16 threads, on an EPYC with AVX512 and up to 8; `MKL_CBWR=COMPATIBLE` is another kernel, which rounds otherwise)."""
     has_many = x.numel() >= _MANY_ROWS * x.shape[-1] and fan_out >= _MANY_ROWS
     return x.dtype is torch.float32 and has_many and fan_out % 32 == 0 and _has_mkl()
 
