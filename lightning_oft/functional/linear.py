@@ -13,6 +13,7 @@ from lightning_oft.functional.products import (
     block_gradient,
     columns,
     columns_are_exact,
+    has_avx512,
     keep,
     kept,
     product,
@@ -23,13 +24,14 @@ from lightning_oft.functional.tracing import is_recorded, without_autocast
 _FEW = 3 * 2**13
 """Entries of R, 768 inputs in blocks of 32, up to which R^-T of a layer by itself is worth a few operators more."""
 _SMALL_WEIGHT = 2**20
-"""Entries of a weight up to which a CPU rotates it faster by columns than by convolutions (measured)."""
+"""Entries of a weight up to which a CPU rotates it faster by columns than by convolutions; not one thread of AVX512 (measured)."""
 
 
 def _rotated_matrix(x: Tensor, weight: Tensor, r_nbb: Tensor) -> Tensor:
     """W . blockdiag(R)^T for a product with x, which reads it by rows or by columns."""
     is_small = weight.is_cpu and weight.numel() <= _SMALL_WEIGHT and len(r_nbb) > 1 and weight.is_contiguous()
-    if is_small and columns_are_exact(x, len(weight)):
+    is_faster = is_small and not (has_avx512() and torch.get_num_threads() == 1)
+    if is_faster and columns_are_exact(x, len(weight)):
         return columns(weight, r_nbb.mT)
     return product(weight, r_nbb.mT)
 
@@ -47,7 +49,7 @@ class _RotatedLinear(torch.autograd.Function):
         x, weight, r_nbb = kept(ctx)
         grad, grad_bias = grads[0], None
         if ctx.needs_input_grad[3]:
-            grad_bias = grad.flatten(0, -2).sum(0)
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         with without_autocast(x):
             if torch.is_grad_enabled():  # to be differentiated once more
                 through = grad @ weight

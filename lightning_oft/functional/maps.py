@@ -4,7 +4,6 @@ Where torch.compile or torch.func look on, and for derivatives of derivatives, t
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -112,7 +111,8 @@ def inverse_transposed(r_nbb: Tensor) -> Tensor:
     """R^-T of any invertible R, (n, b, b), float32 or wider; asks how far R is from a rotation, which waits for the device."""
     off = torch.baddbmm(identity(r_nbb), r_nbb.mT, r_nbb, beta=-1)
     # R^-T = R (I + off)^-1, to which R (I - off) is equal but for off^2.
-    if torch.linalg.vector_norm(off, math.inf).tolist() * len(off[0]) < torch.finfo(r_nbb.dtype).eps ** 0.5:
+    low, high = off.aminmax()  # in a tenth of the time of a norm
+    if max(-float(low), float(high)) * len(off[0]) < torch.finfo(r_nbb.dtype).eps ** 0.5:
         return torch.baddbmm(r_nbb, r_nbb, off, alpha=-1)
     inverted: Tensor = torch.linalg.inv_ex(r_nbb)[0]
     return inverted.mT
@@ -168,7 +168,7 @@ class _Map(torch.autograd.Function):
             grad_r = (every[0] if len(every) == 1 else torch.cat(every)).to(generators[0].dtype)
             tables = _tables(b, grad_r.device, grad_r.dtype)
             dq = _exact_backward(grad_r, parts[0], tables.eye) if ctx.is_exact else _six_terms_backward(grad_r, *parts)
-            found = (dq - dq.mT).flatten(1).index_select(1, tables.upper)
+            found = (dq - dq.mT).reshape(-1, b * b).index_select(1, tables.upper)
         pieces = dict(zip(at, torch.split(found, rows), strict=True))
         return *_NO_GRADIENTS, *(None if grad is None else pieces[place] for place, grad in enumerate(grads))
 

@@ -34,6 +34,15 @@ def is_traced(*tensors: Tensor) -> bool:
     return False
 
 
+def is_batched(grad: Tensor) -> bool:
+    """Whether a backward is given several gradients at once, by torch.autograd.grad(is_grads_batched=True) or
+    torch.autograd.functional.jacobian(vectorize=True): operators that write to a tensor of one's own cannot take them."""
+    return _is_batched is not None and bool(_is_batched(grad))
+
+
+_is_batched: Any = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
+
+
 def is_recorded() -> bool:
     """Whether autograd takes note of operators; in inference mode it never does, whatever was enabled within. In compiled
     code, which cannot ask for that mode, whether gradients are enabled."""
