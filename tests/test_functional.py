@@ -622,9 +622,9 @@ def test_the_gradient_of_r_by_way_of_a_rotated_weight_is_right_for_any_r(
 
 
 @pytest.mark.parametrize("terms", [6, None])
-@pytest.mark.parametrize("size", [0.02, 0.3], ids=["near", "far"])
+@pytest.mark.parametrize("size", [0.02, 0.06, 0.3], ids=["near", "farther", "far"])
 def test_the_inverses_of_one_map_are_computed_once_for_all(size: float, terms: int | None) -> None:
-    """Far, the series is no rotation, and LAPACK inverts it."""
+    """The exact map's are rotations, and so is the series near I; far, LAPACK inverts it."""
     generators = [(size * torch.randn(n, 28)).requires_grad_() for n in (2, 3, 1)]
     xs, weights = ([torch.randn(t, 8 * n) for n in (2, 3, 1)] for t in (9, 7))
     upstream = torch.randn(9, 7)
@@ -633,7 +633,8 @@ def test_the_inverses_of_one_map_are_computed_once_for_all(size: float, terms: i
     found: list[Tensor] = []
     step = functools.partial(torch.autograd.grad, outputs, generators[:2], [upstream] * 2)
     counts = _operators(lambda: found.extend(step(retain_graph=True)))
-    assert counts["aten::aminmax"] == 1
+    inverted = [counts.get(f"aten::{name}", 0) for name in ("aminmax", "linalg_inv_ex")]
+    assert inverted == ([0, 0] if terms is None or size == 0.02 else [1, size == 0.3])
     exact = [generator.detach().double().requires_grad_() for generator in generators[:2]]
     plain = []
     for x, generator, weight in zip(xs, exact, weights, strict=False):

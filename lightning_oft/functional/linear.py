@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lightning_oft.functional.geometry import inverse_of_positive
-from lightning_oft.functional.maps import inverse_transposed
+from lightning_oft.functional.geometry import inverse_of_positive, inverse_transposed
 from lightning_oft.functional.products import (
     block_gradient,
     columns,
@@ -58,7 +57,7 @@ class _RotatedLinear(torch.autograd.Function):
             if not ctx.needs_input_grad[1]:
                 return grad_x, None, None, grad_bias
             # x^T (grad W) = x^T (grad W') R^-T, for grad W' = grad W R^T is at hand.
-            outer, inverted = block_gradient(x, grad_x, r_nbb), ctx.source.inverse() if ctx.source else None
+            outer, inverted = block_gradient(x, grad_x, r_nbb), ctx.source.inverse(r_nbb) if ctx.source else None
             grad_r = _times_inverse(outer, r_nbb) if inverted is None else torch.bmm(outer, inverted)
         return grad_x, grad_r, None, grad_bias
 

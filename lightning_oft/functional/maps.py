@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_oft.functional.geometry import cayley, formula
+from lightning_oft.functional.geometry import cayley, formula, inverse_transposed
 from lightning_oft.functional.tracing import NOTHING, full_float32, is_checkpointed, is_traced
 
 
@@ -87,11 +87,6 @@ def _tables(b: int, device: torch.device, dtype: torch.dtype) -> _Tables:
         return _Tables(*(table.to(device) for table in (source.view(-1), sign.view(-1), upper, eye)))
 
 
-def identity(like_nbb: Tensor) -> Tensor:
-    """I as large as a block, (b, b) of its dtype and device; not to be written to."""
-    return _tables(like_nbb.shape[-1], like_nbb.device, like_nbb.dtype).eye
-
-
 def _six_parts(q: Tensor, eye: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Q, M = Q + Q^2 and U = I + QM, of which R = Q + U + MU: what its backward needs."""
     m = torch.baddbmm(q, q, q)
@@ -107,15 +102,11 @@ def _six_terms_backward(grad: Tensor, q: Tensor, m: Tensor, u: Tensor) -> Tensor
     return dm.add_(grad).baddbmm_(du, m.mT).baddbmm_(q, symmetric, alpha=-1)
 
 
-def inverse_transposed(r_nbb: Tensor) -> Tensor:
-    """R^-T of any invertible R, (n, b, b), float32 or wider; asks how far R is from a rotation, which waits for the device."""
-    off = torch.baddbmm(identity(r_nbb), r_nbb.mT, r_nbb, beta=-1)
-    # R^-T = R (I + off)^-1, to which R (I - off) is equal but for off^2.
-    low, high = off.aminmax()  # in a tenth of the time of a norm
-    if max(-float(low), float(high)) * len(off[0]) < torch.finfo(r_nbb.dtype).eps ** 0.5:
-        return torch.baddbmm(r_nbb, r_nbb, off, alpha=-1)
-    inverted: Tensor = torch.linalg.inv_ex(r_nbb)[0]
-    return inverted.mT
+def _six_terms_rotate(q: Tensor, m: Tensor, u: Tensor) -> bool:
+    """Whether R is a rotation but for rounding. It is the exact map's times I - Q^5, so R^T R = I - (Q^2)^5, and the
+    eigenvalues of Q^2 come in pairs."""
+    square = float(torch.linalg.vector_norm(m - q, dim=(1, 2)).amax()) / 2**0.5
+    return square**5 < torch.finfo(q.dtype).eps
 
 
 def _exact(q: Tensor, eye: Tensor) -> Tensor:
@@ -220,9 +211,9 @@ class MatrixSource(NamedTuple):
         """Whether R has another precision than its generator."""
         return self.node.dtype is not self.node.generators[0].dtype
 
-    def inverse(self) -> Tensor | None:
-        """R^-T, (n, b, b), computed with all those of the map when the first of them is asked for; None where R is a copy,
-        not on a CPU, or the map has not kept what it was made of."""
+    def inverse(self, r_nbb: Tensor) -> Tensor | None:
+        """R^-T, (n, b, b), which is R but for rounding or computed with all those of the map when the first of them is asked
+        for; None where R is a copy, not on a CPU, or the map has not kept what it was made of."""
         node = self.node
         # What an activation checkpoint keeps may be read only once.
         if self.is_copy or not node.keeps or node.versions is None or not node.generators[0].is_cpu:
@@ -231,8 +222,10 @@ class MatrixSource(NamedTuple):
             parts = node.kept if node.is_spent else node.saved_tensors
             if parts is None:
                 return None
-            node.inverses = _apart(node, inverse_transposed(_joint(node, parts)), range(len(node.generators)))
-        return node.inverses[self.place]  # type: ignore[no-any-return]
+            are_rotations = node.is_exact or _six_terms_rotate(*parts)
+            joint = None if are_rotations else inverse_transposed(_joint(node, parts))
+            node.inverses = () if joint is None else _apart(node, joint, range(len(node.generators)))
+        return node.inverses[self.place] if node.inverses else r_nbb
 
     def matrix(self) -> Tensor:
         """R once more, computed together with those of its map; differentiable where gradients are recorded."""
