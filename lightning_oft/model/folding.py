@@ -18,15 +18,13 @@ from lightning_oft.layers import LayerState, RotatedWeight, Rotation, rotations_
 from lightning_oft.model.fingerprint import weight_fingerprint
 from lightning_oft.model.traversal import adapted
 
-CPU_PIECE, PIECE = 2**18, 2**22
+CPU_PIECE, PIECE = 2**19, 2**22
 """Entries of a weight that are folded at a time: what a core's cache holds, and what fills a GPU without two float32
 copies of all of a large weight."""
-_LARGE = 2**22
-"""Entries of a weight of which a CPU folds twice as many at a time, faster; of smaller ones the scratch memory would come
-between one merged weight and the next, which then lie in small pages (measured)."""
-
 LARGE_PAGE = 2**21
 """Bytes of the pages in which Linux hands out memory on request."""
+_MAPPED = 2**25
+"""Bytes from which on glibc's malloc gives a tensor pages of its own, whatever it has learnt."""
 
 Device = torch.device | str | None
 Keep = Literal["host", "here"] | None
@@ -62,7 +60,7 @@ class FoldedWeight(NamedTuple):
             if columns != slice(None):  # the blocks of these columns; a shared block turns all of them
                 cuts = [slice(columns.start // m.shape[-1], columns.stop // m.shape[-1]) for m in matrices]
                 own = [m if m.shape[0] == 1 else m[cut] for m, cut in zip(matrices, cuts, strict=True)]
-            result = _in_large_pages(torch.empty_like(rows, dtype=dtype))
+            result = _fresh(rows, dtype or rows.dtype)
             pieces = [self._pieces(every, where) for every in (rows, result)]
             scales = self._scale_pieces(None if scale is None else cut(scale), pieces[0])
             for piece, place, factor in zip(*pieces, scales, strict=True):
@@ -138,8 +136,7 @@ class FoldedWeight(NamedTuple):
 
     def _pieces(self, weight: Tensor, where: torch.device) -> tuple[Tensor, ...]:
         """Views of the rows of a weight that are folded at a time on a device."""
-        on_cpu = 2 * CPU_PIECE if weight.numel() >= _LARGE else CPU_PIECE
-        entries, row_dim = on_cpu if where.type == "cpu" else PIECE, self.state.layer_type.row_dim
+        entries, row_dim = CPU_PIECE if where.type == "cpu" else PIECE, self.state.layer_type.row_dim
         count = max(1, entries * weight.shape[row_dim] // max(1, weight.numel()))
         count -= count % 8 if count > 8 else 0  # by eights, as rotate_weight likes them best
         return weight.split(count, row_dim)  # type: ignore[no-untyped-call, no-any-return]
@@ -205,14 +202,24 @@ def packed_layers(layers: Mapping[str, nn.Module]) -> list[str]:
     return [name for name, layer, state in adapted(layers) if exact_codecs(layer, state) is None]
 
 
-def _in_large_pages(fresh: Tensor) -> Tensor:
-    """The same tensor, whose memory Linux hands out 2 MiB at a time where it can: in pages of 4 KiB the first writing
-    costs more than the fold. One thread writes to each of them first: two that come to a page at once both clear it."""
-    if sys.platform == "linux" and type(fresh) is Tensor and fresh.device.type == "cpu" and fresh.nbytes >= LARGE_PAGE:
-        start = fresh.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE  # from where the allocator's own note of it lies
-        size = fresh.data_ptr() + fresh.nbytes - start
-        _c_library().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-        fresh.as_strided((fresh.nbytes // LARGE_PAGE,), (LARGE_PAGE // fresh.itemsize,)).zero_()
+def _fresh(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """`torch.empty_like` of another dtype, in memory that Linux hands out 2 MiB at a time where it can: in pages of 4 KiB the
+    first writing costs more than the fold, and reading it for every token some hundredths more."""
+    size = like.numel() * dtype.itemsize
+    is_plain = type(like) in (Tensor, nn.Parameter) and like.device.type == "cpu" and like.is_contiguous()
+    if sys.platform != "linux" or not is_plain or size < LARGE_PAGE:
+        return torch.empty_like(like, dtype=dtype)
+    if size < _MAPPED:  # from a multiple of 2 MiB on: between others most would cover no such page whole
+        memory = mmap.mmap(-1, size + LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        offset = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % LARGE_PAGE
+        fresh = torch.frombuffer(memory, dtype=dtype, count=like.numel(), offset=offset).view(like.shape)
+    else:
+        fresh = torch.empty_like(like, dtype=dtype)
+    start = fresh.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE  # from where the allocator's own note of it lies
+    length = fresh.data_ptr() + size - start
+    _c_library().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    # One thread writes to each of them first: two that come to a page at once both clear it.
+    fresh.as_strided((size // LARGE_PAGE,), (LARGE_PAGE // dtype.itemsize,)).zero_()
     return fresh
 
 

@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib
 import logging
+import pickle
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -822,12 +823,18 @@ def test_near_the_end_of_the_range_the_base_is_there_until_the_merged_weight_is_
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without large pages")
-def test_a_merged_weight_beside_its_base_is_asked_for_in_large_pages() -> None:
-    """Its first writing takes 2,048 page faults else, and as long as the fold."""
-    model = nn.Sequential(nn.Linear(2048, 1024))
+@pytest.mark.parametrize("rows", [768, 8192], ids=["own", "of malloc"])
+def test_a_merged_weight_beside_its_base_is_asked_for_in_large_pages(rows: int) -> None:
+    """Its first writing takes hundreds of page faults else, and as long as the fold. One of a few MiB begins with a page."""
+    model = nn.Sequential(nn.Linear(1024, rows))
     inject(model, OFTConfig(oft_block_size=32, target_modules="all-linear"))
     merge(model, keep_base="always")
-    assert "hg" in _memory_flags(model[0].weight.data_ptr() + 2**21)
+    address = model[0].weight.data_ptr()
+    assert "hg" in _memory_flags(address + 2**20)
+    assert rows > 768 or address % 2**21 == 0
+    kept = pickle.loads(pickle.dumps(copy.deepcopy(model[0].weight)))
+    assert torch.equal(kept, model[0].weight)
+    assert kept.untyped_storage().nbytes() == model[0].weight.untyped_storage().nbytes() == 4096 * rows
 
 
 def _memory_flags(address: int) -> list[str]:
