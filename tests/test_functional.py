@@ -337,13 +337,11 @@ def test_the_gradient_of_r_is_summed_up_over_images_of_many_rows(rows: int, n: i
     assert float((found[0] - expected).norm() / expected.norm()) < 5e-6  # of float32
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64]
-)  # of convolutions, and of products that are written to
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("by_weight", [False, True], ids=["input", "weight"])
 @pytest.mark.parametrize("terms", [6, None])
 def test_several_gradients_at_once_are_those_of_each(terms: int | None, by_weight: bool, dtype: torch.dtype) -> None:
-    """As torch.autograd.functional.jacobian(vectorize=True) asks for them."""
+    """As torch.autograd.functional.jacobian(vectorize=True) asks for them; of convolutions, and of products in float64."""
     x, weight, bias = (torch.randn(*shape, dtype=dtype) for shape in ((2, 1368, 384), (64, 384), (64,)))
     inputs = [one.requires_grad_() for one in (x, 0.1 * torch.randn(24, 120, dtype=dtype), bias)]
     r_nbb = maths.rotation_of(inputs[1], 16, terms)
